@@ -1,0 +1,3619 @@
+# mypy: disable-error-code="import-not-found"
+# pyright: basic, reportMissingImports=false
+"""Async background tasks: Azure Service Bus in production, a durable SQLite queue everywhere else.
+
+    import asyncio
+    from boilermaker import Boilermaker, LocalServiceBus
+
+    app = Boilermaker({"greeting": "Hello"}, LocalServiceBus("tasks.db"))
+
+    @app.task
+    async def greet(state, name: str):
+        print(f"{state['greeting']}, {name}!")
+
+    async def main():
+        await greet.delay("world")        # from a web request, a script, another task ...
+        await app.run(burst=True)         # ... and a worker, here or in another process
+
+    asyncio.run(main())
+
+A task is an `async def` whose first argument is the application's state. Publishing one turns its name and
+arguments into a JSON message on a queue; a worker receives the message under a lock, runs the function, and settles
+the message: completed, retried later, or dead-lettered. What must follow (a callback, the next step of a chain, a
+retry) is a message too, published before its parent is settled, so that a worker may die at any instant and nothing
+is lost. Deciding what follows is pure (section 5); only the worker (section 11) talks to a bus.
+
+    1.  Vocabulary      errors, limits, clocks
+    2.  Retries         policies and the exceptions that carry them
+    3.  Tasks           a task, its callbacks, chains; the decorated function
+    4.  Wire format     a task as JSON, compatible with boilermaker-servicebus 1.x
+    5.  Decisions       what happens to a message: a table and a pure function
+    6.  Messages        what travels between the application and a bus
+    7.  Store           the embedded queue as SQL
+    8.  Local bus       group commit, waking up, lock renewal around the store
+    9.  Azure bus       the same protocol over azure-servicebus
+    10. Tracing         OpenTelemetry, when asked for
+    11. Worker          receive, run, settle, shut down
+    12. Application     registering and publishing
+    13. Old names       the modules of the multi-file original
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import contextvars
+import dataclasses
+import datetime
+import enum
+import functools
+import inspect
+import itertools
+import json
+import logging
+import os
+import random
+import re
+import reprlib
+import signal
+import sqlite3
+import sys
+import threading
+import time
+import traceback
+import uuid
+import weakref
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Concatenate,
+    Generic,
+    NamedTuple,
+    ParamSpec,
+    Protocol,
+    TypeAlias,
+    TypeVar,
+    overload,
+)
+
+if TYPE_CHECKING:
+    from azure.servicebus import ServiceBusMessage, ServiceBusReceivedMessage
+    from azure.servicebus.aio import ServiceBusClient, ServiceBusReceiver, ServiceBusSender
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AzureServiceBus",
+    "Boilermaker",
+    "BoilermakerAppException",
+    "BoilermakerError",
+    "Config",
+    "ConfigurationError",
+    "InvalidArguments",
+    "LocalServiceBus",
+    "MessageLockLost",
+    "MessageNotFound",
+    "MessageTooLarge",
+    "NoRetry",
+    "RetryException",
+    "RetryExceptionDefault",
+    "RetryExceptionDefaultExponential",
+    "RetryExceptionDefaultLinear",
+    "RetryMode",
+    "RetryPolicy",
+    "ServiceBusUnavailable",
+    "Task",
+    "TaskFailureResult",
+    "TaskFunction",
+    "UsageError",
+    "current_task",
+    "retries",
+]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+T = TypeVar("T")
+
+# ======================================================================================================================
+# 1. Vocabulary: errors, limits, clocks
+# ======================================================================================================================
+
+logger = logging.getLogger("boilermaker.app")
+
+DEFAULT_MAX_MESSAGE_BYTES = 262_144
+"""256 KiB, a message on Service Bus Standard, headers included:
+https://learn.microsoft.com/azure/service-bus-messaging/service-bus-quotas"""
+
+MAX_MESSAGE_ID_LENGTH = 128
+"""Characters in a Service Bus message id (same page)."""
+
+MAX_SECONDS = 2**31 - 1
+"""The longest delay, about 68 years: beyond it, dates overflow."""
+
+MAX_WORKFLOW_DEPTH = 750
+"""How deep callbacks may nest: a JSON decoder in Python stops at a depth of about 1000."""
+
+
+class BoilermakerError(Exception):
+    """The root of every error of this module."""
+
+
+class UsageError(BoilermakerError, ValueError):
+    """The calling code has to change: a wrong argument, name or combination."""
+
+
+class InvalidArguments(UsageError, TypeError):
+    """A task's arguments do not fit its function, or JSON cannot carry them."""
+
+
+class MessageTooLarge(UsageError):
+    """A message is over the size limit of the bus."""
+
+
+class ConfigurationError(UsageError):
+    """A setting is missing or wrong: the queue, the credential, the file."""
+
+
+class ServiceBusUnavailable(BoilermakerError):
+    """The bus could not do it this time: try again later. The cause is chained."""
+
+
+class MessageLockLost(BoilermakerError):
+    """The lock ran out and another receiver has the message, or it is gone."""
+
+
+class MessageNotFound(BoilermakerError):
+    """There is no scheduled message with that sequence number."""
+
+
+class BoilermakerAppException(ServiceBusUnavailable):
+    """Publishing failed at every attempt.
+
+    `errors` holds the error of each attempt, in order.
+    """
+
+    def __init__(self, message: str, errors: Sequence[Exception] = ()) -> None:
+        super().__init__(f"{message}: {'; '.join(map(str, errors))}" if errors else message)
+        self.errors = list(errors)
+
+
+class TaskFailureResultType:
+    """What a task returns to fail without raising: the singleton `TaskFailureResult`."""
+
+    def __call__(self) -> TaskFailureResultType:
+        return self
+
+    def __repr__(self) -> str:
+        return "TaskFailureResult"
+
+
+TaskFailureResult = TaskFailureResultType()
+
+
+def _utc(timestamp: float) -> datetime.datetime:
+    return datetime.datetime.fromtimestamp(timestamp, datetime.UTC)
+
+
+def _due_time(delay: float | datetime.timedelta | None, eta: datetime.datetime | None) -> float | None:
+    """When a message is due, as a Unix timestamp; None for now."""
+    if delay is not None and eta is not None:
+        raise UsageError(f"Both delay={delay!r} and eta={eta!r} are given: choose one.")
+    if eta is not None:
+        return _timestamp(eta)
+    if delay is None:
+        return None
+    seconds = delay.total_seconds() if isinstance(delay, datetime.timedelta) else delay
+    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not 0 <= seconds <= MAX_SECONDS:
+        raise UsageError(f"delay={delay!r} must be seconds from now, 0 to {MAX_SECONDS}, or a timedelta.")
+    return time.time() + seconds if seconds else None
+
+
+def _timestamp(eta: datetime.datetime) -> float:
+    if not isinstance(eta, datetime.datetime):
+        raise UsageError(f"eta={eta!r} must be a datetime.")
+    if eta.utcoffset() is None:
+        raise UsageError(f"eta={eta!r} has no time zone: use for example datetime.now(UTC) + timedelta(minutes=5).")
+    return eta.timestamp()
+
+
+# ======================================================================================================================
+# 2. Retries: policies and the exceptions that carry them
+# ======================================================================================================================
+
+MAX_TRIES = 100
+
+
+@enum.unique
+class RetryMode(enum.IntEnum):
+    """How the delay grows from one retry to the next; the values are those of the wire format."""
+
+    Fixed = 0
+    Exponential = 1
+    Linear = 2
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RetryPolicy:
+    """How often a task may run, and how long to wait in between.
+
+    Args:
+        max_tries: how often the function runs at most, the first time included; 0 to 100.
+        delay: seconds before a retry, the base of the three modes.
+        delay_max: the longest delay, in seconds.
+        retry_mode: `Fixed`, `Linear` or `Exponential`, see `get_delay_interval`.
+
+    Raises:
+        ValueError: a value is negative, too large, or not an int.
+    """
+
+    max_tries: int = 5
+    delay: int = 0
+    delay_max: int = 3600
+    retry_mode: RetryMode = RetryMode.Fixed
+
+    def __post_init__(self) -> None:
+        for name, limit in (("max_tries", MAX_TRIES), ("delay", MAX_SECONDS), ("delay_max", MAX_SECONDS)):
+            value = getattr(self, name)
+            if type(value) is not int or not 0 <= value <= limit:
+                raise UsageError(f"RetryPolicy: {name}={value!r} must be an int from 0 to {limit}.")
+        if type(self.retry_mode) is not RetryMode:
+            object.__setattr__(self, "retry_mode", self._mode(self.retry_mode))
+
+    @staticmethod
+    def _mode(value: object) -> RetryMode:
+        if type(value) is int and value in RetryMode.__members__.values():
+            return RetryMode(value)
+        modes = ", ".join(f"RetryMode.{mode.name} ({mode.value})" for mode in RetryMode)
+        raise UsageError(f"RetryPolicy: retry_mode={value!r} must be one of {modes}.")
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, RetryPolicy) and self._values() == other._values()
+
+    def __hash__(self) -> int:
+        return hash(self._values())
+
+    def _values(self) -> tuple[int, int, int, int]:
+        return self.max_tries, self.delay, self.delay_max, self.retry_mode
+
+    @classmethod
+    def default(cls) -> RetryPolicy:
+        """Five tries, two minutes apart."""
+        return RetryPolicy(max_tries=5, delay=120, delay_max=120, retry_mode=RetryMode.Fixed)
+
+    @classmethod
+    def no_retry(cls) -> RetryPolicy:
+        """One try."""
+        return RetryPolicy(max_tries=1, delay=5, delay_max=5, retry_mode=RetryMode.Fixed)
+
+    def get_delay_interval(self, attempts_so_far: int) -> int:
+        """Seconds to wait before the next retry.
+
+        Fixed: `delay`. Linear: `delay * (n + 1)`. Exponential: `d = delay * 2**n`, then a uniform choice from
+        `[d // 2, d]`, the "equal jitter" of
+        https://aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter/. None is over `delay_max`.
+
+        Args:
+            attempts_so_far: n, the retries so far: 0 for the first one.
+        """
+        if self.retry_mode is RetryMode.Fixed:
+            return min(self.delay, self.delay_max)
+        if self.retry_mode is RetryMode.Linear:
+            return min(self.delay * (attempts_so_far + 1), self.delay_max)
+        longest = min(self.delay * 2**attempts_so_far, self.delay_max)
+        return random.randint(longest // 2, longest)
+
+
+class NoRetry(RetryPolicy):
+    """The policy of one try."""
+
+    __slots__ = ()
+
+    def __init__(self) -> None:
+        super().__init__(max_tries=1, delay=5, delay_max=5)
+
+
+DEFAULT_POLICY = RetryPolicy.default()
+
+
+@dataclass(frozen=True, slots=True)
+class RetryAttempts:
+    """How often a task has run before, and when it was last sent back to the queue."""
+
+    attempts: int = 0
+    last_retry: datetime.datetime = field(default_factory=lambda: datetime.datetime.now(datetime.UTC))
+
+    @classmethod
+    def default(cls) -> RetryAttempts:
+        return cls()
+
+
+class RetryException(BoilermakerError):
+    """Raised by a task that wants to run again later.
+
+    Args:
+        msg: why, for the log and the dead letter.
+        policy: the policy for this retry; None for the task's own.
+    """
+
+    def __init__(self, msg: str = "", policy: RetryPolicy | None = None) -> None:
+        if policy is not None and not isinstance(policy, RetryPolicy):
+            raise UsageError(f"{type(self).__name__}: policy={policy!r} must be a RetryPolicy.")
+        super().__init__(msg)
+        self.msg = msg
+        self.policy = policy
+
+
+class RetryExceptionDefault(RetryException):
+    """Retry by `RetryPolicy.default()`."""
+
+    def __init__(self, msg: str = "") -> None:
+        super().__init__(msg, RetryPolicy.default())
+
+
+class RetryExceptionDefaultLinear(RetryException):
+    """Retry after 30 s, 60 s, 90 s ... up to 600 s, five tries in all; keywords override the policy's fields."""
+
+    def __init__(self, msg: str = "", **override: Any) -> None:
+        defaults = {"max_tries": 5, "delay": 30, "delay_max": 600, "retry_mode": RetryMode.Linear}
+        super().__init__(msg, RetryPolicy(**{**defaults, **override}))
+
+
+class RetryExceptionDefaultExponential(RetryException):
+    """Retry after 30 s, 60 s, 120 s ... with jitter, up to 600 s; keywords override the policy's fields."""
+
+    def __init__(self, msg: str = "", **override: Any) -> None:
+        defaults = {"max_tries": 5, "delay": 30, "delay_max": 600, "retry_mode": RetryMode.Exponential}
+        super().__init__(msg, RetryPolicy(**{**defaults, **override}))
+
+
+# ======================================================================================================================
+# 3. Tasks: a task, its callbacks, chains; the decorated function
+# ======================================================================================================================
+
+TaskCallable: TypeAlias = Callable[Concatenate[Any, P], Coroutine[Any, Any, R]]
+"""What can be registered: an `async def` whose first argument is the application's state."""
+
+
+def new_task_id() -> str:
+    return str(uuid.uuid4())
+
+
+@dataclass(frozen=True, slots=True)
+class Registration:
+    """A function under its name, with what applies where scheduling says nothing else."""
+
+    name: str
+    function: Callable[..., Coroutine[Any, Any, Any]]
+    policy: RetryPolicy = DEFAULT_POLICY
+    should_dead_letter: bool = True
+    acks_late: bool = True
+
+    def apply_to(self, task: Task) -> None:
+        """Fill in what a task made by name alone could not know."""
+        if task.policy_is_default:
+            task.policy, task.policy_is_default = self.policy, False
+            task.should_dead_letter = task.should_dead_letter and self.should_dead_letter
+            task.acks_late = task.acks_late and self.acks_late
+
+
+@dataclass(slots=True, eq=False, repr=False, kw_only=True)
+class Task:
+    """A call of a registered function, to be run by a worker.
+
+    Make one with `fn.si(...)`, `Task.si(fn, ...)` or `app.create_task(fn, ...)`; until it is published, every field may
+    be set. `sequence_number` and `message_id` are set by publishing, and by receiving.
+
+    Args:
+        function_name: the name the function is registered under.
+        args: positional arguments after `state`; JSON values.
+        kwargs: keyword arguments; JSON values.
+        task_id: identifies the task through its retries; also the message id of the first publish.
+        policy: when and how often to retry.
+        policy_is_default: nobody gave a policy, so the registration at the receiver applies.
+        scheduled_policy: in a retry by an exception's own policy, the one that was given when scheduling.
+        attempts: the runs so far.
+        should_dead_letter: a failed message goes to the dead-letter queue; else it is completed.
+        acks_late: the message is settled after the function ran; else completed before it.
+        on_success: the task to publish when this one has returned.
+        on_failure: the task to publish when this one has failed for good.
+        graph_id: kept for boilermaker-servicebus.
+        queue: the queue it belongs on; None for that of the application that publishes it.
+        takes_result: made by `.s()`: its parent's result, or failure, becomes the first argument.
+    """
+
+    function_name: str
+    args: list[Any] = field(default_factory=list)
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    task_id: str = field(default_factory=new_task_id)
+    policy: RetryPolicy = DEFAULT_POLICY
+    policy_is_default: bool = False
+    scheduled_policy: RetryPolicy | None = None
+    attempts: RetryAttempts = field(default_factory=RetryAttempts)
+    should_dead_letter: bool = True
+    acks_late: bool = True
+    on_success: Task | None = None
+    on_failure: Task | None = None
+    graph_id: str | None = None
+    queue: str | None = None
+    takes_result: bool = False
+    sequence_number: int | None = field(default=None, init=False)
+    message_id: str | None = field(default=None, init=False)
+    _app: Boilermaker | None = field(default=None, init=False)
+    _function: Callable[..., Any] | None = field(default=None, init=False)
+    _predecessor: Task | None = field(default=None, init=False)
+
+    def __repr__(self) -> str:
+        return f"<Task {self.function_name} {self.task_id}>"
+
+    @classmethod
+    def default(cls, function_name: str, *, payload: Mapping[str, Any] | None = None, **fields: Any) -> Task:
+        """A task by name, with `payload={"args": [...], "kwargs": {...}}` and any other field."""
+        payload = payload or {}
+        return cls(
+            function_name=function_name,
+            args=list(payload.get("args", ())),
+            kwargs=dict(payload.get("kwargs", {})),
+            **fields,
+        )
+
+    @classmethod
+    def si(
+        cls,
+        fn: TaskFunction[..., Any] | TaskCallable[..., Any],
+        *args: Any,
+        policy: RetryPolicy | None = None,
+        should_dead_letter: bool | None = None,
+        acks_late: bool | None = None,
+        **kwargs: Any,
+    ) -> Task:
+        """An immutable signature: a call of `fn` with these arguments and no others, not yet published.
+
+        Args:
+            fn: a decorated function, or one that is registered by the time the task is published.
+            policy: overrides the registration's, as do `should_dead_letter` and `acks_late`.
+
+        Raises:
+            InvalidArguments: the arguments do not fit `fn`, or JSON cannot carry them.
+        """
+        task = _signature_of(fn, args, kwargs, policy, should_dead_letter, acks_late)
+        _check_arguments(task)
+        return task
+
+    @classmethod
+    def s(
+        cls,
+        fn: TaskFunction[..., Any] | TaskCallable[..., Any],
+        *args: Any,
+        policy: RetryPolicy | None = None,
+        should_dead_letter: bool | None = None,
+        acks_late: bool | None = None,
+        **kwargs: Any,
+    ) -> Task:
+        """As `si`, with room for the parent's result as the first argument after `state`.
+
+        As an `on_failure` callback it receives a dict of the failure: `task_id`, `function_name`, `error` (the type's
+        name), `message`, `traceback`, `attempts`.
+        """
+        task = _signature_of(fn, args, kwargs, policy, should_dead_letter, acks_late)
+        task.takes_result = True
+        _check_arguments(task)
+        return task
+
+    @property
+    def payload(self) -> dict[str, Any]:
+        """The arguments as they stand in the message."""
+        return {"args": self.args, "kwargs": self.kwargs}
+
+    def copy(self) -> Task:
+        """The same work as new work: this task and its callbacks with fresh ids, unpublished."""
+        twin = _replica(self)
+        for task in _workflow(twin):
+            task.task_id, task.attempts = new_task_id(), RetryAttempts()
+        return twin
+
+    async def publish(
+        self,
+        *,
+        delay: float | datetime.timedelta | None = None,
+        eta: datetime.datetime | None = None,
+        publish_attempts: int = 1,
+    ) -> Task:
+        """`app.publish_task(self, ...)` of the application the task was made by."""
+        if self._app is None:
+            raise UsageError(f"{self!r} belongs to no application: use `await app.publish_task(task)`.")
+        return await self._app.publish_task(self, delay=delay, eta=eta, publish_attempts=publish_attempts)
+
+    def __rshift__(self, other: TaskLike) -> Task:
+        """`a >> b` runs b when a has returned, and gives b, so that `a >> b >> c` reads on. Publish a."""
+        following = _as_task(other)
+        self.on_success, following._predecessor = following, self
+        return following
+
+    def __lshift__(self, other: TaskLike) -> Task:
+        """`a << b` runs a when b has returned, and gives a. Publish b."""
+        preceding = _as_task(other)
+        preceding.on_success, self._predecessor = self, preceding
+        return self
+
+    def __or__(self, other: TaskLike) -> Task:
+        """`a | b`: a new workflow, copies with fresh ids, b at the end of a's chain. Publish the whole."""
+        head = self.copy()
+        _last(head).on_success = _as_task(other).copy()
+        return head
+
+
+class TaskFunction(Generic[P, R]):
+    """A function that `@app.task` registered: call it inline, or make tasks of it.
+
+    `await fn(state, ...)` runs it here and now, without a queue.
+    """
+
+    def __init__(self, app: Boilermaker, registration: Registration, function: TaskCallable[P, R]) -> None:
+        functools.update_wrapper(self, function)
+        self.app = app
+        self.registration = registration
+        self.function = function
+
+    def __call__(self, state: Any, /, *args: P.args, **kwargs: P.kwargs) -> Coroutine[Any, Any, R]:
+        return self.function(state, *args, **kwargs)
+
+    def __repr__(self) -> str:
+        return f"<TaskFunction {self.registration.name}>"
+
+    def si(self, *args: P.args, **kwargs: P.kwargs) -> Task:
+        """An immutable signature, see `Task.si`."""
+        task = self._call(args, kwargs)
+        _check_arguments(task)
+        return task
+
+    def s(self, *args: Any, **kwargs: Any) -> Task:
+        """A signature with room for the parent's result, see `Task.s`."""
+        task = self._call(args, kwargs)
+        task.takes_result = True
+        _check_arguments(task)
+        return task
+
+    async def delay(self, *args: P.args, **kwargs: P.kwargs) -> Task:
+        """Publish a call of this function, to run as soon as a worker is free; the published `Task`.
+
+        Raises:
+            InvalidArguments: the arguments do not fit the function, or JSON cannot carry them.
+            MessageTooLarge: the message is over the limit of the bus.
+            BoilermakerAppException: the bus did not take it.
+        """
+        return await self.app.publish_task(self._call(args, kwargs))
+
+    def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Task:
+        return _task_of(self.registration, self.app, args, kwargs)
+
+    def __rshift__(self, other: TaskLike) -> Task:
+        return self._call((), {}) >> other
+
+    def __lshift__(self, other: TaskLike) -> Task:
+        return self._call((), {}) << other
+
+    def __or__(self, other: TaskLike) -> Task:
+        return self._call((), {}) | other
+
+
+TaskLike: TypeAlias = Task | TaskFunction[..., Any]
+"""What a workflow is made of: a task, or a decorated function, which stands for `fn.si()`."""
+
+
+def _as_task(operand: object, role: str = "A workflow's member") -> Task:
+    if isinstance(operand, Task):
+        return operand
+    if isinstance(operand, TaskFunction):
+        return operand.si()
+    raise UsageError(f"{role} must be a Task or a decorated function, not {operand!r}.")
+
+
+def _task_of(registration: Registration, app: Boilermaker, args: Sequence[Any], kwargs: dict[str, Any]) -> Task:
+    task = Task(
+        function_name=registration.name,
+        args=list(args),
+        kwargs=kwargs,
+        policy=registration.policy,
+        should_dead_letter=registration.should_dead_letter,
+        acks_late=registration.acks_late,
+    )
+    task._app, task._function = app, registration.function
+    return task
+
+
+def _signature_of(
+    fn: object,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    policy: RetryPolicy | None,
+    should_dead_letter: bool | None,
+    acks_late: bool | None,
+) -> Task:
+    """The task of `Task.si` and `Task.s`; options that are None come from the registration."""
+    if isinstance(fn, TaskFunction):
+        task = fn._call(args, kwargs)
+    else:
+        task = Task(function_name=_function_name(fn), args=list(args), kwargs=kwargs, policy_is_default=True)
+        task._function = fn  # type: ignore[assignment]
+    if policy is not None:
+        _set_policy(task, policy)
+    if should_dead_letter is not None:
+        task.should_dead_letter = should_dead_letter
+    if acks_late is not None:
+        task.acks_late = acks_late
+    return task
+
+
+def _set_policy(task: Task, policy: object) -> None:
+    if not isinstance(policy, RetryPolicy):
+        raise UsageError(f"{task.function_name}: policy={policy!r} must be a RetryPolicy.")
+    task.policy, task.policy_is_default = policy, False
+
+
+def _function_name(fn: object) -> str:
+    """The name of an `async def`; anything else is an error that says so."""
+    name = getattr(fn, "__name__", repr(fn))
+    if not inspect.iscoroutinefunction(fn):
+        raise UsageError(f"Function must be async: {name}. Declare it with `async def {name}(state, ...)`.")
+    return str(name)
+
+
+def _workflow(head: Task) -> list[Task]:
+    """The task and all its callbacks, each once, callbacks before their parents.
+
+    Without recursion, so that a long chain is no deeper than a short one.
+
+    Raises:
+        UsageError: a task is, by way of its callbacks, its own callback.
+    """
+    finished: dict[int, Task] = {}
+    entered: set[int] = set()
+    pending = [head]
+    while pending:
+        task = pending[-1]
+        following = [c for c in _callbacks(task) if id(c) not in finished] if id(task) not in finished else []
+        if not following:
+            finished[id(task)] = pending.pop()
+            continue
+        entered.add(id(task))
+        for callback in following:
+            if id(callback) in entered:
+                raise UsageError(f"{callback!r} is its own callback: a workflow cannot have a cycle, use copy().")
+        pending += following
+    return list(finished.values())
+
+
+def _callbacks(task: Task) -> list[Task]:
+    """A task's callbacks, those given as decorated functions made tasks."""
+    if task.on_success is not None:
+        task.on_success = _as_task(task.on_success, f"on_success of {task!r}")
+    if task.on_failure is not None:
+        task.on_failure = _as_task(task.on_failure, f"on_failure of {task!r}")
+    return [callback for callback in (task.on_success, task.on_failure) if callback is not None]
+
+
+def _replica(head: Task) -> Task:
+    """A copy of a workflow, ids included, that can be changed without the original."""
+    replicas: dict[int, Task] = {}
+    for task in _workflow(head):
+        replicas[id(task)] = replica = dataclasses.replace(
+            task,
+            args=list(task.args),
+            kwargs=dict(task.kwargs),
+            on_success=replicas.get(id(task.on_success)),
+            on_failure=replicas.get(id(task.on_failure)),
+        )
+        replica._app, replica._function = task._app, task._function
+    return replicas[id(head)]
+
+
+def _chain_of(head: Task) -> Iterator[Task]:
+    """The task, its `on_success`, and so on."""
+    seen: set[int] = set()
+    step: Task | None = head
+    while step is not None:
+        if id(step) in seen:
+            raise UsageError(f"{step!r} is its own callback: a workflow cannot have a cycle, use copy().")
+        seen.add(id(step))
+        yield step
+        step = step.on_success
+
+
+def _last(head: Task) -> Task:
+    return list(_chain_of(head))[-1]
+
+
+def _check_head(task: Task) -> None:
+    """Refuse what `a >> b` returned: publishing b would skip a."""
+    head = task
+    while head._predecessor is not None and head._predecessor.on_success is head:
+        head = head._predecessor
+        if head is task:
+            break
+    if head is not task:
+        raise UsageError(
+            f"{task!r} follows another task: publishing it would skip that one. Publish the chain's head, {head!r}."
+        )
+
+
+def _check_arguments(task: Task) -> None:
+    """Raise InvalidArguments unless the arguments fit the function and JSON."""
+    if task._function is not None:
+        _check_call(task)
+    try:
+        _to_json(task.payload)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise _explain_arguments(task, error) from error
+
+
+def _check_call(task: Task) -> None:
+    assert task._function is not None
+    positional = len(task.args) + task.takes_result
+    least, most = _arity(task._function)
+    if not task.kwargs and least <= positional <= most:
+        return
+    signature = inspect.signature(task._function)
+    try:
+        signature.bind(*[None] * (1 + positional), **task.kwargs)
+    except TypeError as error:
+        raise InvalidArguments(f"{task.function_name}{signature} cannot be called like that: {error}.") from None
+
+
+@functools.lru_cache(maxsize=4096)
+def _arity(function: Callable[..., Any]) -> tuple[float, float]:
+    """The least and the most positional arguments after `state` that make a call without keywords."""
+    parameters = list(inspect.signature(function).parameters.values())
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    required = [p for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    if any(p.kind is p.KEYWORD_ONLY for p in required):
+        return float("inf"), 0
+    unlimited = any(p.kind is p.VAR_POSITIONAL for p in parameters)
+    return len(required) - 1, float("inf") if unlimited else len(positional) - 1
+
+
+def _explain_arguments(task: Task, error: Exception) -> InvalidArguments:
+    """The error that names the argument which JSON cannot carry."""
+    for name, value in itertools.chain(enumerate(task.args, 1), task.kwargs.items()):
+        try:
+            _to_json(value)
+        except (TypeError, ValueError, RecursionError) as cause:
+            return InvalidArguments(
+                f"{task.function_name}: JSON cannot carry argument {name} = {reprlib.repr(value)}: {cause}. "
+                "Pass numbers, strings, lists and dicts, or an id to look it up by."
+            )
+    return InvalidArguments(f"{task.function_name}: JSON cannot carry the arguments: {error}.")
+
+
+_current_task: contextvars.ContextVar[Task] = contextvars.ContextVar("boilermaker_current_task")
+
+
+def current_task() -> Task:
+    """The task that is running, inside a task function.
+
+    Raises:
+        UsageError: called outside of one.
+    """
+    try:
+        return _current_task.get()
+    except LookupError:
+        raise UsageError("current_task() was called outside of a running task.") from None
+
+
+# ======================================================================================================================
+# 4. Wire format: a task as JSON, compatible with boilermaker-servicebus 1.x
+# ======================================================================================================================
+
+# What is new here is optional, and ignored by the other side: `takes_result`, `policy_is_default`, `scheduled_policy`,
+# and `queue`, in a callback that goes to another queue than the message which carries it.
+
+_to_json = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
+
+MAX_WORKFLOW_BYTES = 100 * 1024 * 1024
+"""The largest message of any Service Bus tier (Premium): where encoding a workflow gives up."""
+
+
+class InvalidTaskFormat(BoilermakerError):
+    """A message body is not a task; says where and why."""
+
+
+def encode(task: Task, queue: str, home: str) -> str:
+    """The body of a task's message, its callbacks nested inside; ASCII only, so a character is a byte.
+
+    Args:
+        queue: where the message goes.
+        home: where callbacks go that name no queue: the publisher's own.
+
+    Raises:
+        UsageError: the workflow has a cycle, or is too deep to be decoded again.
+        InvalidArguments: JSON cannot carry an argument.
+        MessageTooLarge: it would be larger than on any bus.
+    """
+    texts: dict[int, str] = {}
+    depths: dict[int, int] = {}
+    for member in _workflow(task):
+        own_queue = queue if member is task else member.queue or home
+        success, failure = id(member.on_success), id(member.on_failure)
+        nested = f',"on_success":{texts.get(success, "null")},"on_failure":{texts.get(failure, "null")}}}'
+        texts[id(member)] = _encode_one(member, own_queue if own_queue != queue else None)[:-1] + nested
+        depths[id(member)] = 1 + max(depths.get(success, 0), depths.get(failure, 0))
+        if len(texts[id(member)]) > MAX_WORKFLOW_BYTES:
+            raise MessageTooLarge(f"{task!r} and its callbacks are over {MAX_WORKFLOW_BYTES} bytes: no bus takes that.")
+    if depths[id(task)] > MAX_WORKFLOW_DEPTH:
+        raise UsageError(
+            f"{task!r} is the head of {depths[id(task)]} nested callbacks, the limit is {MAX_WORKFLOW_DEPTH}: "
+            "let a task of the chain publish the rest."
+        )
+    return texts[id(task)]
+
+
+def _encode_one(task: Task, queue: str | None) -> str:
+    """One task without its callbacks."""
+    document: dict[str, Any] = {
+        "task_id": task.task_id,
+        "should_dead_letter": task.should_dead_letter,
+        "acks_late": task.acks_late,
+        "function_name": task.function_name,
+        "attempts": {"attempts": task.attempts.attempts, "last_retry": task.attempts.last_retry.isoformat()},
+        "policy": _policy_document(task.policy),
+        "payload": {"args": task.args, "kwargs": task.kwargs},
+        "graph_id": task.graph_id,
+    }
+    if task.policy_is_default:
+        document["policy_is_default"] = True
+    if task.scheduled_policy is not None:
+        document["scheduled_policy"] = _policy_document(task.scheduled_policy)
+    if task.takes_result:
+        document["takes_result"] = True
+    if queue is not None:
+        document["queue"] = queue
+    try:
+        return _to_json(document)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise _explain_arguments(task, error) from error
+
+
+@functools.lru_cache(maxsize=1024)
+def _policy_document(policy: RetryPolicy) -> dict[str, int]:
+    return dataclasses.asdict(policy)
+
+
+def decode(body: str | bytes, queue: str) -> Task:
+    """The task of a message body that was received from `queue`.
+
+    Raises:
+        InvalidTaskFormat: it is no task; unknown fields are no reason.
+    """
+    try:
+        document = json.loads(body if isinstance(body, str) else body.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise InvalidTaskFormat(f"The body is not JSON that can be read: {error}.") from error
+    head = _decode_one(document, queue, "the body")
+    pending = [(head, document, "")]
+    while pending:
+        parent, fields, path = pending.pop()
+        for name in ("on_success", "on_failure"):
+            if (nested := fields.get(name)) is not None:
+                callback = _decode_one(nested, queue, path + name)
+                setattr(parent, name, callback)
+                pending.append((callback, nested, f"{path}{name}."))
+    return head
+
+
+def _decode_one(document: object, queue: str, where: str) -> Task:
+    """One task without its callbacks."""
+    if type(document) is not dict:
+        raise InvalidTaskFormat(f"{where} must be a JSON object, not {_shown(document)}.")
+    get = functools.partial(_field, document, where)
+    payload = get("payload", dict, {})
+    policy = get("policy", dict)
+    scheduled = get("scheduled_policy", dict)
+    return Task(
+        function_name=get("function_name", str, _REQUIRED),
+        args=_field(payload, f"{where}: payload", "args", list, []),
+        kwargs=_field(payload, f"{where}: payload", "kwargs", dict, {}),
+        task_id=get("task_id", str, _REQUIRED),
+        policy=DEFAULT_POLICY if policy is None else _decode_policy(policy, where),
+        policy_is_default=policy is None or get("policy_is_default", bool, False),
+        scheduled_policy=None if scheduled is None else _decode_policy(scheduled, where),
+        attempts=_decode_attempts(get("attempts", dict, {}), f"{where}: attempts"),
+        should_dead_letter=get("should_dead_letter", bool, True),
+        acks_late=get("acks_late", bool, True),
+        graph_id=get("graph_id", str),
+        queue=get("queue", str) or queue,
+        takes_result=get("takes_result", bool, False),
+    )
+
+
+_REQUIRED: Any = object()
+
+
+def _field(document: dict[str, Any], where: str, name: str, kind: type[T], default: Any = None) -> Any:
+    """A field of the right JSON type; absent and null are the default."""
+    value = document.get(name)
+    if type(value) is kind:
+        return value
+    if value is None and default is not _REQUIRED:
+        return default
+    raise InvalidTaskFormat(f"{where}: {name} must be {_JSON_NAMES[kind]}, not {_shown(value)}.")
+
+
+_JSON_NAMES: dict[type, str] = {
+    str: "a string",
+    bool: "true or false",
+    int: "an integer",
+    list: "an array",
+    dict: "an object",
+}
+
+
+def _shown(value: object) -> str:
+    return "absent" if value is None else reprlib.repr(value)
+
+
+def _decode_policy(document: dict[str, Any], where: str) -> RetryPolicy:
+    try:
+        return _cached_policy(*[document[name] for name in ("max_tries", "delay", "delay_max", "retry_mode")])
+    except KeyError as error:
+        raise InvalidTaskFormat(f"{where}: policy has no {error}.") from error
+    except (UsageError, TypeError) as error:
+        raise InvalidTaskFormat(f"{where}: policy: {error}") from error
+
+
+@functools.lru_cache(maxsize=1024, typed=True)
+def _cached_policy(max_tries: int, delay: int, delay_max: int, retry_mode: RetryMode) -> RetryPolicy:
+    return RetryPolicy(max_tries, delay, delay_max, retry_mode)
+
+
+def _decode_attempts(document: dict[str, Any], where: str) -> RetryAttempts:
+    attempts = _field(document, where, "attempts", int, 0)
+    if not 0 <= attempts <= MAX_SECONDS:
+        raise InvalidTaskFormat(f"{where}: {attempts} is not from 0 to {MAX_SECONDS}.")
+    last_retry = _field(document, where, "last_retry", str)
+    if last_retry is None:
+        return RetryAttempts(attempts)
+    try:
+        return RetryAttempts(attempts, datetime.datetime.fromisoformat(last_retry))
+    except ValueError as error:
+        raise InvalidTaskFormat(f"{where}: last_retry: {error}.") from error
+
+
+# ======================================================================================================================
+# 5. Decisions: what happens to a message
+# ======================================================================================================================
+
+# A run of a task ends in one of the ways below; the table says what becomes of the message and what is published next.
+# Everything here is pure: the worker gathers the facts, `decide` says what to do, a receiver does it.
+
+
+class Ending(enum.Enum):
+    """How the handling of a message ended."""
+
+    RETURNED = "returned"
+    FAILED = "failed"
+    RETRY = "asked for a retry"
+    EXHAUSTED = "asked for a retry on its last try"
+    UNREGISTERED = "is not registered here"
+    UNDECODABLE = "cannot be decoded"
+    STOPPED = "was stopped with its worker"
+    LOCK_LOST = "lost its lock"
+
+
+class Disposition(enum.Enum):
+    """What a receiver does with a message; the names are those of the Azure SDK."""
+
+    COMPLETE = "complete"
+    ABANDON = "abandon"
+    DEAD_LETTER = "dead_letter"
+    LEAVE = "leave"
+    """Nothing: it is settled already, or its lock has to run out."""
+
+
+class FollowUp(enum.Enum):
+    """What is published when a run has ended."""
+
+    NOTHING = "nothing"
+    ON_SUCCESS = "on_success"
+    ON_FAILURE = "on_failure"
+    RETRY = "retry"
+
+
+class Rule(NamedTuple):
+    disposition: Disposition
+    reason: str
+    follow_up: FollowUp
+
+
+RULES = {
+    Ending.RETURNED: Rule(Disposition.COMPLETE, "", FollowUp.ON_SUCCESS),
+    Ending.FAILED: Rule(Disposition.DEAD_LETTER, "TaskFailed", FollowUp.ON_FAILURE),
+    Ending.RETRY: Rule(Disposition.COMPLETE, "", FollowUp.RETRY),
+    Ending.EXHAUSTED: Rule(Disposition.DEAD_LETTER, "RetriesExhausted", FollowUp.ON_FAILURE),
+    Ending.UNREGISTERED: Rule(Disposition.DEAD_LETTER, "UnregisteredFunction", FollowUp.ON_FAILURE),
+    Ending.UNDECODABLE: Rule(Disposition.DEAD_LETTER, "InvalidTaskFormat", FollowUp.NOTHING),
+    Ending.STOPPED: Rule(Disposition.ABANDON, "", FollowUp.NOTHING),
+    Ending.LOCK_LOST: Rule(Disposition.LEAVE, "", FollowUp.NOTHING),
+}
+
+
+class Outcome(NamedTuple):
+    """One run: how it ended, with the result it returned or the error it raised."""
+
+    ending: Ending
+    result: Any = None
+    error: BaseException | None = None
+
+
+class Decision(NamedTuple):
+    """What to do with a message, and the task to publish before that, if any."""
+
+    disposition: Disposition
+    reason: str = ""
+    description: str = ""
+    follow_up: Task | None = None
+    follow_up_id: str = ""
+    delay: int = 0
+
+
+MAX_DESCRIPTION_LENGTH = 4096
+"""Characters of a dead letter's description: Service Bus takes 4 KiB
+(https://learn.microsoft.com/azure/service-bus-messaging/service-bus-dead-letter-queues)."""
+
+
+def decide(task: Task, outcome: Outcome, message_id: str) -> Decision:
+    """What happens to the message of a task after a run.
+
+    Args:
+        task: as it was received.
+        outcome: how the run ended.
+        message_id: the message's; what follows derives its own from it.
+    """
+    disposition, reason, follow_up = RULES[outcome.ending]
+    if not task.should_dead_letter and outcome.ending in (Ending.FAILED, Ending.EXHAUSTED):
+        disposition = Disposition.COMPLETE
+    if not task.acks_late and outcome.ending not in (Ending.UNREGISTERED, Ending.UNDECODABLE):
+        disposition = Disposition.LEAVE
+    decision = Decision(disposition, reason, describe(outcome.error) if reason else "")
+    match follow_up:
+        case FollowUp.RETRY:
+            attempt = task.attempts.attempts + 1
+            delay = policy_in_force(task, outcome.error).get_delay_interval(attempt - 1)
+            return decision._replace(
+                follow_up=_retry_of(task, outcome.error), follow_up_id=retry_id(message_id, attempt), delay=delay
+            )
+        case FollowUp.ON_SUCCESS if (following := _successor(task, outcome.result)) is not None:
+            return decision._replace(follow_up=following, follow_up_id=continuation_id(message_id))
+        case FollowUp.ON_FAILURE if task.on_failure is not None:
+            following = _given(task.on_failure, lambda: failure_of(task, outcome))
+            return decision._replace(follow_up=following, follow_up_id=continuation_id(message_id))
+    return decision
+
+
+def reject(error: Exception) -> Decision:
+    """The decision in place of one whose follow-up can never be published."""
+    return Decision(Disposition.DEAD_LETTER, "FollowUpRejected", describe(error))
+
+
+def ending_of(task: Task, error: BaseException) -> Ending:
+    """How a run ended that raised."""
+    if not isinstance(error, RetryException):
+        return Ending.FAILED
+    again = task.attempts.attempts + 1 < policy_in_force(task, error).max_tries
+    return Ending.RETRY if again else Ending.EXHAUSTED
+
+
+def may_run(task: Task) -> bool:
+    """Whether a received task has a try left: one that was published with too few, or by another hand, may not."""
+    tries = task.policy.max_tries
+    if task.scheduled_policy is not None:
+        tries = max(tries, task.scheduled_policy.max_tries)
+    return task.attempts.attempts < tries
+
+
+def policy_in_force(task: Task, error: BaseException | None) -> RetryPolicy:
+    """The exception's policy, else the one given when scheduling, else the registration's."""
+    own = error.policy if isinstance(error, RetryException) else None
+    return own or task.scheduled_policy or task.policy
+
+
+def _retry_of(task: Task, error: BaseException | None) -> Task:
+    """The task with one attempt more. It carries the policy in force, by which a worker judges whether it may run."""
+    scheduled = task.scheduled_policy or task.policy
+    policy = policy_in_force(task, error)
+    return dataclasses.replace(
+        task,
+        attempts=RetryAttempts(task.attempts.attempts + 1),
+        policy=policy,
+        scheduled_policy=scheduled if policy != scheduled else None,
+    )
+
+
+def _successor(task: Task, result: Any) -> Task | None:
+    """The task to publish after a success: a returned task that was not published yet takes over."""
+    if isinstance(result, Task) and result.message_id is None:
+        return _taken_over(task, result)
+    return None if task.on_success is None else _given(task.on_success, lambda: result)
+
+
+def _taken_over(task: Task, returned: Task) -> Task:
+    """The returned workflow, followed by what would have followed the task that returned it."""
+    head = _replica(returned)
+    for step in _chain_of(head):
+        step.on_failure = step.on_failure or task.on_failure
+    _last(head).on_success = task.on_success
+    return head
+
+
+def _given(callback: Task, value: Callable[[], Any]) -> Task:
+    """The callback with the value as its first argument, where it takes one."""
+    if not callback.takes_result:
+        return callback
+    return dataclasses.replace(callback, args=[value(), *callback.args], takes_result=False)
+
+
+def failure_of(task: Task, outcome: Outcome) -> dict[str, Any]:
+    """What an `on_failure` callback made by `.s()` receives."""
+    error = outcome.error
+    ran = outcome.ending is not Ending.UNREGISTERED
+    return {
+        "task_id": task.task_id,
+        "function_name": task.function_name,
+        "error": type(error).__name__ if error is not None else "TaskFailureResult",
+        "message": _message_of(error) if error is not None else "",
+        "traceback": "".join(traceback.format_exception(error))[-MAX_DESCRIPTION_LENGTH:] if error is not None else "",
+        "attempts": task.attempts.attempts + ran,
+    }
+
+
+def describe(error: BaseException | None) -> str:
+    """An error in one readable text, short enough for a dead letter."""
+    if error is None:
+        return "The task returned TaskFailureResult."
+    return "".join(traceback.format_exception_only(error)).strip()[:MAX_DESCRIPTION_LENGTH]
+
+
+def _message_of(error: BaseException) -> str:
+    try:
+        return str(error)
+    except Exception as broken:  # an exception's own __str__ may fail
+        return f"<{type(error).__name__}: str() failed: {type(broken).__name__}>"
+
+
+_ID_NAMESPACE = uuid.UUID("5f6a1c1e-7b5c-5a53-9d0c-6d1f2f3c7b10")
+
+
+def continuation_id(message_id: str) -> str:
+    """The message id of what follows a message, success or failure alike: only one of the two can ever be enqueued."""
+    return str(uuid.uuid5(_ID_NAMESPACE, message_id))
+
+
+def retry_id(message_id: str, attempt: int) -> str:
+    """The message id of a task's nth retry: `<message id of the first try>:<attempt>`."""
+    first = message_id.removesuffix(f":{attempt - 1}") if attempt > 1 else message_id
+    retry = f"{first}:{attempt}"
+    return retry if len(retry) <= MAX_MESSAGE_ID_LENGTH else f"{continuation_id(first)}:{attempt}"
+
+
+# ======================================================================================================================
+# 6. Messages: what travels between the application and a bus
+# ======================================================================================================================
+
+
+class Outgoing(NamedTuple):
+    """A message to send. `due` is a Unix timestamp, None for at once."""
+
+    body: str | bytes
+    message_id: str
+    queue: str
+    due: float | None = None
+    application_properties: Mapping[str, str] = {}
+
+
+@dataclass(slots=True, eq=False)
+class Delivery:
+    """A message received under a lock. `delivery_count` is how often it had been delivered before."""
+
+    sequence_number: int
+    delivery_count: int
+    message_id: str | None
+    body: str | bytes
+    application_properties: Mapping[str, str]
+    locked_until: float
+    raw: Any = None
+    received: float = field(default_factory=time.monotonic)
+
+
+class Settlement(NamedTuple):
+    """What to do with a delivery, and the message to send before that, or with it."""
+
+    delivery: Delivery
+    disposition: Disposition
+    reason: str = ""
+    description: str = ""
+    follow_up: Outgoing | None = None
+
+
+class Rejection(NamedTuple):
+    """A settlement that did not happen."""
+
+    settlement: Settlement
+    error: Exception
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Message:
+    """A message as `peek` shows it, without a lock; names and meanings are those of the Azure SDK."""
+
+    body: str
+    message_id: str | None
+    sequence_number: int
+    delivery_count: int
+    enqueued_time_utc: datetime.datetime | None
+    scheduled_enqueue_time_utc: datetime.datetime | None
+    dead_letter_reason: str | None
+    dead_letter_error_description: str | None
+    application_properties: Mapping[str, str]
+
+
+class Receiver(Protocol):
+    """The receiving side of a bus: messages under locks, which it renews by itself until they are settled."""
+
+    async def receive(self, max_message_count: int, max_wait_time: float) -> list[Delivery]:
+        """Lock and return what is there, or what comes first within `max_wait_time` seconds.
+
+        A cancelled receive leaves nothing locked. A lost connection is waited out and is no error.
+        """
+        ...
+
+    def settle(self, settlements: Sequence[Settlement]) -> asyncio.Future[list[Rejection]]:
+        """Begin to settle, follow-ups first or together with it; gives those that were not settled, and why."""
+        ...
+
+    async def close(self) -> None:
+        """Stop renewing and let go of the connection. Messages that are still held stay locked."""
+        ...
+
+
+class ServiceBus(Protocol):
+    """What the application needs of a queue."""
+
+    queue_name: str
+    max_message_bytes: int
+    system: str
+    """OpenTelemetry's `messaging.system`."""
+
+    async def send(self, messages: Sequence[Outgoing]) -> list[int | None]:
+        """Send in order, in as few round trips as there can be; the sequence numbers where the bus tells them."""
+        ...
+
+    def size(self, message: Outgoing) -> int:
+        """The bytes of a message that count towards `max_message_bytes`."""
+        ...
+
+    async def open_receiver(self, on_lock_lost: Callable[[Delivery], None], max_renewal: float) -> Receiver:
+        """A receiver that works; ConfigurationError where that needs another setting.
+
+        Args:
+            on_lock_lost: called in the event loop when a delivery's lock is gone.
+            max_renewal: seconds after which a lock is renewed no more, and so counts as lost.
+        """
+        ...
+
+    async def peek(self, max_message_count: int = 100, dead_letter: bool = False) -> list[Message]:
+        """List messages without locking them."""
+        ...
+
+    async def cancel(self, sequence_number: int) -> None:
+        """Take back a scheduled message."""
+        ...
+
+    async def close(self) -> None:
+        """Let go of files and connections."""
+        ...
+
+
+# ======================================================================================================================
+# 7. Store: the embedded queue as SQL
+# ======================================================================================================================
+
+# A row is a message. `due` is when it can be received: when it was enqueued, when it is scheduled for, or, while it is
+# locked, when the lock runs out. So the query that receives is also what expires locks, by the same index, and those
+# come first. A delivery is told from an earlier one of the same message by its delivery count, which no two share: who
+# settles or renews names both numbers, and finds no row if another receiver has the message. The dead-letter queue is
+# a queue like any other, under Service Bus's own name for it.
+
+SCHEMA_VERSION = 1
+APPLICATION_ID = 0x424F494C  # "BOIL"
+LOCKED, READY, DEFERRED = 0, 1, 2
+DEAD_LETTER_SUFFIX = "/$DeadLetterQueue"
+
+SCHEMA = f"""
+    CREATE TABLE queue (
+        queue_id            INTEGER PRIMARY KEY,
+        name                TEXT NOT NULL UNIQUE,
+        max_delivery_count  INTEGER,
+        duplicate_detection REAL,
+        time_to_live        REAL
+    );
+    CREATE TABLE message (
+        sequence_number               INTEGER PRIMARY KEY AUTOINCREMENT,
+        queue_id                      INTEGER NOT NULL,
+        state                         INTEGER NOT NULL,
+        due                           REAL NOT NULL,
+        delivery_count                INTEGER NOT NULL DEFAULT 0,
+        enqueued_time                 REAL NOT NULL,
+        scheduled_enqueue_time        REAL,
+        expires                       REAL,
+        message_id                    TEXT,
+        body                          NOT NULL,
+        application_properties        TEXT,
+        dead_letter_reason            TEXT,
+        dead_letter_error_description TEXT
+    );
+    CREATE INDEX message_due ON message (queue_id, state, due);
+    CREATE TABLE duplicate (
+        queue_id        INTEGER NOT NULL,
+        message_id      TEXT NOT NULL,
+        expires         REAL NOT NULL,
+        sequence_number INTEGER NOT NULL,
+        PRIMARY KEY (queue_id, message_id)
+    ) WITHOUT ROWID;
+    CREATE INDEX duplicate_expires ON duplicate (queue_id, expires);
+    PRAGMA application_id = {APPLICATION_ID};
+    PRAGMA user_version = {SCHEMA_VERSION};
+"""
+
+
+class QueueSettings(NamedTuple):
+    """The properties of a queue, in seconds, None for off."""
+
+    max_delivery_count: int | None = 10
+    duplicate_detection: float | None = None
+    time_to_live: float | None = None
+
+
+class Store:
+    """Queues in one SQLite file. The methods are statements, to be run inside `transaction()`.
+
+    One connection, one transaction at a time, from any thread.
+
+    Raises:
+        ConfigurationError: the path cannot hold a queue, and will not by waiting.
+        ServiceBusUnavailable: the file is locked for too long, the disk is full, or failed.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self._mutex = threading.Lock()
+        self._queues: dict[str, tuple[int, QueueSettings]] = {}
+        with _explained(path):
+            self._connection = connect(path)
+            try:
+                self._prepare()
+            except BaseException:
+                self._connection.close()
+                raise
+
+    def close(self) -> None:
+        with self._mutex:
+            self._connection.close()
+
+    def _prepare(self) -> None:
+        """Make sure that the file is ours before changing anything about it."""
+        (tables,) = self._one("SELECT count(*) FROM sqlite_schema")
+        (application,) = self._one("PRAGMA application_id")
+        (version,) = self._one("PRAGMA user_version")
+        if tables and application != APPLICATION_ID:
+            raise ConfigurationError(f"{self.path} is the database of another program: choose another path.")
+        if version > SCHEMA_VERSION:
+            raise ConfigurationError(
+                f"{self.path} has schema version {version}, this boilermaker knows {SCHEMA_VERSION}: "
+                "it was written by a newer one. Update boilermaker, or choose another path."
+            )
+        mode = _patiently(lambda: self._one("PRAGMA journal_mode = WAL"))[0]
+        if mode != "wal" and self.path != ":memory:":
+            raise ConfigurationError(f"{self.path}: SQLite cannot keep a write-ahead log on this file system.")
+        with self.transaction():
+            if not self._one("SELECT count(*) FROM sqlite_schema")[0]:
+                for statement in SCHEMA.split(";")[:-1]:
+                    self._connection.execute(statement)
+
+    def _one(self, sql: str, parameters: Sequence[Any] = ()) -> tuple[Any, ...]:
+        row: tuple[Any, ...] = self._connection.execute(sql, parameters).fetchone()
+        return row
+
+    @contextlib.contextmanager
+    def transaction(self, wait: bool = True) -> Iterator[None]:
+        """A write transaction, committed at the end, rolled back on an error.
+
+        Args:
+            wait: for other threads and processes, up to LOCK_PATIENCE; else `sqlite3.OperationalError` at once.
+        """
+        if not self._mutex.acquire(blocking=wait):
+            raise sqlite3.OperationalError("database is locked")
+        try:
+            begin = functools.partial(self._connection.execute, "BEGIN IMMEDIATE")
+            _patiently(begin) if wait else begin()
+            try:
+                yield
+                self._connection.execute("COMMIT")
+            except BaseException:
+                if self._connection.in_transaction:
+                    self._connection.execute("ROLLBACK")
+                raise
+        finally:
+            self._mutex.release()
+
+    def attempt(self, works: Sequence[Callable[[], Any]]) -> list[Any]:
+        """Run statements in one transaction, without waiting; on any error nothing is done."""
+        with self.transaction(wait=False):
+            return [work() for work in works]
+
+    def insist(self, works: Sequence[Callable[[], Any]]) -> list[Any]:
+        """Run statements in one transaction, or, if one of them fails, each in its own; errors among the results."""
+        try:
+            with _explained(self.path), self.transaction():
+                return [work() for work in works]
+        except Exception as error:
+            if len(works) == 1 or isinstance(error, ServiceBusUnavailable):
+                return [error] * len(works)
+        return [result for work in works for result in self.insist([work])]
+
+    def changes(self) -> int:
+        """The rows changed so far by this connection."""
+        return self._connection.total_changes
+
+    def data_version(self) -> int:
+        """A number that differs when another connection has committed."""
+        with self._mutex:
+            version: int = self._one("PRAGMA data_version")[0]
+        return version
+
+    def open_queue(self, name: str, settings: QueueSettings) -> None:
+        """Create the queue, or give it other settings, in a transaction of its own."""
+        with self.transaction():
+            self._save_queue(name, settings)
+            opened = self._queue(name)
+        self._queues[name] = opened
+
+    def _save_queue(self, name: str, settings: QueueSettings) -> None:
+        self._connection.execute(
+            """
+            INSERT INTO queue (name, max_delivery_count, duplicate_detection, time_to_live)
+            VALUES            (?,    ?,                  ?,                   ?)
+            ON CONFLICT (name) DO UPDATE
+            SET max_delivery_count  = excluded.max_delivery_count,
+                duplicate_detection = excluded.duplicate_detection,
+                time_to_live        = excluded.time_to_live
+            """,
+            (name, *settings),
+        )
+
+    def _queue(self, name: str) -> tuple[int, QueueSettings]:
+        """The id and the settings of a queue; one that nobody opened yet is made."""
+        if name in self._queues:
+            return self._queues[name]
+        while (row := self._queue_row(name)) is None:
+            self._save_queue(name, QueueSettings(None) if name.endswith(DEAD_LETTER_SUFFIX) else QueueSettings())
+        return row[0], QueueSettings(*row[1:])
+
+    def _queue_row(self, name: str) -> tuple[Any, ...] | None:
+        return self._one(
+            """
+            SELECT queue_id, max_delivery_count, duplicate_detection, time_to_live
+            FROM   queue
+            WHERE  name = ?
+            """,
+            (name,),
+        )
+
+    def insert(self, messages: Sequence[Outgoing], now: float) -> list[int]:
+        """Enqueue messages; their sequence numbers. A duplicate is dropped, and gets the original's."""
+        numbers: list[int] = []
+        for queue, group in itertools.groupby(messages, key=lambda message: message.queue):
+            _, settings = self._queue(queue)
+            if settings.duplicate_detection is None:
+                numbers += self._insert_all(queue, list(group), now)
+            else:
+                numbers += [self._insert_once(queue, message, now) for message in group]
+        return numbers
+
+    def _insert_all(self, queue: str, messages: Sequence[Outgoing], now: float) -> range:
+        queue_id, settings = self._queue(queue)
+        self._connection.executemany(
+            """
+            INSERT INTO message (queue_id, state, due, enqueued_time, scheduled_enqueue_time, expires,
+                                 message_id, body, application_properties)
+            VALUES              (?,        ?,     ?,   ?,             ?,                      ?,
+                                 ?,          ?,    ?)
+            """,
+            [self._row(queue_id, settings.time_to_live, message, now) for message in messages],
+        )
+        (last,) = self._one("SELECT last_insert_rowid()")
+        return range(last - len(messages) + 1, last + 1)
+
+    @staticmethod
+    def _row(queue_id: int, time_to_live: float | None, message: Outgoing, now: float) -> tuple[Any, ...]:
+        scheduled = message.due if message.due is not None and message.due > now else None
+        enqueued = scheduled or now
+        expires = None if time_to_live is None else enqueued + time_to_live
+        properties = _to_json(message.application_properties) if message.application_properties else None
+        return queue_id, READY, enqueued, enqueued, scheduled, expires, message.message_id, message.body, properties
+
+    def _insert_once(self, queue: str, message: Outgoing, now: float) -> int:
+        """Enqueue a message unless its id was enqueued within the window of duplicate detection."""
+        queue_id, settings = self._queue(queue)
+        assert settings.duplicate_detection is not None
+        self._connection.execute("DELETE FROM duplicate WHERE queue_id = ? AND expires <= ?", (queue_id, now))
+        original = self._one(
+            "SELECT sequence_number FROM duplicate WHERE queue_id = ? AND message_id = ?",
+            (queue_id, message.message_id),
+        )
+        if original is not None:
+            return int(original[0])
+        (number,) = self._insert_all(queue, [message], now)
+        expires = now + settings.duplicate_detection
+        self._connection.execute(
+            "INSERT INTO duplicate (queue_id, message_id, expires, sequence_number) VALUES (?, ?, ?, ?)",
+            (queue_id, message.message_id, expires, number),
+        )
+        return number
+
+    def claim(self, queue: str, max_message_count: int, lock_duration: float, now: float) -> list[Delivery]:
+        """Lock what is due, expired locks first; what has outlived its settings goes to the dead-letter queue."""
+        queue_id, settings = self._queue(queue)
+        claimed: list[Delivery] = []
+        while (missing := max_message_count - len(claimed)) > 0:
+            rows = sorted(self._claim_rows(queue_id, missing, now + lock_duration, now))
+            kept = []
+            for number, count, message_id, body, properties, expires in rows:
+                delivery = Delivery(number, count, message_id, body, _properties(properties), now + lock_duration)
+                if not self._bury(queue, delivery, settings.max_delivery_count, expires, now):
+                    kept.append(delivery)
+            claimed += kept
+            if len(kept) == len(rows):
+                break
+        return claimed
+
+    def _bury(self, queue: str, delivery: Delivery, most: int | None, expires: float | None, now: float) -> bool:
+        """Dead-letter a message that may not be delivered any more; whether it was one."""
+        if expires is not None and expires <= now:
+            return self.dead_letter(queue, delivery, "TTLExpiredException", "Its time to live has passed.", now)
+        if most is not None and delivery.delivery_count >= most:
+            text = f"It was delivered {delivery.delivery_count} times and never settled."
+            return self.dead_letter(queue, delivery, "MaxDeliveryCountExceeded", text, now)
+        return False
+
+    def _claim_rows(self, queue_id: int, limit: int, locked_until: float, now: float) -> list[tuple[Any, ...]]:
+        return self._connection.execute(
+            """
+            UPDATE message
+            SET    state = 0, due = ?, delivery_count = delivery_count + 1
+            WHERE  sequence_number IN (
+                       SELECT   sequence_number
+                       FROM     message
+                       WHERE    queue_id = ? AND state IN (0, 1) AND due <= ?
+                       ORDER BY state, due
+                       LIMIT    ?
+                   )
+            RETURNING sequence_number, delivery_count - 1, message_id, body, application_properties, expires
+            """,
+            (locked_until, queue_id, now, limit),
+        ).fetchall()
+
+    def complete(self, deliveries: Sequence[Delivery]) -> int:
+        """Delete messages; how many of them were still held."""
+        return self._connection.executemany(
+            "DELETE FROM message WHERE sequence_number = ? AND delivery_count = ? AND state = 0",
+            [(delivery.sequence_number, delivery.delivery_count + 1) for delivery in deliveries],
+        ).rowcount
+
+    def exists(self, delivery: Delivery) -> bool:
+        """Whether the message is anywhere, whoever holds it."""
+        return self._one("SELECT 1 FROM message WHERE sequence_number = ?", (delivery.sequence_number,)) is not None
+
+    def abandon(self, delivery: Delivery) -> bool:
+        """Give a message back, to where it was in the queue; False if the lock was lost."""
+        return self._changed(
+            """
+            UPDATE message
+            SET    state = 1, due = enqueued_time
+            WHERE  sequence_number = ? AND delivery_count = ? AND state = 0
+            """,
+            (delivery.sequence_number, delivery.delivery_count + 1),
+        )
+
+    def renew(self, delivery: Delivery, lock_duration: float, now: float) -> bool:
+        """Lock a held message anew; False if the lock was lost."""
+        return self._changed(
+            "UPDATE message SET due = ? WHERE sequence_number = ? AND delivery_count = ? AND state = 0",
+            (now + lock_duration, delivery.sequence_number, delivery.delivery_count + 1),
+        )
+
+    def dead_letter(self, queue: str, delivery: Delivery, reason: str, description: str, now: float) -> bool:
+        """Move a held message to the queue's dead-letter queue; False if the lock was lost."""
+        queue_id, _ = self._queue(dead_letter_queue(queue))
+        return self._changed(
+            """
+            UPDATE message
+            SET    queue_id = ?, state = 1, due = ?, expires = NULL,
+                   dead_letter_reason = ?, dead_letter_error_description = ?
+            WHERE  sequence_number = ? AND delivery_count = ? AND state = 0
+            """,
+            (queue_id, now, reason, description, delivery.sequence_number, delivery.delivery_count + 1),
+        )
+
+    def _changed(self, sql: str, parameters: Sequence[Any]) -> bool:
+        return self._connection.execute(sql, parameters).rowcount == 1
+
+    def next_due(self, queue: str) -> float | None:
+        """When the next message can be received: it is scheduled for then, or its lock runs out."""
+        queue_id, _ = self._queue(queue)
+        dues = [
+            self._one("SELECT min(due) FROM message WHERE queue_id = ? AND state = ?", (queue_id, state))[0]
+            for state in (LOCKED, READY)
+        ]
+        return min((due for due in dues if due is not None), default=None)
+
+    def peek(self, queue: str, max_message_count: int) -> list[Message]:
+        """The messages that would be received first, locked and scheduled ones included, by sequence number."""
+        queue_id, _ = self._queue(queue)
+        rows = self._connection.execute(
+            """
+            SELECT   sequence_number, delivery_count, message_id, body, application_properties, enqueued_time,
+                     scheduled_enqueue_time, dead_letter_reason, dead_letter_error_description
+            FROM     message
+            WHERE    queue_id = ?
+            ORDER BY state, due
+            LIMIT    ?
+            """,
+            (queue_id, max_message_count),
+        )
+        return [_message_of_row(row) for row in sorted(rows)]
+
+    def cancel(self, queue: str, sequence_number: int, now: float) -> bool:
+        """Delete a message that is scheduled and not due yet; False if there is none."""
+        queue_id, _ = self._queue(queue)
+        return self._changed(
+            "DELETE FROM message WHERE sequence_number = ? AND queue_id = ? AND state = 1 AND due > ?",
+            (sequence_number, queue_id, now),
+        )
+
+
+def dead_letter_queue(queue: str) -> str:
+    """The path of a queue's dead-letter queue; that of a dead-letter queue is itself."""
+    return queue if queue.endswith(DEAD_LETTER_SUFFIX) else queue + DEAD_LETTER_SUFFIX
+
+
+def _properties(text: str | None) -> Mapping[str, str]:
+    properties: dict[str, str] = json.loads(text) if text else {}
+    return properties
+
+
+def _message_of_row(row: tuple[Any, ...]) -> Message:
+    number, count, message_id, body, properties, enqueued, scheduled, reason, description = row
+    return Message(
+        body=body if isinstance(body, str) else body.decode("utf-8", "replace"),
+        message_id=message_id,
+        sequence_number=number,
+        delivery_count=count,
+        enqueued_time_utc=_utc(enqueued),
+        scheduled_enqueue_time_utc=_utc(scheduled) if scheduled is not None else None,
+        dead_letter_reason=reason,
+        dead_letter_error_description=description,
+        application_properties=_properties(properties),
+    )
+
+
+def connect(path: str) -> sqlite3.Connection:
+    """A connection for short write transactions that never wait, and never checkpoint, by themselves."""
+    if sqlite3.sqlite_version_info < (3, 35):
+        raise ConfigurationError(f"SQLite {sqlite3.sqlite_version} is too old: boilermaker needs 3.35, for RETURNING.")
+    connection = sqlite3.connect(path, timeout=0, isolation_level=None, check_same_thread=False)
+    for pragma in ("synchronous = NORMAL", "wal_autocheckpoint = 0", "secure_delete = OFF", "cache_size = -16000"):
+        connection.execute(f"PRAGMA {pragma}")
+    return connection
+
+
+LOCK_PATIENCE = 30
+"""Seconds to wait for another process's transaction."""
+
+
+def _patiently(action: Callable[[], T]) -> T:
+    """Repeat an action that another process's lock may keep from happening."""
+    for _ in range(LOCK_PATIENCE * 1000):
+        try:
+            return action()
+        except sqlite3.OperationalError as error:
+            if not _is_locked(error):
+                raise
+            time.sleep(random.uniform(0.0005, 0.0015))
+    raise ServiceBusUnavailable(f"Another process has locked the queue file for over {LOCK_PATIENCE} s: is it stopped?")
+
+
+def _is_locked(error: sqlite3.Error) -> bool:
+    return getattr(error, "sqlite_errorcode", 0) & 0xFF in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
+
+
+_HOPELESS = {
+    sqlite3.SQLITE_NOTADB: "is not a SQLite database: choose another path",
+    sqlite3.SQLITE_CANTOPEN: "cannot be opened: the directory has to exist and be writable",
+    sqlite3.SQLITE_READONLY: "is read-only: the file and its directory have to be writable",
+    sqlite3.SQLITE_PERM: "may not be opened: check its permissions",
+    sqlite3.SQLITE_CORRUPT: "is damaged: restore it, or choose another path",
+}
+
+
+@contextlib.contextmanager
+def _explained(path: str) -> Iterator[None]:
+    """SQLite's errors as ours, naming the file and the way out."""
+    try:
+        yield
+    except sqlite3.Error as error:
+        code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+        if code in _HOPELESS:
+            raise ConfigurationError(f"{path} {_HOPELESS[code]} ({error}).") from error
+        if code == sqlite3.SQLITE_FULL:
+            raise ServiceBusUnavailable(f"{path}: the disk is full. Nothing was changed; free some space.") from error
+        raise ServiceBusUnavailable(f"{path}: {error}. Nothing was changed.") from error
+
+
+# ======================================================================================================================
+# 8. Local bus: group commit, waking up, lock renewal around the store
+# ======================================================================================================================
+
+# What coroutines ask for in one turn of the event loop becomes one transaction. A commit at `synchronous=NORMAL` only
+# writes to the operating system's cache, some 30 microseconds, so it runs in the event loop; one that would have to
+# wait, for another process or for a failing disk, is run again in a thread. A publish is answered after an fdatasync of
+# the write-ahead log in a thread: what `synchronous=FULL` does, but outside the lock and for many publishers at once.
+# Checkpoints, which write and sync the file itself, have a thread and a connection of their own.
+
+CHECKPOINT_ROWS = 20_000
+"""Changed rows between two checkpoints."""
+
+MAX_LOG_BYTES = 32 * 1024 * 1024
+"""The size from which a checkpoint empties the write-ahead log, for which writers have to wait a moment."""
+
+POLL_INTERVAL = 0.01
+"""Seconds between two looks at the file where the operating system does not tell of changes."""
+
+
+class QueueFile:
+    """A store, opened in this process, with what keeps it durable."""
+
+    def __init__(self, path: str, queue: str, settings: QueueSettings) -> None:
+        self.pid = os.getpid()
+        self.store = Store(path)
+        self.store.open_queue(queue, settings)
+        self.threads = ThreadPoolExecutor(3, thread_name_prefix="boilermaker")
+        self.log_path = None if path == ":memory:" else path + "-wal"
+        self._log = None if self.log_path is None else os.open(self.log_path, os.O_RDWR)
+        self._checkpointed = 0
+        self._checkpointing = threading.Lock()
+
+    def sync(self) -> None:
+        """Wait until all that is committed is on the disk."""
+        if self._log is not None:
+            getattr(os, "fdatasync", os.fsync)(self._log)
+
+    def checkpoint_soon(self) -> None:
+        """Let a thread move the log's content to the file when there is much of it."""
+        if self._log is None or self.store.changes() - self._checkpointed < CHECKPOINT_ROWS:
+            return
+        if self._checkpointing.acquire(blocking=False):
+            self._checkpointed = self.store.changes()
+            self.threads.submit(self._checkpoint)
+
+    def _checkpoint(self) -> None:
+        """Copy without hindering anybody; then, where the log has grown long, what is left under the lock."""
+        assert self._log is not None
+        try:
+            with contextlib.closing(connect(self.store.path)) as connection:
+                connection.execute("PRAGMA wal_checkpoint(PASSIVE)")
+                if os.fstat(self._log).st_size > MAX_LOG_BYTES:
+                    connection.execute("PRAGMA busy_timeout = 1000")
+                    connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        except sqlite3.Error as error:
+            logger.warning("Checkpoint of %s failed, the next will try again: %s", self.store.path, error)
+        finally:
+            self._checkpointing.release()
+
+    def close(self) -> None:
+        self.threads.shutdown(wait=True)
+        self.store.close()
+        if self._log is not None:
+            os.close(self._log)
+
+
+class _Request(NamedTuple):
+    work: Callable[[], Any]
+    future: asyncio.Future[Any]
+    durable: bool
+
+
+class GroupCommit:
+    """The transactions of one event loop on a queue file."""
+
+    def __init__(self, file: QueueFile) -> None:
+        self.file = file
+        self.listeners: set[Callable[[], None]] = set()
+        self._requests: list[_Request] = []
+        self._unsynced: list[tuple[asyncio.Future[Any], Any]] = []
+        self._flushing = False
+        self._syncing = False
+
+    def submit(self, work: Callable[[], T], durable: bool = False) -> asyncio.Future[T]:
+        """Run statements in the next transaction.
+
+        Args:
+            work: the statements; run again from the start if the transaction has to be.
+            durable: answer when the transaction is on the disk, not when it is committed.
+        """
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[T] = loop.create_future()
+        self._requests.append(_Request(work, future, durable))
+        if not self._flushing:
+            self._flushing = True
+            loop.call_soon(self._flush)
+        return future
+
+    def _flush(self) -> None:
+        requests = [request for request in self._requests if not request.future.done()]
+        self._requests.clear()
+        works = [request.work for request in requests]
+        try:
+            results = self.file.store.attempt(works)
+        except Exception:  # whatever it is, the thread meets it again, and has the time to deal with it
+            thread = asyncio.get_running_loop().run_in_executor(self.file.threads, self.file.store.insist, works)
+            thread.add_done_callback(functools.partial(self._thread_done, requests))
+        else:
+            self._flushing = False
+            self._answer(requests, results)
+
+    def _thread_done(self, requests: Sequence[_Request], thread: asyncio.Future[list[Any]]) -> None:
+        self._flushing = bool(self._requests)
+        if self._requests:
+            asyncio.get_running_loop().call_soon(self._flush)
+        self._answer(requests, thread.result())
+
+    def _answer(self, requests: Sequence[_Request], results: Sequence[Any]) -> None:
+        for request, result in zip(requests, results, strict=True):
+            if request.durable and not isinstance(result, Exception):
+                self._unsynced.append((request.future, result))
+            else:
+                _resolve(request.future, result)
+        if self._unsynced and not self._syncing:
+            self._sync()
+        for listener in list(self.listeners):
+            listener()
+        self.file.checkpoint_soon()
+
+    def _sync(self) -> None:
+        waiting, self._unsynced = self._unsynced, []
+        self._syncing = True
+        thread = asyncio.get_running_loop().run_in_executor(self.file.threads, self.file.sync)
+        thread.add_done_callback(functools.partial(self._synced, waiting))
+
+    def _synced(self, waiting: Sequence[tuple[asyncio.Future[Any], Any]], thread: asyncio.Future[None]) -> None:
+        self._syncing = False
+        error = thread.exception()
+        failure = error and ServiceBusUnavailable(f"{self.file.store.path} could not be synced to the disk: {error}")
+        for future, result in waiting:
+            _resolve(future, failure or result)
+        if self._unsynced:
+            self._sync()
+
+
+def _resolve(future: asyncio.Future[Any], result: Any) -> None:
+    if future.done():
+        return
+    if isinstance(result, Exception):
+        future.set_exception(result)
+    else:
+        future.set_result(result)
+
+
+class LocalServiceBus:
+    """A durable queue in a SQLite file, for as many processes of one machine as like to open it.
+
+    It has Service Bus's semantics: peek-lock with expiry and renewal, delivery count, scheduled messages, time to live,
+    dead-letter queue, duplicate detection, size limit, several queues in one file. The settings belong to the queue:
+    the last to open it decides. The file is opened at the first use, and must be on a local disk.
+
+    Args:
+        path: the file, made where there is none; ":memory:" for a queue that ends with the process.
+        queue_name: the queue in the file.
+        lock_duration: seconds before an unsettled message is delivered again, unless its lock is renewed.
+        max_delivery_count: deliveries before a message is dead-lettered, None for no limit.
+        duplicate_detection: seconds in which a second message of the same id is dropped, None for off.
+        time_to_live: seconds before a message that nobody received is dead-lettered, None for never.
+        max_message_bytes: the size limit of a message body.
+
+    Raises:
+        ConfigurationError: an argument is out of range; at the first use, the file cannot hold a queue.
+        ServiceBusUnavailable: at use, the disk is full or the file locked for long. Nothing was changed then.
+    """
+
+    system = "boilermaker"
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str] = ":memory:",
+        queue_name: str = "tasks",
+        *,
+        lock_duration: float = 10,
+        max_delivery_count: int | None = 10,
+        duplicate_detection: float | None = None,
+        time_to_live: float | None = None,
+        max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
+    ) -> None:
+        self.path = os.fspath(path)
+        self.queue_name = _checked_queue_name(queue_name)
+        self.lock_duration = _positive("lock_duration", lock_duration)
+        self.max_message_bytes = int(_positive("max_message_bytes", max_message_bytes))
+        self._settings = QueueSettings(
+            max_delivery_count
+            if max_delivery_count is None
+            else int(_positive("max_delivery_count", max_delivery_count)),
+            duplicate_detection
+            if duplicate_detection is None
+            else _positive("duplicate_detection", duplicate_detection),
+            time_to_live if time_to_live is None else _positive("time_to_live", time_to_live),
+        )
+        self._file: QueueFile | None = None
+        self._opening = threading.Lock()
+        self._commits: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, GroupCommit] = weakref.WeakKeyDictionary()
+
+    def __repr__(self) -> str:
+        return f"LocalServiceBus({self.path!r}, {self.queue_name!r})"
+
+    async def send(self, messages: Sequence[Outgoing]) -> list[int | None]:
+        commit = await self._commit()
+        return await commit.submit(lambda: list(commit.file.store.insert(messages, time.time())), durable=True)
+
+    def size(self, message: Outgoing) -> int:
+        return len(message.body)
+
+    async def peek(self, max_message_count: int = 100, dead_letter: bool = False) -> list[Message]:
+        """List messages without locking them: those that would be received first, locked and scheduled ones too."""
+        commit = await self._commit()
+        queue = dead_letter_queue(self.queue_name) if dead_letter else self.queue_name
+        return await commit.submit(lambda: commit.file.store.peek(queue, max_message_count))
+
+    async def cancel(self, sequence_number: int) -> None:
+        """Take back a scheduled message.
+
+        Raises:
+            MessageNotFound: none is waiting under that number; it may be due already.
+        """
+        commit = await self._commit()
+        store = commit.file.store
+        if not await commit.submit(lambda: store.cancel(self.queue_name, sequence_number, time.time()), durable=True):
+            raise MessageNotFound(f"{self.queue_name} has no scheduled message with sequence number {sequence_number}.")
+
+    async def open_receiver(self, on_lock_lost: Callable[[Delivery], None], max_renewal: float) -> LocalReceiver:
+        return LocalReceiver(self, await self._commit(), on_lock_lost, max_renewal)
+
+    async def close(self) -> None:
+        """Close the file. The bus opens it again if it is used again."""
+        file, self._file = self._file, None
+        self._commits.clear()
+        if file is not None and file.pid == os.getpid():
+            await asyncio.to_thread(file.close)
+
+    async def _commit(self) -> GroupCommit:
+        """This event loop's transactions, on the file as this process has it open."""
+        loop = asyncio.get_running_loop()
+        commit = self._commits.get(loop)
+        if commit is None or commit.file is not self._file or commit.file.pid != os.getpid():
+            commit = self._commits[loop] = GroupCommit(await asyncio.to_thread(self._open))
+        return commit
+
+    def _open(self) -> QueueFile:
+        """Open the file, anew after a fork: a connection must not be shared, nor closed, by a child."""
+        with self._opening:
+            if self._file is None or self._file.pid != os.getpid():
+                _inherited.append(self._file)
+                self._file = QueueFile(self.path, self.queue_name, self._settings)
+            return self._file
+
+
+_inherited: list[QueueFile | None] = []
+
+
+def _positive(name: str, value: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= MAX_SECONDS:
+        raise ConfigurationError(f"{name}={value!r} must be a number over 0, up to {MAX_SECONDS}.")
+    return value
+
+
+def _checked_queue_name(name: object) -> str:
+    """A queue's name, by the rules of Service Bus: https://learn.microsoft.com/rest/api/servicebus/queues."""
+    if not isinstance(name, str) or not re.fullmatch(
+        r"[A-Za-z0-9]([\w./~-]{0,258}[A-Za-z0-9_])?(/\$DeadLetterQueue)?", name
+    ):
+        raise ConfigurationError(
+            f"queue name {name!r} must be 1 to 260 letters, digits, '.', '-', '_' and '/', "
+            "beginning and ending with a letter or digit."
+        )
+    return name
+
+
+class LocalReceiver:
+    """Receives from a `LocalServiceBus`, and keeps the locks of what it received."""
+
+    def __init__(
+        self,
+        bus: LocalServiceBus,
+        commit: GroupCommit,
+        on_lock_lost: Callable[[Delivery], None],
+        max_renewal: float,
+    ) -> None:
+        self._queue = bus.queue_name
+        self._lock_duration = bus.lock_duration
+        self._commit = commit
+        self._store = commit.file.store
+        self._on_lock_lost = on_lock_lost
+        self._max_renewal = max_renewal
+        self._held: dict[int, Delivery] = {}
+        self._closed = threading.Event()
+        self._loop = asyncio.get_running_loop()
+        self._watcher = FileWatcher(commit.file.log_path, self._store)
+        self._renewer = threading.Thread(target=self._keep_locks, name="boilermaker-locks", daemon=True)
+        self._renewer.start()
+
+    async def receive(self, max_message_count: int, max_wait_time: float) -> list[Delivery]:
+        deliveries, _ = await self._claim(max_message_count)
+        if deliveries or max_wait_time <= 0:
+            return deliveries
+        deadline = self._loop.time() + max_wait_time
+        changed = asyncio.Event()
+        with self._watching(changed.set):
+            while True:
+                changed.clear()
+                deliveries, next_due = await self._claim(max_message_count)
+                remaining = deadline - self._loop.time()
+                if deliveries or remaining <= 0:
+                    return deliveries
+                if next_due is not None:
+                    remaining = min(remaining, max(next_due - time.time(), 0.001))
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(changed.wait(), remaining)
+
+    async def _claim(self, max_message_count: int) -> tuple[list[Delivery], float | None]:
+        """Lock messages; none, and when to look again. What a cancelled claim locked is given back."""
+        claim = self._commit.submit(functools.partial(self._claim_now, max_message_count))
+        try:
+            deliveries, next_due = await asyncio.shield(claim)
+        except asyncio.CancelledError:
+            deliveries, _ = await claim
+            await self.settle([Settlement(delivery, Disposition.ABANDON) for delivery in deliveries])
+            raise
+        for delivery in deliveries:
+            self._held[delivery.sequence_number] = delivery
+        return deliveries, next_due
+
+    def _claim_now(self, max_message_count: int) -> tuple[list[Delivery], float | None]:
+        deliveries = self._store.claim(self._queue, max_message_count, self._lock_duration, time.time())
+        return deliveries, None if deliveries else self._store.next_due(self._queue)
+
+    @contextlib.contextmanager
+    def _watching(self, changed: Callable[[], None]) -> Iterator[None]:
+        """Hear of commits: this loop's own from the group commit, other processes' from the file."""
+        self._commit.listeners.add(changed)
+        self._watcher.start(changed)
+        try:
+            yield
+        finally:
+            self._watcher.stop()
+            self._commit.listeners.discard(changed)
+
+    def settle(self, settlements: Sequence[Settlement]) -> asyncio.Future[list[Rejection]]:
+        for settlement in settlements:
+            self._held.pop(settlement.delivery.sequence_number, None)
+        return self._commit.submit(functools.partial(self._settle_now, settlements))
+
+    def _settle_now(self, settlements: Sequence[Settlement]) -> list[Rejection]:
+        """All in the one transaction; those that only delete, together."""
+        now = time.time()
+        plain: list[Settlement] = []
+        others: list[Settlement] = []
+        for one in settlements:
+            only_deletes = one.disposition is Disposition.COMPLETE and one.follow_up is None
+            (plain if only_deletes else others).append(one)
+        lost = [one for one in others if not self._settle_one(one, now)]
+        if plain and self._store.complete([one.delivery for one in plain]) < len(plain):
+            lost += [one for one in plain if self._store.exists(one.delivery)]
+        return [Rejection(one, MessageLockLost("another receiver has the message")) for one in lost]
+
+    def _settle_one(self, settlement: Settlement, now: float) -> bool:
+        """Settle and publish what follows, unless the lock was lost."""
+        delivery, disposition, reason, description, follow_up = settlement
+        match disposition:
+            case Disposition.COMPLETE:
+                settled = self._store.complete([delivery]) == 1
+            case Disposition.DEAD_LETTER:
+                settled = self._store.dead_letter(self._queue, delivery, reason, description, now)
+            case Disposition.ABANDON:
+                settled = self._store.abandon(delivery)
+            case Disposition.LEAVE:
+                settled = True
+        if settled and follow_up is not None:
+            self._store.insert([follow_up], now)
+        return settled
+
+    def _keep_locks(self) -> None:
+        """Renew in a thread, so that a task which blocks the event loop keeps its lock."""
+        while not self._closed.wait(self._lock_duration / 2):
+            try:
+                lost = self._renew(list(self._held.values()))
+            except Exception as error:
+                logger.warning("Renewing the locks of %s failed, will try again: %s", self._queue, error)
+                continue
+            with contextlib.suppress(RuntimeError):  # the event loop is closed
+                for delivery in lost:
+                    self._loop.call_soon_threadsafe(self._lose, delivery)
+
+    def _renew(self, held: Sequence[Delivery]) -> list[Delivery]:
+        """Renew locks; those that are lost, or were renewed for long enough."""
+        now = time.time()
+        latest = time.monotonic() - self._max_renewal
+        if not held:
+            return []
+        with _explained(self._store.path), self._store.transaction():
+            return [d for d in held if d.received < latest or not self._store.renew(d, self._lock_duration, now)]
+
+    def _lose(self, delivery: Delivery) -> None:
+        if self._held.get(delivery.sequence_number) is delivery:
+            del self._held[delivery.sequence_number]
+            self._on_lock_lost(delivery)
+
+    async def close(self) -> None:
+        self._closed.set()
+        await asyncio.to_thread(self._renewer.join)
+        self._watcher.close()
+
+
+class FileWatcher:
+    """Calls back in the event loop when another connection may have committed.
+
+    Linux tells by inotify, within a fraction of a millisecond and without costing anything in between; elsewhere the
+    file's change counter is read every POLL_INTERVAL. The callback may come without a change.
+    """
+
+    def __init__(self, log_path: str | None, store: Store) -> None:
+        self._store = store
+        self._inotify = None if log_path is None else _inotify(log_path)
+        self._polls = log_path is not None and self._inotify is None
+        self._changed: Callable[[], None] = lambda: None
+        self._poll_handle: asyncio.TimerHandle | None = None
+        self._version = 0
+
+    def start(self, changed: Callable[[], None]) -> None:
+        self._changed = changed
+        if self._inotify is not None:
+            asyncio.get_running_loop().add_reader(self._inotify, self._written)
+        elif self._polls:
+            self._version = self._store.data_version()
+            self._poll()
+
+    def stop(self) -> None:
+        if self._inotify is not None:
+            asyncio.get_running_loop().remove_reader(self._inotify)
+        if self._poll_handle is not None:
+            self._poll_handle.cancel()
+
+    def close(self) -> None:
+        if self._inotify is not None:
+            os.close(self._inotify)
+
+    def _written(self) -> None:
+        assert self._inotify is not None
+        with contextlib.suppress(BlockingIOError):
+            os.read(self._inotify, 65536)
+        self._changed()
+
+    def _poll(self) -> None:
+        self._poll_handle = asyncio.get_running_loop().call_later(POLL_INTERVAL, self._poll)
+        version = self._store.data_version()
+        if version != self._version:
+            self._version = version
+            self._changed()
+
+
+def _inotify(path: str) -> int | None:
+    """A descriptor that is readable when the file was written to; None where the system has no such thing."""
+    if not sys.platform.startswith("linux"):
+        return None
+    import ctypes
+
+    modified = 0x2  # IN_MODIFY, see inotify(7)
+    try:
+        libc = ctypes.CDLL(None, use_errno=True)
+        descriptor: int = libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
+        if descriptor >= 0 and libc.inotify_add_watch(descriptor, os.fsencode(path), modified) >= 0:
+            return descriptor
+    except (OSError, AttributeError):
+        return None
+    if descriptor >= 0:
+        os.close(descriptor)
+    return None
+
+
+# ======================================================================================================================
+# 9. Azure bus: the same protocol over azure-servicebus
+# ======================================================================================================================
+
+# The SDK's senders and receivers ask for some care, see the comments at each class. Everything that is retried here is
+# retried after the SDK's own retries (three, with exponential backoff) have given up.
+
+AZURE_PACKAGES = "azure-servicebus azure-identity"
+SOCKET_TIMEOUT = 0.02
+"""Seconds for which a coroutine that reads keeps others from settling on the same receiver; the SDK's own is 0.2."""
+
+BATCH_WAIT = 0.02
+"""Seconds to wait for the rest of a batch: the SDK's own wait, 0.2, would hold back a lone message for so long."""
+
+ATTEMPT_TIMEOUT = 30
+"""Seconds for one attempt to send, to renew or to open a link."""
+
+MAX_BACKOFF = 30
+"""Seconds between two attempts to reconnect, at most."""
+
+
+def _default_credential(include_msi: bool) -> Any:
+    """The synchronous credential: the asynchronous one needs aiohttp, which azure-identity does not install."""
+    try:
+        from azure.identity import DefaultAzureCredential
+    except ImportError as error:
+        raise ConfigurationError(f"Azure needs more packages: pip install {AZURE_PACKAGES}.") from error
+    return DefaultAzureCredential(exclude_managed_identity_credential=not include_msi)
+
+
+@dataclass(kw_only=True)
+class Config:
+    """Where the Azure queue is, and who asks; what is not given comes from the environment.
+
+    Args:
+        service_bus_namespace_url: the namespace, as a host name or a URL; from SERVICE_BUS_NAMESPACE_URL or
+            SERVICEBUS_FULLY_QUALIFIED_NAMESPACE.
+        service_bus_queue_name: the queue; from SERVICE_BUS_QUEUE_NAME or SERVICEBUS_QUEUE_NAME, or the connection
+            string's EntityPath.
+        service_bus_connection_string: instead of namespace and credential; from SERVICEBUS_CONNECTION_STRING.
+        service_bus_credential: a credential of azure-identity or azure-core, or a function that makes one.
+        azure_credential_include_msi: let the default credential try managed identity, which outside of Azure waits
+            for an address that never answers; from AZURE_CREDENTIAL_INCLUDE_MSI.
+
+    Raises:
+        ConfigurationError: names what is missing or cannot be read.
+    """
+
+    service_bus_namespace_url: str | None = None
+    service_bus_queue_name: str | None = None
+    service_bus_connection_string: str | None = field(default=None, repr=False)
+    service_bus_credential: Any = field(default=None, repr=False)
+    azure_credential_include_msi: bool | None = None
+
+    def __post_init__(self) -> None:
+        self.service_bus_connection_string = self.service_bus_connection_string or _env("SERVICEBUS_CONNECTION_STRING")
+        self.service_bus_namespace_url = self.service_bus_namespace_url or _env(
+            "SERVICE_BUS_NAMESPACE_URL", "SERVICEBUS_FULLY_QUALIFIED_NAMESPACE"
+        )
+        self.service_bus_queue_name = (
+            self.service_bus_queue_name
+            or _env("SERVICE_BUS_QUEUE_NAME", "SERVICEBUS_QUEUE_NAME")
+            or _connection_setting(self.service_bus_connection_string or "", "EntityPath")
+        )
+        if self.azure_credential_include_msi is None:
+            self.azure_credential_include_msi = _env_flag("AZURE_CREDENTIAL_INCLUDE_MSI")
+        self._check()
+
+    def _check(self) -> None:
+        if not self.service_bus_namespace_url and not self.service_bus_connection_string:
+            raise ConfigurationError(
+                "The Service Bus namespace is missing: pass service_bus_namespace_url, or set "
+                "SERVICE_BUS_NAMESPACE_URL, SERVICEBUS_FULLY_QUALIFIED_NAMESPACE or SERVICEBUS_CONNECTION_STRING."
+            )
+        if not self.service_bus_queue_name:
+            raise ConfigurationError(
+                "The queue is missing: pass service_bus_queue_name, "
+                "or set SERVICE_BUS_QUEUE_NAME or SERVICEBUS_QUEUE_NAME."
+            )
+
+    def az_credential(self) -> Any:
+        """The credential that was given, or azure-identity's default one."""
+        return self.service_bus_credential or _default_credential(bool(self.azure_credential_include_msi))
+
+
+def _env(*names: str) -> str | None:
+    return next((value for name in names if (value := os.environ.get(name))), None)
+
+
+def _env_flag(name: str) -> bool:
+    value = os.environ.get(name, "").strip().lower()
+    if value not in ("", "0", "false", "no", "off", "1", "true", "yes", "on"):
+        raise ConfigurationError(f"{name}={value!r} must be true or false.")
+    return value in ("1", "true", "yes", "on")
+
+
+def _connection_setting(connection_string: str, name: str) -> str | None:
+    """One setting of a connection string."""
+    pairs = [part.split("=", 1) for part in connection_string.split(";") if "=" in part]
+    return next((value.strip() for key, value in pairs if key.strip().lower() == name.lower()), None)
+
+
+def _namespace_of(url: object) -> str:
+    """The host of a namespace, given as `host`, `sb://host` or `https://host:443/`."""
+    match = (
+        re.fullmatch(r"(?:[a-z]+://)?([A-Za-z0-9][A-Za-z0-9.-]*)(?::\d+)?/*", url.strip())
+        if isinstance(url, str)
+        else None
+    )
+    if match is None:
+        raise ConfigurationError(
+            f"namespace {url!r} must be a host such as 'example.servicebus.windows.net', or its URL."
+        )
+    return match[1]
+
+
+class AzureServiceBus:
+    """A queue of Azure Service Bus.
+
+    The queue is made outside of this module. Its lock duration, maximum delivery count, time to live and duplicate
+    detection are those it was made with; with duplicate detection, no follow-up is enqueued twice.
+
+    Args:
+        namespace_url: `example.servicebus.windows.net`, or its URL.
+        queue_name: the queue.
+        credential: of azure-identity or azure-core, synchronous or not, or a function that makes one;
+            `DefaultAzureCredential` without managed identity if None.
+        max_message_bytes: the size limit of a message: 262,144 on Standard, up to 100 MB on Premium.
+
+    Raises:
+        ConfigurationError: an argument is wrong, or a package is missing.
+    """
+
+    system = "servicebus"
+
+    def __init__(
+        self,
+        namespace_url: str,
+        queue_name: str,
+        credential: Any = None,
+        *,
+        max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
+    ) -> None:
+        self.namespace = _namespace_of(namespace_url)
+        self.queue_name = _checked_queue_name(queue_name)
+        self.max_message_bytes = int(_positive("max_message_bytes", max_message_bytes))
+        self._make_client = functools.partial(_client_of, self.namespace, credential)
+        self._client: ServiceBusClient | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._senders: dict[str, AzureSender] = {}
+        _import_azure()
+
+    @classmethod
+    def from_config(cls, config: Config) -> AzureServiceBus:
+        """The bus of a `Config`: by its connection string where it has one, else by namespace and credential."""
+        queue = config.service_bus_queue_name or ""
+        if config.service_bus_connection_string:
+            return cls.from_connection_string(config.service_bus_connection_string, queue)
+        return cls(config.service_bus_namespace_url or "", queue, config.az_credential)
+
+    @classmethod
+    def from_connection_string(
+        cls, conn_str: str, queue_name: str, *, max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES
+    ) -> AzureServiceBus:
+        """The bus of a connection string, as the Azure portal shows it under "Shared access policies"."""
+        endpoint = _connection_setting(conn_str, "Endpoint")
+        if not endpoint:
+            raise ConfigurationError("The connection string has no Endpoint: it begins with 'Endpoint=sb://...'.")
+        bus = cls(endpoint, queue_name, max_message_bytes=max_message_bytes)
+        bus._make_client = functools.partial(_client_of_connection_string, conn_str)
+        return bus
+
+    def __repr__(self) -> str:
+        return f"AzureServiceBus({self.namespace!r}, {self.queue_name!r})"
+
+    def client(self) -> ServiceBusClient:
+        """The SDK's client, one for each event loop."""
+        loop = asyncio.get_running_loop()
+        if self._client is None or self._loop is not loop:
+            self._client, self._loop, self._senders = self._make_client(), loop, {}
+        return self._client
+
+    async def send(self, messages: Sequence[Outgoing]) -> list[int | None]:
+        numbers: list[int | None] = []
+        for queue, group in itertools.groupby(messages, key=lambda message: message.queue):
+            numbers += await self._sender(queue).send(list(group))
+        return numbers
+
+    def _sender(self, queue: str) -> AzureSender:
+        client = self.client()
+        if queue not in self._senders:
+            self._senders[queue] = AzureSender(self, client, queue)
+        return self._senders[queue]
+
+    def size(self, message: Outgoing) -> int:
+        """The body, the ids and properties, and 512 bytes for what AMQP adds to them."""
+        properties = sum(len(key) + len(value) for key, value in message.application_properties.items())
+        return len(message.body) + len(message.message_id) + properties + 512
+
+    async def open_receiver(self, on_lock_lost: Callable[[Delivery], None], max_renewal: float) -> AzureReceiver:
+        receiver = AzureReceiver(self, on_lock_lost, max_renewal)
+        await receiver.open()
+        return receiver
+
+    def sdk_receiver(self, **options: Any) -> ServiceBusReceiver:
+        return self.client().get_queue_receiver(self.queue_name, socket_timeout=SOCKET_TIMEOUT, **options)
+
+    async def peek(self, max_message_count: int = 100, dead_letter: bool = False) -> list[Message]:
+        """List messages without locking them, by sequence number: locked, scheduled and deferred ones too."""
+        messages: list[Message] = []
+        with self.explained():
+            async with self.sdk_receiver(**({"sub_queue": "deadletter"} if dead_letter else {})) as receiver:
+                while (missing := max_message_count - len(messages)) > 0:
+                    start = messages[-1].sequence_number + 1 if messages else 1
+                    batch = await receiver.peek_messages(missing, sequence_number=start, timeout=ATTEMPT_TIMEOUT)
+                    messages += [_message_of_sdk(raw) for raw in batch]
+                    if not batch:
+                        break
+        return messages
+
+    async def cancel(self, sequence_number: int) -> None:
+        """Take back a scheduled message.
+
+        Raises:
+            MessageNotFound: none is waiting under that number; it may be due already.
+        """
+        with self.explained():
+            await self._sender(self.queue_name).cancel(sequence_number)
+
+    async def close(self) -> None:
+        """Close all connections. The bus opens new ones if it is used again."""
+        client, senders = self._client, self._senders
+        self._client, self._senders = None, {}
+        if client is not None and self._loop is asyncio.get_running_loop():
+            for sender in senders.values():
+                await sender.close()
+            await client.close()
+
+    @contextlib.contextmanager
+    def explained(self, queue: str | None = None) -> Iterator[None]:
+        """The SDK's errors as ours, naming the queue and the way out."""
+        try:
+            yield
+        except BoilermakerError:
+            raise
+        except Exception as error:
+            raise _azure_error(error, self.namespace, queue or self.queue_name) from error
+
+
+def _import_azure() -> Any:
+    try:
+        import azure.servicebus.aio
+    except ImportError as error:
+        raise ConfigurationError(f"AzureServiceBus needs more packages: pip install {AZURE_PACKAGES}.") from error
+    return azure.servicebus
+
+
+def _client_of(namespace: str, credential: Any) -> ServiceBusClient:
+    aio = _import_azure().aio
+    if credential is None:
+        credential = _default_credential(include_msi=False)
+    elif callable(credential) and not hasattr(credential, "get_token"):
+        credential = credential()
+    if hasattr(credential, "get_token") and not inspect.iscoroutinefunction(credential.get_token):
+        credential = ThreadedCredential(credential)
+    client: ServiceBusClient = aio.ServiceBusClient(namespace, credential, try_timeout=ATTEMPT_TIMEOUT)
+    return client
+
+
+def _client_of_connection_string(connection_string: str) -> ServiceBusClient:
+    aio = _import_azure().aio
+    try:
+        client: ServiceBusClient = aio.ServiceBusClient.from_connection_string(
+            connection_string, try_timeout=ATTEMPT_TIMEOUT
+        )
+    except ValueError as error:
+        raise ConfigurationError(f"The connection string cannot be read: {error}") from None
+    return client
+
+
+class ThreadedCredential:
+    """A synchronous credential, asked for tokens in a thread."""
+
+    def __init__(self, credential: Any) -> None:
+        self._credential = credential
+
+    async def get_token(self, *scopes: str, **options: Any) -> Any:
+        return await asyncio.to_thread(self._credential.get_token, *scopes, **options)
+
+    async def close(self) -> None:
+        await asyncio.to_thread(getattr(self._credential, "close", lambda: None))
+
+    async def __aenter__(self) -> ThreadedCredential:
+        return self
+
+    async def __aexit__(self, *exception: object) -> None:
+        await self.close()
+
+
+def _azure_error(error: Exception, namespace: str, queue: str) -> BoilermakerError:
+    """What an error of the SDK means for the caller."""
+    from azure.core.exceptions import ClientAuthenticationError
+    from azure.servicebus import exceptions
+
+    where = f"queue {queue!r} of {namespace}"
+    match error:
+        case exceptions.MessageLockLostError() | exceptions.MessageAlreadySettled():
+            return MessageLockLost(f"the lock ran out, or the answer to an earlier attempt was lost: {error}")
+        case exceptions.MessageNotFoundError():
+            return MessageNotFound(f"{where} has no such scheduled message: {error}")
+        case exceptions.MessageSizeExceededError():
+            return MessageTooLarge(f"{where} refused a message as too large: {error}")
+        case exceptions.MessagingEntityNotFoundError():
+            return ConfigurationError(f"There is no {where}: create it, or correct SERVICE_BUS_QUEUE_NAME. {error}")
+        case exceptions.ServiceBusAuthenticationError() | exceptions.ServiceBusAuthorizationError():
+            return ConfigurationError(
+                f"Access to {where} was refused: check the key, or give the identity the roles "
+                f"'Azure Service Bus Data Sender' and 'Azure Service Bus Data Receiver'. {error}"
+            )
+        case ClientAuthenticationError():
+            return ConfigurationError(
+                f"There is no usable credential for {where}: run `az login`, or pass one. {error}"
+            )
+    return ServiceBusUnavailable(f"{where}: {type(error).__name__}: {error}")
+
+
+def _message_of_sdk(raw: ServiceBusReceivedMessage) -> Message:
+    body = _body_of(raw)
+    return Message(
+        body=body if isinstance(body, str) else body.decode("utf-8", "replace"),
+        message_id=raw.message_id,
+        sequence_number=raw.sequence_number or 0,
+        delivery_count=raw.delivery_count or 0,
+        enqueued_time_utc=raw.enqueued_time_utc,
+        scheduled_enqueue_time_utc=raw.scheduled_enqueue_time_utc,
+        dead_letter_reason=raw.dead_letter_reason,
+        dead_letter_error_description=raw.dead_letter_error_description,
+        application_properties=_properties_of(raw),
+    )
+
+
+def _body_of(raw: ServiceBusReceivedMessage) -> str | bytes:
+    """The bytes of a message's data sections; for other kinds of AMQP body, their text."""
+    body = raw.body
+    if isinstance(body, (str, bytes)):
+        return body
+    try:
+        return b"".join(body)
+    except TypeError:
+        return str(raw)
+
+
+def _properties_of(raw: ServiceBusReceivedMessage) -> Mapping[str, str]:
+    """Application properties as text: over AMQP they arrive as bytes."""
+    text = functools.partial(str, encoding="utf-8", errors="replace")
+    return {
+        text(key) if isinstance(key, bytes) else key: text(value) if isinstance(value, bytes) else str(value)
+        for key, value in (raw.application_properties or {}).items()
+    }
+
+
+_SendRequest: TypeAlias = "tuple[Outgoing, asyncio.Future[int | None]]"
+
+
+class AzureSender:
+    """Sends to one queue, over one link that stays open.
+
+    The SDK's sender must not be used by two coroutines at once: one task sends what is waiting, in full batches.
+    """
+
+    MAX_SCHEDULED = 100
+
+    def __init__(self, bus: AzureServiceBus, client: ServiceBusClient, queue: str) -> None:
+        self._bus = bus
+        self._queue = queue
+        self._client = client
+        self._sender: ServiceBusSender | None = None
+        self._waiting: list[_SendRequest] = []
+        self._lock = asyncio.Lock()
+        self._sending: asyncio.Task[None] | None = None
+
+    async def send(self, messages: Sequence[Outgoing]) -> list[int | None]:
+        """Send in order; the sequence numbers of those that are scheduled."""
+        loop = asyncio.get_running_loop()
+        futures: list[asyncio.Future[int | None]] = [loop.create_future() for _ in messages]
+        self._waiting += zip(messages, futures, strict=True)
+        if self._sending is None or self._sending.done():
+            self._sending = loop.create_task(self._send_waiting())
+        answers = await asyncio.gather(*futures, return_exceptions=True)
+        for answer in answers:
+            if isinstance(answer, BaseException):
+                raise answer
+        return [answer for answer in answers if not isinstance(answer, BaseException)]
+
+    async def cancel(self, sequence_number: int) -> None:
+        async with self._lock:
+            await self._link().cancel_scheduled_messages(sequence_number, timeout=ATTEMPT_TIMEOUT)
+
+    async def close(self) -> None:
+        if self._sending is not None:
+            await asyncio.wait([self._sending])
+        await self._drop_link()
+
+    async def _send_waiting(self) -> None:
+        async with self._lock:
+            while self._waiting:
+                requests, self._waiting = self._of_a_kind()
+                try:
+                    with self._bus.explained(self._queue):
+                        numbers = await self._send_some([message for message, _ in requests])
+                except Exception as error:
+                    await self._drop_link()
+                    self._fail(requests, error)
+                else:
+                    self._waiting = requests[len(numbers) :] + self._waiting
+                    for (_, future), number in zip(requests, numbers, strict=False):
+                        _resolve(future, number)
+
+    def _of_a_kind(self) -> tuple[list[_SendRequest], list[_SendRequest]]:
+        """The first waiting messages that are due at the same time, and the rest; cancelled ones are left out."""
+        waiting = [request for request in self._waiting if not request[1].done()]
+        due = waiting[0][0].due if waiting else None
+        count = next((i for i, (message, _) in enumerate(waiting) if message.due != due), len(waiting))
+        return waiting[:count], waiting[count:]
+
+    def _fail(self, requests: Sequence[_SendRequest], error: Exception) -> None:
+        """Answer with an error; all that waits, if it is not about these messages but about the connection."""
+        if isinstance(error, ServiceBusUnavailable):
+            requests, self._waiting = [*requests, *self._waiting], []
+        for _, future in requests:
+            _resolve(future, error)
+
+    async def _send_some(self, messages: Sequence[Outgoing]) -> Sequence[int | None]:
+        """Send as many of them as one call can carry, in order; their sequence numbers."""
+        if not messages:
+            return []
+        due, link = messages[0].due, self._link()
+        if due is not None:
+            some = [_sdk_message(message) for message in messages[: self._fitting(messages)]]
+            return await link.schedule_messages(some, _utc(due), timeout=ATTEMPT_TIMEOUT)
+        if len(messages) == 1:
+            await link.send_messages(_sdk_message(messages[0]), timeout=ATTEMPT_TIMEOUT)
+            return [None]
+        batch = await link.create_message_batch()
+        with contextlib.suppress(ValueError):  # the batch is full
+            for message in messages:
+                batch.add_message(_sdk_message(message))
+        if not len(batch):
+            return await self._send_some(messages[:1])
+        await link.send_messages(batch, timeout=ATTEMPT_TIMEOUT)
+        return [None] * len(batch)
+
+    def _fitting(self, messages: Sequence[Outgoing]) -> int:
+        """How many messages one request to schedule can carry, at least one."""
+        sizes = itertools.accumulate(self._bus.size(message) for message in messages[: self.MAX_SCHEDULED])
+        return max(1, sum(size <= self._bus.max_message_bytes for size in sizes))
+
+    def _link(self) -> ServiceBusSender:
+        if self._sender is None:
+            self._sender = self._client.get_queue_sender(self._queue, socket_timeout=SOCKET_TIMEOUT)
+        return self._sender
+
+    async def _drop_link(self) -> None:
+        """Close the link; the next send opens another. One that failed may never work again."""
+        sender, self._sender = self._sender, None
+        if sender is not None:
+            with contextlib.suppress(Exception):
+                await asyncio.wait_for(sender.close(), ATTEMPT_TIMEOUT)
+
+
+def _sdk_message(message: Outgoing) -> ServiceBusMessage:
+    sdk_message: ServiceBusMessage = _import_azure().ServiceBusMessage(
+        message.body,
+        message_id=message.message_id,
+        content_type="application/json",
+        application_properties=dict(message.application_properties) or None,
+    )
+    return sdk_message
+
+
+class AzureReceiver:
+    """Receives from an `AzureServiceBus`, reconnects for as long as it takes, and renews the locks of what it received.
+
+    A receive is never cancelled, since its credit would stay on the link and lock messages that nobody looks at. It
+    asks for one message when the queue was empty, and for all the free slots when it was not: either way it returns as
+    soon as there is something to do.
+    """
+
+    RENEWAL_TICK = 0.25
+
+    def __init__(self, bus: AzureServiceBus, on_lock_lost: Callable[[Delivery], None], max_renewal: float) -> None:
+        self._bus = bus
+        self._on_lock_lost = on_lock_lost
+        self._max_renewal = max_renewal
+        self._receiver = bus.sdk_receiver()
+        self._busy = False
+        self._failures = 0
+        self._closing = asyncio.Event()
+        self._renew_at: dict[Delivery, float] = {}
+        self._renewer = asyncio.get_running_loop().create_task(self._keep_locks())
+
+    async def open(self) -> None:
+        """Connect, so that what is wrong with the settings shows at the start."""
+        try:
+            with self._bus.explained():
+                await self._receiver.__aenter__()
+        except BaseException:
+            await self.close()
+            raise
+
+    async def receive(self, max_message_count: int, max_wait_time: float) -> list[Delivery]:
+        receiving = asyncio.ensure_future(self._receive(max_message_count, max_wait_time))
+        try:
+            return await asyncio.shield(receiving)
+        except asyncio.CancelledError:
+            self._closing.set()
+            await asyncio.wait([receiving], timeout=max_wait_time + 1)
+            if receiving.done():
+                await self.settle([Settlement(delivery, Disposition.ABANDON) for delivery in receiving.result()])
+            raise
+
+    async def _receive(self, max_message_count: int, max_wait_time: float) -> list[Delivery]:
+        try:
+            messages = await self._receive_messages(max_message_count, max_wait_time or 1.0)
+        except Exception as error:
+            await self._reconnect(error)
+            return []
+        self._failures = 0
+        return [self._hold(raw) for raw in messages]
+
+    async def _receive_messages(self, count: int, max_wait_time: float) -> list[ServiceBusReceivedMessage]:
+        if self._busy:
+            messages = await self._receiver.receive_messages(count, max_wait_time=BATCH_WAIT)
+            self._busy = bool(messages)
+            if messages:
+                return messages
+        messages = await self._receiver.receive_messages(1, max_wait_time=max_wait_time)
+        self._busy = bool(messages)
+        if messages and count > 1:
+            messages += await self._receiver.receive_messages(count - 1, max_wait_time=BATCH_WAIT)
+        return messages
+
+    async def _reconnect(self, error: Exception) -> None:
+        """After a pause that grows and varies, go on with a new receiver: a failed one may never work again."""
+        self._failures += 1
+        pause = random.uniform(0.5, 1.0) * min(2.0 ** min(self._failures, 10) / 4, MAX_BACKOFF)
+        logger.warning("Receiving from %s failed, reconnecting in %.1f s: %s", self._bus, pause, error)
+        with contextlib.suppress(Exception):
+            await asyncio.wait_for(self._receiver.close(), 5)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._closing.wait(), pause)
+        self._receiver = self._bus.sdk_receiver()
+
+    def _hold(self, raw: ServiceBusReceivedMessage) -> Delivery:
+        until = raw.locked_until_utc.timestamp() if raw.locked_until_utc else time.time()
+        delivery = Delivery(
+            sequence_number=raw.sequence_number or 0,
+            delivery_count=raw.delivery_count or 0,
+            message_id=raw.message_id,
+            body=_body_of(raw),
+            application_properties=_properties_of(raw),
+            locked_until=until,
+            raw=raw,
+        )
+        self._schedule_renewal(delivery)
+        return delivery
+
+    def _schedule_renewal(self, delivery: Delivery) -> None:
+        self._renew_at[delivery] = time.time() + (delivery.locked_until - time.time()) / 2
+
+    def settle(self, settlements: Sequence[Settlement]) -> asyncio.Future[list[Rejection]]:
+        return asyncio.ensure_future(self._settle_all(settlements))
+
+    async def _settle_all(self, settlements: Sequence[Settlement]) -> list[Rejection]:
+        results = await asyncio.gather(*map(self._settle, settlements))
+        return [rejection for rejection in results if rejection is not None]
+
+    async def _settle(self, settlement: Settlement) -> Rejection | None:
+        """Publish what follows, then settle: there is no transaction over both."""
+        try:
+            if settlement.follow_up is not None:
+                await self._bus.send([settlement.follow_up])
+            if settlement.disposition is not Disposition.LEAVE:
+                await self._while_locked(settlement.delivery, functools.partial(self._dispose, settlement))
+        except BoilermakerError as error:
+            return Rejection(settlement, error)
+        finally:
+            self._renew_at.pop(settlement.delivery, None)
+        return None
+
+    async def _dispose(self, settlement: Settlement) -> None:
+        delivery, disposition, reason, description, _ = settlement
+        match disposition:
+            case Disposition.COMPLETE:
+                await self._receiver.complete_message(delivery.raw)
+            case Disposition.ABANDON:
+                await self._receiver.abandon_message(delivery.raw)
+            case Disposition.DEAD_LETTER:
+                await self._receiver.dead_letter_message(delivery.raw, reason=reason, error_description=description)
+
+    async def _while_locked(self, delivery: Delivery, action: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        """Do something about a message, if need be again: until it works, or the lock has run out."""
+        while True:
+            try:
+                with self._bus.explained():
+                    return await action()
+            except ServiceBusUnavailable:
+                if self._closing.is_set() or time.time() + 1 > delivery.locked_until:
+                    raise
+                await asyncio.sleep(0.5)
+
+    async def _keep_locks(self) -> None:
+        while True:
+            await asyncio.sleep(self.RENEWAL_TICK)
+            now = time.time()
+            await asyncio.gather(*[self._renew(delivery) for delivery, due in self._renew_at.items() if due <= now])
+
+    async def _renew(self, delivery: Delivery) -> None:
+        try:
+            if time.monotonic() - delivery.received > self._max_renewal:
+                raise MessageLockLost(f"it was renewed for {self._max_renewal} s")
+            until = await self._while_locked(delivery, functools.partial(self._renew_once, delivery))
+        except BoilermakerError:
+            if self._renew_at.pop(delivery, None) is not None:
+                self._on_lock_lost(delivery)
+        else:
+            delivery.locked_until = until.timestamp()
+            if delivery in self._renew_at:
+                self._schedule_renewal(delivery)
+
+    async def _renew_once(self, delivery: Delivery) -> datetime.datetime:
+        return await self._receiver.renew_message_lock(delivery.raw, timeout=ATTEMPT_TIMEOUT)
+
+    async def close(self) -> None:
+        self._closing.set()
+        self._renewer.cancel()
+        with contextlib.suppress(Exception):
+            await asyncio.wait_for(self._receiver.close(), 5)
+
+
+# ======================================================================================================================
+# 10. Tracing: OpenTelemetry, when asked for
+# ======================================================================================================================
+
+
+class Tracing:
+    """Spans for publishing and processing, by OpenTelemetry's conventions for messaging.
+
+    https://opentelemetry.io/docs/specs/semconv/messaging/messaging-spans/. The W3C `traceparent` travels in the
+    message's application properties, so that a task's span is a child of its publisher's.
+    """
+
+    def __init__(self, bus: ServiceBus) -> None:
+        try:
+            from opentelemetry import trace
+            from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+        except ImportError as error:
+            raise ConfigurationError(
+                "enable_opentelemetry=True needs opentelemetry-api: pip install 'boilermaker[otel]'."
+            ) from error
+        self._bus = bus
+        self._trace = trace
+        self._tracer = trace.get_tracer("boilermaker", __version__)
+        self._propagator = TraceContextTextMapPropagator()
+
+    @contextlib.contextmanager
+    def publishing(self, task: Task, queue: str, message_id: str) -> Iterator[dict[str, str]]:
+        """A PRODUCER span; gives the properties that carry it."""
+        properties: dict[str, str] = {}
+        with self._tracer.start_as_current_span(
+            f"publish {queue}",
+            kind=self._trace.SpanKind.PRODUCER,
+            attributes=self._attributes("publish", "send", task, queue, message_id),
+        ):
+            self._propagator.inject(properties)
+            yield properties
+
+    @contextlib.contextmanager
+    def processing(self, task: Task, delivery: Delivery) -> Iterator[Callable[[BaseException], None]]:
+        """A CONSUMER span, child of the publisher's; gives a function to record the task's error."""
+        queue = self._bus.queue_name
+        with self._tracer.start_as_current_span(
+            f"process {queue}",
+            context=self._propagator.extract(dict(delivery.application_properties)),
+            kind=self._trace.SpanKind.CONSUMER,
+            attributes=self._attributes("process", "process", task, queue, delivery.message_id or ""),
+        ) as span:
+
+            def record(error: BaseException) -> None:
+                span.record_exception(error)
+                span.set_status(self._trace.StatusCode.ERROR, describe(error))
+
+            yield record
+
+    def _attributes(self, name: str, kind: str, task: Task, queue: str, message_id: str) -> dict[str, str | int]:
+        return {
+            "messaging.system": self._bus.system,
+            "messaging.destination.name": queue,
+            "messaging.operation.name": name,
+            "messaging.operation.type": kind,
+            "messaging.message.id": message_id,
+            "boilermaker.function_name": task.function_name,
+            "boilermaker.task_id": task.task_id,
+            "boilermaker.attempts": task.attempts.attempts,
+        }
+
+
+# ======================================================================================================================
+# 11. Worker: receive, run, settle, shut down
+# ======================================================================================================================
+
+MAX_WAIT = 1.0
+"""Seconds that one receive waits at most, after which a worker looks around."""
+
+STOP_PATIENCE = 2.0
+"""Seconds that a cancelled task may take to end, and a last settlement, before a worker ends without it."""
+
+
+class Worker:
+    """One `app.run()`: keeps up to `concurrency` tasks running, and settles what has ended.
+
+    A turn of the pump settles all that has finished and receives as many as there are free slots, both at the same
+    time: on the local bus they become one transaction.
+    """
+
+    def __init__(
+        self, app: Boilermaker, concurrency: int, burst: bool, grace_period: float, max_renewal: float
+    ) -> None:
+        self._app = app
+        self._bus = app.service_bus_client
+        self._concurrency = concurrency
+        self._burst = burst
+        self._grace_period = grace_period
+        self._max_renewal = max_renewal
+        self._receiver: Receiver
+        self._running: dict[Delivery, asyncio.Task[None]] = {}
+        self._cancelled: dict[Delivery, Ending] = {}
+        self._finished: list[Settlement] = []
+        self._settling: set[asyncio.Task[None]] = set()
+        self._receiving: asyncio.Task[None] | None = None
+        self._wake = asyncio.Event()
+        self._signals = 0
+        self._stopping = False
+
+    async def run(self) -> None:
+        """Work until a signal, until cancelled, or, in a burst, until there is nothing to do."""
+        self._receiver = await self._bus.open_receiver(self._lock_lost, self._max_renewal)
+        logger.info("Worker started: %r, concurrency=%d", self._bus, self._concurrency)
+        try:
+            with _on_signals(self._signalled):
+                await self._pump()
+                await self._stop_receiving()
+                await self._finish_running()
+        finally:
+            await asyncio.shield(asyncio.ensure_future(self._end()))
+
+    # -- the pump
+
+    async def _pump(self) -> None:
+        while not self._stopping:
+            self._wake.clear()
+            self._settle_finished()
+            free = self._concurrency - len(self._running)
+            if free > 0 and self._receiving is None and len(self._settling) < self._concurrency:
+                self._receiving = asyncio.create_task(self._receive(free))
+            await self._wake.wait()
+
+    async def _receive(self, free: int) -> None:
+        alone = not (self._running or self._finished or self._settling)
+        wait = MAX_WAIT if not self._burst else 0 if alone else MAX_WAIT / 20
+        try:
+            deliveries = await self._receiver.receive(free, wait)
+            for delivery in deliveries:
+                self._start(delivery)
+            if self._burst and alone and not deliveries:
+                self._stopping = True
+        except BoilermakerError as error:
+            logger.error("Receiving from %r failed, will try again: %s", self._bus, error)
+            await asyncio.sleep(MAX_WAIT)
+        finally:
+            self._receiving = None
+            self._wake.set()
+
+    def _settle_finished(self) -> None:
+        if self._finished:
+            settlements, self._finished = self._finished, []
+            settling = asyncio.create_task(self._settle(settlements))
+            self._settling.add(settling)
+            settling.add_done_callback(self._settled)
+
+    def _settled(self, settling: asyncio.Task[None]) -> None:
+        self._settling.discard(settling)
+        self._wake.set()
+
+    async def _settle(self, settlements: Sequence[Settlement]) -> None:
+        """Settle; what has no message any more to be delivered again is tried until it works."""
+        while rejections := await self._receiver.settle(settlements):
+            for settlement, error in rejections:
+                logger.error("Settling failed sequence_number=%s: %s", settlement.delivery.sequence_number, error)
+            settlements = [one for one, _ in rejections if one.disposition is Disposition.LEAVE and one.follow_up]
+            if not settlements:
+                return
+            await asyncio.sleep(MAX_WAIT)
+
+    # -- one message
+
+    def _start(self, delivery: Delivery) -> None:
+        try:
+            task = decode(delivery.body, self._bus.queue_name)
+        except InvalidTaskFormat as error:
+            logger.error("Invalid task sequence_number=%s: %s", delivery.sequence_number, error)
+            rule = RULES[Ending.UNDECODABLE]
+            self._finished.append(Settlement(delivery, rule.disposition, rule.reason, describe(error)))
+            return
+        task.sequence_number, task.message_id = delivery.sequence_number, delivery.message_id
+        task._app = self._app
+        self._running[delivery] = asyncio.create_task(self._process(delivery, task))
+
+    async def _process(self, delivery: Delivery, task: Task) -> None:
+        """Run a task and leave its settlement with the pump."""
+        try:
+            if self._app.tracing is None:
+                settlement = self._settlement(delivery, task, await self._outcome(delivery, task))
+            else:
+                with self._app.tracing.processing(task, delivery) as record:
+                    outcome = await self._outcome(delivery, task)
+                    if outcome.error is not None:
+                        record(outcome.error)
+                    settlement = self._settlement(delivery, task, outcome)
+            if self._running.pop(delivery, None) is not None:
+                self._finished.append(settlement)
+        except Exception:
+            logger.exception("[%s] Internal error sequence_number=%s", task.function_name, task.sequence_number)
+            self._running.pop(delivery, None)
+        self._wake.set()
+
+    async def _outcome(self, delivery: Delivery, task: Task) -> Outcome:
+        """Run the task, unless something speaks against it."""
+        registration = self._app.registration(task.function_name)
+        if registration is None:
+            unknown = UsageError(f"Function {task.function_name!r} is not registered with this worker.")
+            return Outcome(Ending.UNREGISTERED, error=unknown)
+        registration.apply_to(task)
+        if not may_run(task):
+            exhausted = RetryException(f"no try left: {task.attempts.attempts} made, {task.policy}")
+            return Outcome(Ending.EXHAUSTED, error=exhausted)
+        if not task.acks_late and await self._receiver.settle([Settlement(delivery, Disposition.COMPLETE)]):
+            return Outcome(Ending.LOCK_LOST)
+        outcome = await self._call(registration, delivery, task)
+        forced = self._cancelled.pop(delivery, None)
+        if forced is Ending.LOCK_LOST or (forced is not None and outcome.ending is not Ending.RETURNED):
+            return Outcome(forced)
+        return outcome
+
+    async def _call(self, registration: Registration, delivery: Delivery, task: Task) -> Outcome:
+        """Call the function: whatever it does, the worker goes on."""
+        _current_task.set(task)
+        verbose = logger.isEnabledFor(logging.INFO)
+        if verbose:
+            logger.info("[%s] Begin Task sequence_number=%s", task.function_name, task.sequence_number)
+        started = time.perf_counter()
+        try:
+            result = await registration.function(self._app.state, *task.args, **task.kwargs)
+            if isinstance(result, (Task, TaskFunction)):
+                result = self._app.bound(_as_task(result))
+        except (KeyboardInterrupt, GeneratorExit):
+            raise
+        except BaseException as error:
+            return Outcome(ending_of(task, error), error=error)
+        if verbose:
+            seconds = time.perf_counter() - started
+            logger.info(
+                "[%s] Completed Task sequence_number=%s in %.5fs", task.function_name, task.sequence_number, seconds
+            )
+        return Outcome(Ending.FAILED if result is TaskFailureResult else Ending.RETURNED, result)
+
+    def _settlement(self, delivery: Delivery, task: Task, outcome: Outcome) -> Settlement:
+        """What to do with the message, its follow-up ready to be sent."""
+        message_id = delivery.message_id or f"{self._bus.queue_name}:{delivery.sequence_number}"
+        follow_up = None
+        try:
+            decision = decide(task, outcome, message_id)
+            if decision.follow_up is not None:
+                due = time.time() + decision.delay if decision.delay else None
+                follow_up = self._app.outgoing(decision.follow_up, decision.follow_up_id, due)
+        except UsageError as error:
+            logger.error(
+                "[%s] Follow-up rejected sequence_number=%s: %s", task.function_name, task.sequence_number, error
+            )
+            decision = reject(error)
+            if not task.acks_late:
+                decision = decision._replace(disposition=Disposition.LEAVE)
+        if outcome.ending is not Ending.RETURNED:
+            _log_ending(task, outcome, decision)
+        return Settlement(delivery, decision.disposition, decision.reason, decision.description, follow_up)
+
+    def _lock_lost(self, delivery: Delivery) -> None:
+        self._cancel(delivery, Ending.LOCK_LOST)
+
+    def _cancel(self, delivery: Delivery, ending: Ending) -> None:
+        running = self._running.get(delivery)
+        if running is not None:
+            self._cancelled[delivery] = ending
+            running.cancel()
+
+    # -- the end
+
+    def _signalled(self, number: int) -> None:
+        """The first signal stops the worker, the second ends the grace period."""
+        self._signals += 1
+        self._stopping = True
+        logger.warning(
+            "Received %s: %s", signal.Signals(number).name, "shutting down" if self._signals == 1 else "ending at once"
+        )
+        self._wake.set()
+
+    async def _stop_receiving(self) -> None:
+        if self._receiving is not None:
+            self._receiving.cancel()
+            await asyncio.wait([self._receiving])
+
+    async def _finish_running(self) -> None:
+        """Give running tasks the grace period."""
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + self._grace_period
+        while (self._running or self._finished or self._settling) and self._signals < 2:
+            self._wake.clear()
+            self._settle_finished()
+            remaining = deadline - loop.time()
+            if remaining <= 0:
+                break
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._wake.wait(), remaining)
+
+    async def _end(self) -> None:
+        """Give back what is left, and close."""
+        await self._stop_receiving()
+        for delivery in list(self._running):
+            self._cancel(delivery, Ending.STOPPED)
+        if self._running:
+            await asyncio.wait(self._running.values(), timeout=STOP_PATIENCE)
+        for delivery in list(self._running):  # they would not end
+            del self._running[delivery]
+            self._finished.append(Settlement(delivery, Disposition.ABANDON))
+        self._settle_finished()
+        if self._settling:
+            _, unsettled = await asyncio.wait(self._settling, timeout=STOP_PATIENCE)
+            for settling in unsettled:
+                logger.error("A settlement did not end: its messages will be delivered again when their locks run out.")
+                settling.cancel()
+        await self._receiver.close()
+        logger.info("Worker ended: %r", self._bus)
+
+
+def _log_ending(task: Task, outcome: Outcome, decision: Decision) -> None:
+    """Say how a run ended that did not return."""
+    name, number, error = task.function_name, task.sequence_number, outcome.error
+    match outcome.ending:
+        case Ending.RETRY:
+            tries = policy_in_force(task, error).max_tries
+            logger.warning(
+                "[%s] Retry sequence_number=%s [attempt %d of %d] in %d s: %s",
+                *(name, number, task.attempts.attempts + 1, tries, decision.delay, error),
+            )
+        case Ending.STOPPED:
+            logger.warning("[%s] Stopped with the worker, given back sequence_number=%s", name, number)
+        case Ending.LOCK_LOST:
+            logger.error("[%s] Lock lost, cancelled: it will run again sequence_number=%s", name, number)
+        case _:
+            logger.error(
+                "[%s] Task %s sequence_number=%s: %s",
+                *(name, outcome.ending.value, number, describe(error)),
+                exc_info=error,
+            )
+
+
+@contextlib.contextmanager
+def _on_signals(handler: Callable[[int], None]) -> Iterator[None]:
+    """Have SIGINT and SIGTERM call the handler in the event loop, where that is possible: in the main thread."""
+    loop = asyncio.get_running_loop()
+    previous: dict[int, Any] = {}
+    for number in (signal.SIGINT, signal.SIGTERM):
+        with contextlib.suppress(NotImplementedError, RuntimeError, ValueError):
+            before = signal.getsignal(number)
+            loop.add_signal_handler(number, handler, number)
+            previous[number] = before
+    try:
+        yield
+    finally:
+        for handled, before in previous.items():
+            loop.remove_signal_handler(handled)
+            signal.signal(handled, before if before is not None else signal.SIG_DFL)
+
+
+# ======================================================================================================================
+# 12. Application: registering and publishing
+# ======================================================================================================================
+
+
+class Boilermaker:
+    """Tasks, the state they share, and the queue they go through.
+
+    Args:
+        state: any object; every task gets it as its first argument.
+        service_bus_client: a `LocalServiceBus` or an `AzureServiceBus`.
+        enable_opentelemetry: trace publishing and processing; needs opentelemetry-api.
+
+    `async with app:` closes the bus at the end.
+    """
+
+    def __init__(self, state: Any, service_bus_client: ServiceBus, enable_opentelemetry: bool = False) -> None:
+        if not hasattr(service_bus_client, "open_receiver"):
+            raise UsageError(
+                f"service_bus_client={service_bus_client!r} must be a LocalServiceBus or an AzureServiceBus."
+            )
+        self.state = state
+        self.service_bus_client = service_bus_client
+        self.tracing = Tracing(service_bus_client) if enable_opentelemetry else None
+        self._registry: dict[str, Registration] = {}
+        self._by_function: dict[Callable[..., Any], Registration] = {}
+
+    async def __aenter__(self) -> Boilermaker:
+        return self
+
+    async def __aexit__(self, *exception: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Close the bus."""
+        await self.service_bus_client.close()
+
+    # -- registering
+
+    @overload
+    def task(self, function: TaskCallable[P, R], /) -> TaskFunction[P, R]: ...
+
+    @overload
+    def task(
+        self,
+        /,
+        *,
+        name: str | None = None,
+        policy: RetryPolicy | None = None,
+        should_dead_letter: bool = True,
+        acks_late: bool = True,
+    ) -> Callable[[TaskCallable[P, R]], TaskFunction[P, R]]: ...
+
+    def task(
+        self,
+        function: Any = None,
+        /,
+        *,
+        name: str | None = None,
+        policy: RetryPolicy | None = None,
+        should_dead_letter: bool = True,
+        acks_late: bool = True,
+    ) -> Any:
+        """Register an `async def` as a task: `@app.task`, `@app.task()` or `@app.task(policy=...)`.
+
+        Args:
+            name: the name in messages, `function.__name__` if None. A worker finds the function by it, so it must not
+                change while messages are waiting.
+            policy: when and how often a `RetryException` runs it again; `RetryPolicy.default()` if None.
+            should_dead_letter: keep what failed in the dead-letter queue.
+            acks_late: settle the message after the function ran, so that it runs at least once; False: before, so that
+                it runs at most once.
+
+        Raises:
+            UsageError: the name is taken, or the function is not `async def`.
+        """
+
+        def decorate(function: TaskCallable[P, R]) -> TaskFunction[P, R]:
+            registration = self._register(
+                function, name=name, policy=policy, should_dead_letter=should_dead_letter, acks_late=acks_late
+            )
+            return TaskFunction(self, registration, function)
+
+        return decorate if function is None else decorate(function)
+
+    def register_async(self, fn: TaskCallable[..., Any] | TaskFunction[..., Any], **options: Any) -> Boilermaker:
+        """Register a function without changing it; options as for `task`. Returns the application."""
+        self._register(fn.function if isinstance(fn, TaskFunction) else fn, **options)
+        return self
+
+    def register_many_async(self, fns: Iterable[TaskCallable[..., Any]], **options: Any) -> Boilermaker:
+        """Register several functions with the same options."""
+        for fn in fns:
+            self.register_async(fn, **options)
+        return self
+
+    def _register(
+        self,
+        function: Callable[..., Any],
+        *,
+        name: str | None = None,
+        policy: RetryPolicy | None = None,
+        should_dead_letter: bool = True,
+        acks_late: bool = True,
+    ) -> Registration:
+        name = name or _function_name(function)
+        _function_name(function)
+        if name in self._registry:
+            raise UsageError(f"Function already registered: {name}. Give one of the two another name with name='...'.")
+        if policy is not None and not isinstance(policy, RetryPolicy):
+            raise UsageError(f"{name}: policy={policy!r} must be a RetryPolicy.")
+        registration = Registration(name, function, policy or DEFAULT_POLICY, should_dead_letter, acks_late)
+        self._registry[name] = self._by_function[function] = registration
+        logger.info("Registered background function fn=%s", name)
+        return registration
+
+    def registration(self, name: str) -> Registration | None:
+        """What is registered under a name; boilermaker-servicebus's connection test always is."""
+        return self._registry.get(name) or _BUILT_IN.get(name)
+
+    # -- making tasks
+
+    def create_task(self, fn: Any, *args: Any, policy: RetryPolicy | None = None, **kwargs: Any) -> Task:
+        """A task that is not sent yet.
+
+        Args:
+            fn: a decorated or a registered function.
+            policy: overrides the registration's.
+
+        Raises:
+            UsageError: `fn` is not registered here.
+            InvalidArguments: the arguments do not fit `fn`, or JSON cannot carry them.
+        """
+        task = self._new_task(fn, args, kwargs, policy)
+        _check_arguments(task)
+        return task
+
+    def _new_task(self, fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any], policy: RetryPolicy | None) -> Task:
+        function = fn.function if isinstance(fn, TaskFunction) else fn
+        registration = self._by_function.get(function)
+        if registration is None:
+            raise _unregistered(getattr(fn, "__name__", repr(fn)))
+        task = _task_of(registration, self, args, kwargs)
+        if policy is not None:
+            _set_policy(task, policy)
+        return task
+
+    def chain(self, *tasks: TaskLike, on_failure: TaskLike | None = None) -> Task:
+        """Link two or more tasks by `on_success`; the first, which is the one to publish.
+
+        Args:
+            on_failure: the callback of each of them; without it each keeps its own.
+        """
+        if len(tasks) < 2:
+            raise UsageError(f"A chain needs at least two tasks, not {len(tasks)}.")
+        members = [_as_task(task) for task in tasks]
+        failure = None if on_failure is None else _as_task(on_failure, "on_failure")
+        for member, following in itertools.zip_longest(members, members[1:]):
+            member.on_success = following or member.on_success
+            member.on_failure = failure or member.on_failure
+        _workflow(members[0])
+        return members[0]
+
+    # -- publishing
+
+    async def apply_async(
+        self,
+        fn: Any,
+        *args: Any,
+        delay: float | datetime.timedelta | None = None,
+        eta: datetime.datetime | None = None,
+        publish_attempts: int = 1,
+        policy: RetryPolicy | None = None,
+        **kwargs: Any,
+    ) -> Task:
+        """Make a task and publish it: `create_task` and `publish_task` in one."""
+        task = self._new_task(fn, args, kwargs, policy)
+        return await self.publish_task(task, delay=delay, eta=eta, publish_attempts=publish_attempts)
+
+    async def send_task(
+        self,
+        name: str,
+        *args: Any,
+        queue: str | None = None,
+        on_success: TaskLike | None = None,
+        on_failure: TaskLike | None = None,
+        policy: RetryPolicy | None = None,
+        delay: float | datetime.timedelta | None = None,
+        eta: datetime.datetime | None = None,
+        publish_attempts: int = 1,
+        **kwargs: Any,
+    ) -> Task:
+        """Publish a task by its name alone, for another application to run.
+
+        Args:
+            name: what it is registered under there.
+            queue: that application's queue; this one's own if None.
+            on_success: published, to this application's queue, when it has returned; so is `on_failure` when it failed.
+            policy: overrides the policy of the registration there.
+        """
+        task = Task(function_name=name, args=list(args), kwargs=kwargs, policy_is_default=True)
+        task.queue = None if queue is None else _checked_queue_name(queue)
+        task.on_success = None if on_success is None else _as_task(on_success, "on_success")
+        task.on_failure = None if on_failure is None else _as_task(on_failure, "on_failure")
+        if policy is not None:
+            _set_policy(task, policy)
+        return await self.publish_task(task, delay=delay, eta=eta, publish_attempts=publish_attempts)
+
+    async def publish_task(
+        self,
+        task: TaskLike,
+        delay: float | datetime.timedelta | None = None,
+        publish_attempts: int = 1,
+        *,
+        eta: datetime.datetime | None = None,
+    ) -> Task:
+        """Send a task; its `sequence_number` is set where the bus tells it.
+
+        Args:
+            task: the head of its workflow.
+            delay: seconds from now, or a timedelta; or else
+            eta: an aware datetime.
+            publish_attempts: how often to try. Every try has the same message id, the task's id, so that a queue with
+                duplicate detection takes one.
+
+        Raises:
+            UsageError: `delay` and `eta` are both given or no time to come; the task is not the head; a function of
+                the workflow is not registered.
+            InvalidArguments: the arguments do not fit the function, or JSON cannot carry them.
+            MessageTooLarge: the message with all its callbacks is over the limit of the bus.
+            BoilermakerAppException: no try worked; `.errors` holds the error of each.
+        """
+        [published] = await self.publish_many([task], delay=delay, eta=eta, publish_attempts=publish_attempts)
+        return published
+
+    async def publish_many(
+        self,
+        tasks: Iterable[TaskLike],
+        *,
+        delay: float | datetime.timedelta | None = None,
+        eta: datetime.datetime | None = None,
+        publish_attempts: int = 1,
+    ) -> list[Task]:
+        """Send many tasks in order, in as few round trips as the bus allows; all are checked before the first is sent.
+
+        Arguments and errors are those of `publish_task`. On the local bus it is all or nothing; on Azure a batch may
+        fail after others were sent.
+        """
+        if type(publish_attempts) is not int or publish_attempts < 1:
+            raise UsageError(f"publish_attempts={publish_attempts!r} must be an int of at least 1.")
+        due = _due_time(delay, eta)
+        heads = [self.bound(_as_task(task)) for task in tasks]
+        with contextlib.ExitStack() as spans:
+            messages = [self.outgoing(head, head.task_id, due, spans) for head in heads]
+            numbers = await self._send(messages, publish_attempts)
+        for head, message, number in zip(heads, messages, numbers, strict=True):
+            head.sequence_number, head.message_id = number, message.message_id
+        return heads
+
+    def bound(self, head: Task) -> Task:
+        """A workflow as this application would publish it: complete, and all its functions known.
+
+        Raises:
+            UsageError: the task is not the head, or a function is not registered.
+        """
+        if head.message_id is not None and head._predecessor is None:
+            return head
+        _check_head(head)
+        for task in _workflow(head):
+            registration = self._by_function.get(task._function) if task._function is not None else None
+            if registration is not None:
+                task.function_name = registration.name
+                registration.apply_to(task)
+            elif task._function is not None and task.queue in (None, self.service_bus_client.queue_name):
+                raise _unregistered(task.function_name)
+            task._app = task._app or self
+        return head
+
+    def outgoing(
+        self, task: Task, message_id: str, due: float | None = None, spans: contextlib.ExitStack | None = None
+    ) -> Outgoing:
+        """A task's message, checked against the limits of the bus.
+
+        Args:
+            spans: where a span that covers the sending is ended; if None, it covers only the making.
+        """
+        bus = self.service_bus_client
+        queue = task.queue or bus.queue_name
+        if len(message_id) > MAX_MESSAGE_ID_LENGTH:
+            raise UsageError(f"{task!r}: a message id has at most {MAX_MESSAGE_ID_LENGTH} characters.")
+        with contextlib.ExitStack() if spans is None else contextlib.nullcontext(spans) as stack:
+            tracing = self.tracing
+            properties = stack.enter_context(tracing.publishing(task, queue, message_id)) if tracing else {}
+        message = Outgoing(encode(task, queue, bus.queue_name), message_id, queue, due, properties)
+        if (size := bus.size(message)) > bus.max_message_bytes:
+            raise MessageTooLarge(
+                f"{task!r} with its callbacks makes a message of {size} bytes, the limit is {bus.max_message_bytes}: "
+                "store the data elsewhere and pass its id."
+            )
+        return message
+
+    async def _send(self, messages: Sequence[Outgoing], attempts: int) -> list[int | None]:
+        errors: list[Exception] = []
+        while True:
+            try:
+                return await self.service_bus_client.send(messages)
+            except (ServiceBusUnavailable, ConfigurationError) as error:
+                errors.append(error)
+                if len(errors) == attempts:
+                    raise BoilermakerAppException("Publishing failed", errors) from error
+                logger.warning("Publishing failed [attempt %d of %d]: %s", len(errors), attempts, error)
+            await asyncio.sleep(min(0.1 * 2 ** len(errors), MAX_WAIT))
+
+    # -- working
+
+    async def run(
+        self,
+        concurrency: int = 10,
+        burst: bool = False,
+        *,
+        grace_period: float = 25,
+        max_lock_renewal: float = 24 * 3600,
+    ) -> None:
+        """Receive and run tasks until SIGINT or SIGTERM, or until cancelled.
+
+        On a signal the worker takes no more, gives running tasks the grace period, and then gives their messages back;
+        a second signal ends the grace period. Cancelling gives them back at once. A lost connection is reconnected
+        without end.
+
+        Args:
+            concurrency: how many tasks run at the same time.
+            burst: end when nothing is waiting or running, here or due; what is scheduled for later, or held by another
+                worker, is not waited for.
+            grace_period: seconds; less than the 30 after which Kubernetes kills.
+            max_lock_renewal: seconds after which a task that still runs is cancelled, to be delivered again.
+
+        Raises:
+            ConfigurationError: at the start, the queue, the credential or the file is not right; says what to do.
+            ServiceBusUnavailable: at the start, the bus cannot be reached.
+        """
+        if type(concurrency) is not int or concurrency < 1:
+            raise UsageError(f"concurrency={concurrency!r} must be an int of at least 1.")
+        _positive("max_lock_renewal", max_lock_renewal)
+        await Worker(self, concurrency, burst, grace_period, max_lock_renewal).run()
+
+
+def _unregistered(name: str) -> UsageError:
+    return UsageError(
+        f"Unregistered function: {name}. Decorate it with @app.task or use app.register_async({name}); "
+        "for a function of another application, use app.send_task(name, ..., queue=...)."
+    )
+
+
+async def _debug_task(state: Any) -> int:
+    """What boilermaker-servicebus publishes to see whether its connection works."""
+    return 0
+
+
+_BUILT_IN = {"debug_task": Registration("debug_task", _debug_task)}
+
+
+# ======================================================================================================================
+# 13. Old names: the modules of the multi-file original
+# ======================================================================================================================
+
+
+class retries:
+    """`from boilermaker import retries`, as in the original; the names are this module's own."""
+
+    NoRetry: TypeAlias = NoRetry
+    RetryAttempts: TypeAlias = RetryAttempts
+    RetryException: TypeAlias = RetryException
+    RetryExceptionDefault: TypeAlias = RetryExceptionDefault
+    RetryExceptionDefaultExponential: TypeAlias = RetryExceptionDefaultExponential
+    RetryExceptionDefaultLinear: TypeAlias = RetryExceptionDefaultLinear
+    RetryMode: TypeAlias = RetryMode
+    RetryPolicy: TypeAlias = RetryPolicy
+
+
+for _old in ("app", "config", "failure", "retries", "service_bus", "task"):
+    sys.modules[f"{__name__}.{_old}"] = sys.modules[__name__]
