@@ -831,13 +831,15 @@ def encode(task: Task, queue: str, home: str) -> str:
         InvalidArguments: JSON cannot carry an argument.
         MessageTooLarge: it would be larger than on any bus.
     """
+    if task.on_success is None and task.on_failure is None:
+        return _encode_one(task, None, "null", "null")
     texts: dict[int, str] = {}
     depths: dict[int, int] = {}
     for member in _workflow(task):
         own_queue = queue if member is task else member.queue or home
         success, failure = id(member.on_success), id(member.on_failure)
-        nested = f',"on_success":{texts.get(success, "null")},"on_failure":{texts.get(failure, "null")}}}'
-        texts[id(member)] = _encode_one(member, own_queue if own_queue != queue else None)[:-1] + nested
+        callbacks = texts.get(success, "null"), texts.get(failure, "null")
+        texts[id(member)] = _encode_one(member, own_queue if own_queue != queue else None, *callbacks)
         depths[id(member)] = 1 + max(depths.get(success, 0), depths.get(failure, 0))
         if len(texts[id(member)]) > MAX_WORKFLOW_BYTES:
             raise MessageTooLarge(f"{task!r} and its callbacks are over {MAX_WORKFLOW_BYTES} bytes: no bus takes that.")
@@ -849,8 +851,8 @@ def encode(task: Task, queue: str, home: str) -> str:
     return texts[id(task)]
 
 
-def _encode_one(task: Task, queue: str | None) -> str:
-    """One task without its callbacks."""
+def _encode_one(task: Task, queue: str | None, on_success: str, on_failure: str) -> str:
+    """One task around the JSON of its callbacks."""
     document: dict[str, Any] = {
         "task_id": task.task_id,
         "should_dead_letter": task.should_dead_letter,
@@ -870,9 +872,10 @@ def _encode_one(task: Task, queue: str | None) -> str:
     if queue is not None:
         document["queue"] = queue
     try:
-        return _to_json(document)
+        text = _to_json(document)
     except (TypeError, ValueError, RecursionError) as error:
         raise _explain_arguments(task, error) from error
+    return f'{text[:-1]},"on_success":{on_success},"on_failure":{on_failure}}}'
 
 
 @functools.lru_cache(maxsize=1024)
@@ -887,7 +890,7 @@ def decode(body: str | bytes, queue: str) -> Task:
         InvalidTaskFormat: it is no task; unknown fields are no reason.
     """
     try:
-        document = json.loads(body if isinstance(body, str) else body.decode("utf-8"))
+        document = _from_json(body if isinstance(body, str) else body.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise InvalidTaskFormat(f"The body is not JSON that can be read: {error}.") from error
     head = _decode_one(document, queue, "the body")
@@ -902,103 +905,104 @@ def decode(body: str | bytes, queue: str) -> Task:
     return head
 
 
-def _decode_one(document: object, queue: str, where: str) -> Task:
-    """One task without its callbacks."""
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+_from_json = json.JSONDecoder(parse_constant=_no_constant).decode
+
+_FIELDS: Mapping[str, type] = {
+    "task_id": str,
+    "function_name": str,
+    "payload": dict,
+    "policy": dict,
+    "policy_is_default": bool,
+    "scheduled_policy": dict,
+    "attempts": dict,
+    "should_dead_letter": bool,
+    "acks_late": bool,
+    "graph_id": str,
+    "queue": str,
+    "takes_result": bool,
+}
+
+_JSON_NAMES: Mapping[type, str] = {str: "a string", bool: "true or false", list: "an array", dict: "an object"}
+
+
+def _decode_one(document: Any, queue: str, where: str) -> Task:
+    """One task without its callbacks. A field that is absent or null has its default."""
     if type(document) is not dict:
-        raise InvalidTaskFormat(f"{where} must be a JSON object, not {_shown(document)}.")
-    get = functools.partial(_field, document, where)
-    payload = get("payload", dict, {})
-    policy = get("policy", dict)
-    scheduled = get("scheduled_policy", dict)
+        raise InvalidTaskFormat(f"{where} must be an object, not {reprlib.repr(document)}.")
+    for name, value in document.items():
+        if value is not None and name in _FIELDS and type(value) is not _FIELDS[name]:
+            raise _wrong_type(name, _FIELDS[name], value, where)
+    get: Callable[[str], Any] = document.get
+    if get("task_id") is None or get("function_name") is None:
+        raise InvalidTaskFormat(f"{'task_id' if get('task_id') is None else 'function_name'} of {where} is missing.")
+    args, kwargs = _decode_payload(get("payload") or {}, where)
+    policy, scheduled = get("policy"), get("scheduled_policy")
     return Task(
-        function_name=get("function_name", str, _REQUIRED),
-        args=_field(payload, f"{where}: payload", "args", list, []),
-        kwargs=_field(payload, f"{where}: payload", "kwargs", dict, {}),
-        task_id=get("task_id", str, _REQUIRED),
+        function_name=get("function_name"),
+        args=args,
+        kwargs=kwargs,
+        task_id=get("task_id"),
         policy=DEFAULT_POLICY if policy is None else _decode_policy(policy, where),
-        policy_is_default=policy is None or get("policy_is_default", bool, False),
+        policy_is_default=policy is None or get("policy_is_default") is True,
         scheduled_policy=None if scheduled is None else _decode_policy(scheduled, where),
-        attempts=_decode_attempts(get("attempts", dict, {}), f"{where}: attempts"),
-        should_dead_letter=get("should_dead_letter", bool, True),
-        acks_late=get("acks_late", bool, True),
-        graph_id=get("graph_id", str),
-        queue=get("queue", str) or queue,
-        takes_result=get("takes_result", bool, False),
+        attempts=_decode_attempts(get("attempts") or {}, where),
+        should_dead_letter=get("should_dead_letter") is not False,
+        acks_late=get("acks_late") is not False,
+        graph_id=get("graph_id"),
+        queue=get("queue") or queue,
+        takes_result=get("takes_result") is True,
     )
 
 
-_REQUIRED: Any = object()
+def _wrong_type(name: str, kind: type, value: object, where: str) -> InvalidTaskFormat:
+    return InvalidTaskFormat(f"{name} of {where} must be {_JSON_NAMES[kind]}, not {reprlib.repr(value)}.")
 
 
-def _field(document: dict[str, Any], where: str, name: str, kind: type[T], default: Any = None) -> Any:
-    """A field of the right JSON type; absent and null are the default."""
-    value = document.get(name)
-    if type(value) is kind:
-        return value
-    if value is None and default is not _REQUIRED:
-        return default
-    raise InvalidTaskFormat(f"{where}: {name} must be {_JSON_NAMES[kind]}, not {_shown(value)}.")
-
-
-_JSON_NAMES: dict[type, str] = {
-    str: "a string",
-    bool: "true or false",
-    int: "an integer",
-    list: "an array",
-    dict: "an object",
-}
-
-
-def _shown(value: object) -> str:
-    return "absent" if value is None else reprlib.repr(value)
+def _decode_payload(document: dict[str, Any], where: str) -> tuple[list[Any], dict[str, Any]]:
+    args, kwargs = document.get("args"), document.get("kwargs")
+    if args is not None and type(args) is not list:
+        raise _wrong_type("payload.args", list, args, where)
+    if kwargs is not None and type(kwargs) is not dict:
+        raise _wrong_type("payload.kwargs", dict, kwargs, where)
+    return args or [], kwargs or {}
 
 
 def _decode_policy(document: dict[str, Any], where: str) -> RetryPolicy:
+    get = document.get
     try:
-        return _cached_policy(*[document[name] for name in ("max_tries", "delay", "delay_max", "retry_mode")])
-    except KeyError as error:
-        raise InvalidTaskFormat(f"{where}: policy has no {error}.") from error
-    except (UsageError, TypeError) as error:
-        raise InvalidTaskFormat(f"{where}: policy: {error}") from error
+        return _cached_policy(get("max_tries"), get("delay"), get("delay_max"), get("retry_mode"))
+    except (UsageError, TypeError) as error:  # TypeError: an array cannot be looked up in the cache
+        raise InvalidTaskFormat(f"policy of {where}: {error}") from error
 
 
 @functools.lru_cache(maxsize=1024, typed=True)
-def _cached_policy(max_tries: int, delay: int, delay_max: int, retry_mode: RetryMode) -> RetryPolicy:
+def _cached_policy(max_tries: Any, delay: Any, delay_max: Any, retry_mode: Any) -> RetryPolicy:
     return RetryPolicy(max_tries, delay, delay_max, retry_mode)
 
 
 def _decode_attempts(document: dict[str, Any], where: str) -> RetryAttempts:
-    attempts = _field(document, where, "attempts", int, 0)
-    if not 0 <= attempts <= MAX_SECONDS:
-        raise InvalidTaskFormat(f"{where}: {attempts} is not from 0 to {MAX_SECONDS}.")
-    last_retry = _field(document, where, "last_retry", str)
+    attempts, last_retry = document.get("attempts", 0), document.get("last_retry")
+    if type(attempts) is not int or not 0 <= attempts <= MAX_SECONDS:
+        raise InvalidTaskFormat(f"attempts of {where}: {reprlib.repr(attempts)} is no integer from 0 to {MAX_SECONDS}.")
     if last_retry is None:
         return RetryAttempts(attempts)
     try:
         return RetryAttempts(attempts, datetime.datetime.fromisoformat(last_retry))
-    except ValueError as error:
-        raise InvalidTaskFormat(f"{where}: last_retry: {error}.") from error
+    except (ValueError, TypeError) as error:
+        raise InvalidTaskFormat(f"last_retry of {where}: {error}.") from error
 
 
 # ======================================================================================================================
 # 5. Decisions: what happens to a message
 # ======================================================================================================================
 
-# A run of a task ends in one of the ways below; the table says what becomes of the message and what is published next.
-# Everything here is pure: the worker gathers the facts, `decide` says what to do, a receiver does it.
-
-
-class Ending(enum.Enum):
-    """How the handling of a message ended."""
-
-    RETURNED = "returned"
-    FAILED = "failed"
-    RETRY = "asked for a retry"
-    EXHAUSTED = "asked for a retry on its last try"
-    UNREGISTERED = "is not registered here"
-    UNDECODABLE = "cannot be decoded"
-    STOPPED = "was stopped with its worker"
-    LOCK_LOST = "lost its lock"
+# The handling of a message ends in one of the ways that `Ending` lists, as a table: how the message is settled, by which
+# reason, and what is published before that. All of it is pure: the worker gathers the facts, `decide` says what to do,
+# a receiver does it.
 
 
 class Disposition(enum.Enum):
@@ -1020,22 +1024,23 @@ class FollowUp(enum.Enum):
     RETRY = "retry"
 
 
-class Rule(NamedTuple):
-    disposition: Disposition
-    reason: str
-    follow_up: FollowUp
+class Ending(enum.Enum):
+    """How the handling of a message ended, and by that what becomes of it: the task ..."""
 
+    RETURNED = ("returned", Disposition.COMPLETE, "", FollowUp.ON_SUCCESS)
+    FAILED = ("failed", Disposition.DEAD_LETTER, "TaskFailed", FollowUp.ON_FAILURE)
+    RETRY = ("asked for a retry", Disposition.COMPLETE, "", FollowUp.RETRY)
+    EXHAUSTED = ("used up its tries", Disposition.DEAD_LETTER, "RetriesExhausted", FollowUp.ON_FAILURE)
+    UNREGISTERED = ("is not registered here", Disposition.DEAD_LETTER, "UnregisteredFunction", FollowUp.ON_FAILURE)
+    UNDECODABLE = ("cannot be decoded", Disposition.DEAD_LETTER, "InvalidTaskFormat", FollowUp.NOTHING)
+    STOPPED = ("was stopped with its worker", Disposition.ABANDON, "", FollowUp.NOTHING)
+    LOCK_LOST = ("lost its lock", Disposition.LEAVE, "", FollowUp.NOTHING)
 
-RULES = {
-    Ending.RETURNED: Rule(Disposition.COMPLETE, "", FollowUp.ON_SUCCESS),
-    Ending.FAILED: Rule(Disposition.DEAD_LETTER, "TaskFailed", FollowUp.ON_FAILURE),
-    Ending.RETRY: Rule(Disposition.COMPLETE, "", FollowUp.RETRY),
-    Ending.EXHAUSTED: Rule(Disposition.DEAD_LETTER, "RetriesExhausted", FollowUp.ON_FAILURE),
-    Ending.UNREGISTERED: Rule(Disposition.DEAD_LETTER, "UnregisteredFunction", FollowUp.ON_FAILURE),
-    Ending.UNDECODABLE: Rule(Disposition.DEAD_LETTER, "InvalidTaskFormat", FollowUp.NOTHING),
-    Ending.STOPPED: Rule(Disposition.ABANDON, "", FollowUp.NOTHING),
-    Ending.LOCK_LOST: Rule(Disposition.LEAVE, "", FollowUp.NOTHING),
-}
+    def __init__(self, text: str, disposition: Disposition, reason: str, follow_up: FollowUp) -> None:
+        self.text = text
+        self.disposition = disposition
+        self.reason = reason
+        self.follow_up = follow_up
 
 
 class Outcome(NamedTuple):
@@ -1070,13 +1075,14 @@ def decide(task: Task, outcome: Outcome, message_id: str) -> Decision:
         outcome: how the run ended.
         message_id: the message's; what follows derives its own from it.
     """
-    disposition, reason, follow_up = RULES[outcome.ending]
-    if not task.should_dead_letter and outcome.ending in (Ending.FAILED, Ending.EXHAUSTED):
+    ending = outcome.ending
+    disposition = ending.disposition
+    if not task.should_dead_letter and ending in (Ending.FAILED, Ending.EXHAUSTED):
         disposition = Disposition.COMPLETE
-    if not task.acks_late and outcome.ending not in (Ending.UNREGISTERED, Ending.UNDECODABLE):
+    if not task.acks_late and ending is not Ending.UNREGISTERED:
         disposition = Disposition.LEAVE
-    decision = Decision(disposition, reason, describe(outcome.error) if reason else "")
-    match follow_up:
+    decision = Decision(disposition, ending.reason, describe(outcome.error) if ending.reason else "")
+    match ending.follow_up:
         case FollowUp.RETRY:
             attempt = task.attempts.attempts + 1
             delay = policy_in_force(task, outcome.error).get_delay_interval(attempt - 1)
@@ -1776,7 +1782,7 @@ CHECKPOINT_ROWS = 20_000
 MAX_LOG_BYTES = 32 * 1024 * 1024
 """The size from which a checkpoint empties the write-ahead log, for which writers have to wait a moment."""
 
-POLL_INTERVAL = 0.01
+POLL_INTERVAL = 0.025
 """Seconds between two looks at the file where the operating system does not tell of changes."""
 
 
@@ -1841,6 +1847,7 @@ class GroupCommit:
         self.listeners: set[Callable[[], None]] = set()
         self._requests: list[_Request] = []
         self._unsynced: list[tuple[asyncio.Future[Any], Any]] = []
+        self._seen_changes = 0
         self._flushing = False
         self._syncing = False
 
@@ -1886,9 +1893,11 @@ class GroupCommit:
                 _resolve(request.future, result)
         if self._unsynced and not self._syncing:
             self._sync()
-        for listener in list(self.listeners):
-            listener()
-        self.file.checkpoint_soon()
+        if self.file.store.changes() != self._seen_changes:
+            self._seen_changes = self.file.store.changes()
+            for listener in list(self.listeners):
+                listener()
+            self.file.checkpoint_soon()
 
     def _sync(self) -> None:
         waiting, self._unsynced = self._unsynced, []
@@ -3053,8 +3062,8 @@ class Worker:
             task = decode(delivery.body, self._bus.queue_name)
         except InvalidTaskFormat as error:
             logger.error("Invalid task sequence_number=%s: %s", delivery.sequence_number, error)
-            rule = RULES[Ending.UNDECODABLE]
-            self._finished.append(Settlement(delivery, rule.disposition, rule.reason, describe(error)))
+            ending = Ending.UNDECODABLE
+            self._finished.append(Settlement(delivery, ending.disposition, ending.reason, str(error)))
             return
         task.sequence_number, task.message_id = delivery.sequence_number, delivery.message_id
         task._app = self._app
@@ -3213,7 +3222,7 @@ def _log_ending(task: Task, outcome: Outcome, decision: Decision) -> None:
         case _:
             logger.error(
                 "[%s] Task %s sequence_number=%s: %s",
-                *(name, outcome.ending.value, number, describe(error)),
+                *(name, outcome.ending.text, number, describe(error)),
                 exc_info=error,
             )
 
