@@ -919,7 +919,17 @@ def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
 
-_from_json = json.JSONDecoder(parse_constant=_no_constant).decode
+_decoder = json.JSONDecoder(parse_constant=_no_constant)
+
+
+def _from_json(text: str) -> Any:
+    """As `json.loads`, strict about NaN, and faster where there is no white space around the value."""
+    try:
+        document, end = _decoder.raw_decode(text)
+    except ValueError:
+        return _decoder.decode(text)
+    return document if end == len(text) else _decoder.decode(text)
+
 
 _FIELDS: Mapping[str, type] = {
     "task_id": str,
@@ -944,18 +954,21 @@ def _decode_one(document: Any, queue: str, where: str) -> Task:
     if type(document) is not dict:
         raise InvalidTaskFormat(f"{where} must be an object, not {reprlib.repr(document)}.")
     for name, value in document.items():
-        if value is not None and name in _FIELDS and type(value) is not _FIELDS[name]:
-            raise _wrong_type(name, _FIELDS[name], value, where)
-    get: Callable[[str], Any] = document.get
-    if get("task_id") is None or get("function_name") is None:
-        raise InvalidTaskFormat(f"{'task_id' if get('task_id') is None else 'function_name'} of {where} is missing.")
+        kind = _FIELDS.get(name)
+        if kind is not None and type(value) is not kind and value is not None:
+            raise _wrong_type(name, kind, value, where)
+    get = document.get
+    task_id: Any = get("task_id")
+    function_name: Any = get("function_name")
+    if task_id is None or function_name is None:
+        raise InvalidTaskFormat(f"{'task_id' if task_id is None else 'function_name'} of {where} is missing.")
     args, kwargs = _decode_payload(get("payload") or {}, where)
     policy, scheduled = get("policy"), get("scheduled_policy")
     return Task(
-        function_name=get("function_name"),
+        function_name=function_name,
         args=args,
         kwargs=kwargs,
-        task_id=get("task_id"),
+        task_id=task_id,
         policy=DEFAULT_POLICY if policy is None else _decode_policy(policy, where),
         policy_is_default=policy is None or get("policy_is_default") is True,
         scheduled_policy=None if scheduled is None else _decode_policy(scheduled, where),
@@ -1580,24 +1593,26 @@ class Store:
     def claim(self, queue: str, max_message_count: int, lock_duration: float, now: float) -> list[Delivery]:
         """Lock what is due, expired locks first; what has outlived its settings goes to the dead-letter queue."""
         queue_id, settings = self._queue(queue)
+        most = MAX_SECONDS if settings.max_delivery_count is None else settings.max_delivery_count
+        locked_until = now + lock_duration
         claimed: list[Delivery] = []
         while (missing := max_message_count - len(claimed)) > 0:
-            rows = sorted(self._claim_rows(queue_id, missing, now + lock_duration, now))
+            rows = sorted(self._claim_rows(queue_id, missing, locked_until, now))
             kept = []
             for number, count, message_id, body, properties, expires in rows:
-                delivery = Delivery(number, count, message_id, body, _properties(properties), now + lock_duration)
-                if not self._bury(queue, delivery, settings.max_delivery_count, expires, now):
+                delivery = Delivery(number, count, message_id, body, _properties(properties), locked_until)
+                if (expires is None and count < most) or not self._bury(queue, delivery, most, expires, now):
                     kept.append(delivery)
             claimed += kept
             if len(kept) == len(rows):
                 break
         return claimed
 
-    def _bury(self, queue: str, delivery: Delivery, most: int | None, expires: float | None, now: float) -> bool:
+    def _bury(self, queue: str, delivery: Delivery, most: int, expires: float | None, now: float) -> bool:
         """Dead-letter a message that may not be delivered any more; whether it was one."""
         if expires is not None and expires <= now:
             return self.dead_letter(queue, delivery, "TTLExpiredException", "Its time to live has passed.", now)
-        if most is not None and delivery.delivery_count >= most:
+        if delivery.delivery_count >= most:
             text = f"It was delivered {delivery.delivery_count} times and never settled."
             return self.dead_letter(queue, delivery, "MaxDeliveryCountExceeded", text, now)
         return False
@@ -1703,8 +1718,11 @@ def dead_letter_queue(queue: str) -> str:
     return queue if queue.endswith(DEAD_LETTER_SUFFIX) else queue + DEAD_LETTER_SUFFIX
 
 
+_NO_PROPERTIES: Mapping[str, str] = {}
+
+
 def _properties(text: str | None) -> Mapping[str, str]:
-    properties: dict[str, str] = json.loads(text) if text else {}
+    properties: Mapping[str, str] = json.loads(text) if text else _NO_PROPERTIES
     return properties
 
 
@@ -2265,8 +2283,9 @@ def _inotify(path: str) -> int | None:
 # 9. Azure bus: the same protocol over azure-servicebus
 # ======================================================================================================================
 
-# The SDK's senders and receivers ask for some care, see the comments at each class. Everything that is retried here is
-# retried after the SDK's own retries (three, with exponential backoff) have given up.
+# The SDK's senders and receivers ask for some care, see each class. Publishing leaves retries to the SDK (three, with
+# exponential backoff) and to `publish_attempts`. Receivers try again by themselves, for as long as it takes, so the SDK
+# is told not to: what is wrong with the settings then shows within a second or two.
 
 AZURE_PACKAGES = "azure-servicebus azure-identity"
 SOCKET_TIMEOUT = 0.02
@@ -2278,8 +2297,17 @@ BATCH_WAIT = 0.02
 ATTEMPT_TIMEOUT = 30
 """Seconds for one attempt to send, to renew or to open a link."""
 
+SETTLE_WAIT = 0.2
+"""Seconds for which a receive gives way to settlements."""
+
+CLOSE_TIMEOUT = 5
+"""Seconds for closing a link that may be dead already."""
+
 MAX_BACKOFF = 30
 """Seconds between two attempts to reconnect, at most."""
+
+MAX_REQUESTS = 5_000
+"""Requests to renew or to schedule on one link before it is replaced: the SDK has 10,000 credits for the answers."""
 
 
 def _default_credential(include_msi: bool) -> Any:
@@ -2408,7 +2436,7 @@ class AzureServiceBus:
         self.queue_name = _checked_queue_name(queue_name)
         self.max_message_bytes = int(_positive("max_message_bytes", max_message_bytes))
         self._make_client = functools.partial(_client_of, self.namespace, credential)
-        self._client: ServiceBusClient | None = None
+        self._clients: dict[int, ServiceBusClient] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
         self._senders: dict[str, AzureSender] = {}
         _import_azure()
@@ -2436,12 +2464,14 @@ class AzureServiceBus:
     def __repr__(self) -> str:
         return f"AzureServiceBus({self.namespace!r}, {self.queue_name!r})"
 
-    def client(self) -> ServiceBusClient:
-        """The SDK's client, one for each event loop."""
+    def client(self, retries: int) -> ServiceBusClient:
+        """The SDK's client that tries again so many times. Clients belong to one event loop."""
         loop = asyncio.get_running_loop()
-        if self._client is None or self._loop is not loop:
-            self._client, self._loop, self._senders = self._make_client(), loop, {}
-        return self._client
+        if self._loop is not loop:
+            self._loop, self._clients, self._senders = loop, {}, {}
+        if retries not in self._clients:
+            self._clients[retries] = self._make_client(retries)
+        return self._clients[retries]
 
     async def send(self, messages: Sequence[Outgoing]) -> list[int | None]:
         numbers: list[int | None] = []
@@ -2450,7 +2480,7 @@ class AzureServiceBus:
         return numbers
 
     def _sender(self, queue: str) -> AzureSender:
-        client = self.client()
+        client = self.client(retries=3)
         if queue not in self._senders:
             self._senders[queue] = AzureSender(self, client, queue)
         return self._senders[queue]
@@ -2466,7 +2496,7 @@ class AzureServiceBus:
         return receiver
 
     def sdk_receiver(self, **options: Any) -> ServiceBusReceiver:
-        return self.client().get_queue_receiver(self.queue_name, socket_timeout=SOCKET_TIMEOUT, **options)
+        return self.client(retries=0).get_queue_receiver(self.queue_name, socket_timeout=SOCKET_TIMEOUT, **options)
 
     async def peek(self, max_message_count: int = 100, dead_letter: bool = False) -> list[Message]:
         """List messages without locking them, by sequence number: locked, scheduled and deferred ones too."""
@@ -2488,16 +2518,18 @@ class AzureServiceBus:
             MessageNotFound: none is waiting under that number; it may be due already.
         """
         with self.explained():
-            await self._sender(self.queue_name).cancel(sequence_number)
+            async with self.client(retries=0).get_queue_sender(self.queue_name) as sender:
+                await sender.cancel_scheduled_messages(sequence_number, timeout=ATTEMPT_TIMEOUT)
 
     async def close(self) -> None:
         """Close all connections. The bus opens new ones if it is used again."""
-        client, senders = self._client, self._senders
-        self._client, self._senders = None, {}
-        if client is not None and self._loop is asyncio.get_running_loop():
+        clients, senders = self._clients, self._senders
+        self._clients, self._senders = {}, {}
+        if self._loop is asyncio.get_running_loop():
             for sender in senders.values():
                 await sender.close()
-            await client.close()
+            for client in clients.values():
+                await client.close()
 
     @contextlib.contextmanager
     def explained(self, queue: str | None = None) -> Iterator[None]:
@@ -2518,7 +2550,7 @@ def _import_azure() -> Any:
     return azure.servicebus
 
 
-def _client_of(namespace: str, credential: Any) -> ServiceBusClient:
+def _client_of(namespace: str, credential: Any, retries: int) -> ServiceBusClient:
     aio = _import_azure().aio
     if credential is None:
         credential = _default_credential(include_msi=False)
@@ -2526,15 +2558,16 @@ def _client_of(namespace: str, credential: Any) -> ServiceBusClient:
         credential = credential()
     if hasattr(credential, "get_token") and not inspect.iscoroutinefunction(credential.get_token):
         credential = ThreadedCredential(credential)
-    client: ServiceBusClient = aio.ServiceBusClient(namespace, credential, try_timeout=ATTEMPT_TIMEOUT)
+    options = {"retry_total": retries, "try_timeout": ATTEMPT_TIMEOUT}
+    client: ServiceBusClient = aio.ServiceBusClient(namespace, credential, **options)
     return client
 
 
-def _client_of_connection_string(connection_string: str) -> ServiceBusClient:
+def _client_of_connection_string(connection_string: str, retries: int) -> ServiceBusClient:
     aio = _import_azure().aio
     try:
         client: ServiceBusClient = aio.ServiceBusClient.from_connection_string(
-            connection_string, try_timeout=ATTEMPT_TIMEOUT
+            connection_string, retry_total=retries, try_timeout=ATTEMPT_TIMEOUT
         )
     except ValueError as error:
         raise ConfigurationError(f"The connection string cannot be read: {error}") from None
@@ -2577,8 +2610,12 @@ def _azure_error(error: Exception, namespace: str, queue: str) -> BoilermakerErr
             return ConfigurationError(f"There is no {where}: create it, or correct SERVICE_BUS_QUEUE_NAME. {error}")
         case exceptions.ServiceBusAuthenticationError() | exceptions.ServiceBusAuthorizationError():
             return ConfigurationError(
-                f"Access to {where} was refused: check the key, or give the identity the roles "
+                f"Access to {where} was refused: check the key and the queue's name, or give the identity the roles "
                 f"'Azure Service Bus Data Sender' and 'Azure Service Bus Data Receiver'. {error}"
+            )
+        case exceptions.ServiceBusConnectionError():
+            return ServiceBusUnavailable(
+                f"{where} cannot be reached: check the namespace's name, and that port 5671 is open. {error}"
             )
         case ClientAuthenticationError():
             return ConfigurationError(
@@ -2638,6 +2675,7 @@ class AzureSender:
         self._queue = queue
         self._client = client
         self._sender: ServiceBusSender | None = None
+        self._requests = 0
         self._waiting: list[_SendRequest] = []
         self._lock = asyncio.Lock()
         self._sending: asyncio.Task[None] | None = None
@@ -2654,10 +2692,6 @@ class AzureSender:
             if isinstance(answer, BaseException):
                 raise answer
         return [answer for answer in answers if not isinstance(answer, BaseException)]
-
-    async def cancel(self, sequence_number: int) -> None:
-        async with self._lock:
-            await self._link().cancel_scheduled_messages(sequence_number, timeout=ATTEMPT_TIMEOUT)
 
     async def close(self) -> None:
         if self._sending is not None:
@@ -2697,9 +2731,12 @@ class AzureSender:
         """Send as many of them as one call can carry, in order; their sequence numbers."""
         if not messages:
             return []
+        if self._requests >= MAX_REQUESTS:
+            await self._drop_link()
         due, link = messages[0].due, self._link()
         if due is not None:
             some = [_sdk_message(message) for message in messages[: self._fitting(messages)]]
+            self._requests += 1
             return await link.schedule_messages(some, _utc(due), timeout=ATTEMPT_TIMEOUT)
         if len(messages) == 1:
             await link.send_messages(_sdk_message(messages[0]), timeout=ATTEMPT_TIMEOUT)
@@ -2725,10 +2762,10 @@ class AzureSender:
 
     async def _drop_link(self) -> None:
         """Close the link; the next send opens another. One that failed may never work again."""
-        sender, self._sender = self._sender, None
+        sender, self._sender, self._requests = self._sender, None, 0
         if sender is not None:
             with contextlib.suppress(Exception):
-                await asyncio.wait_for(sender.close(), ATTEMPT_TIMEOUT)
+                await asyncio.wait_for(sender.close(), CLOSE_TIMEOUT)
 
 
 def _sdk_message(message: Outgoing) -> ServiceBusMessage:
@@ -2757,6 +2794,8 @@ class AzureReceiver:
         self._max_renewal = max_renewal
         self._receiver = bus.sdk_receiver()
         self._busy = False
+        self._connected = False
+        self._requests = 0
         self._failures = 0
         self._closing = asyncio.Event()
         self._settling: set[asyncio.Future[list[Rejection]]] = set()
@@ -2767,10 +2806,21 @@ class AzureReceiver:
         """Connect, so that what is wrong with the settings shows at the start."""
         try:
             with self._bus.explained():
-                await self._receiver.__aenter__()
+                await self._connect()
         except BaseException:
             await self.close()
             raise
+
+    async def _connect(self) -> None:
+        """Go on with a new receiver, by which messages of the former one are settled and renewed too.
+
+        It is opened here, since a receive would give it no more time than for a message.
+        """
+        former, self._receiver, self._requests = self._receiver, self._bus.sdk_receiver(), 0
+        with contextlib.suppress(Exception):
+            await asyncio.wait_for(former.close(), CLOSE_TIMEOUT)
+        await self._receiver.__aenter__()
+        self._connected = True
 
     async def receive(self, max_message_count: int, max_wait_time: float) -> list[Delivery]:
         receiving = asyncio.ensure_future(self._receive(max_message_count, max_wait_time))
@@ -2785,16 +2835,18 @@ class AzureReceiver:
 
     async def _receive(self, max_message_count: int, max_wait_time: float) -> list[Delivery]:
         try:
+            if self._settling and self._connected:  # to receive meanwhile would slow down both
+                await asyncio.wait(self._settling, timeout=SETTLE_WAIT)
+            if not self._connected or self._requests >= MAX_REQUESTS:
+                await self._connect()
             messages = await self._receive_messages(max_message_count, max_wait_time or 1.0)
         except Exception as error:
-            await self._reconnect(error)
+            await self._back_off(error)
             return []
         self._failures = 0
         return [self._hold(raw) for raw in messages]
 
     async def _receive_messages(self, count: int, max_wait_time: float) -> list[ServiceBusReceivedMessage]:
-        if self._settling:
-            await asyncio.wait(self._settling)
         if self._busy:
             messages = await self._receiver.receive_messages(count, max_wait_time=BATCH_WAIT)
             self._busy = bool(messages)
@@ -2804,16 +2856,14 @@ class AzureReceiver:
         self._busy = bool(messages)
         return messages
 
-    async def _reconnect(self, error: Exception) -> None:
-        """After a pause that grows and varies, go on with a new receiver: a failed one may never work again."""
+    async def _back_off(self, error: Exception) -> None:
+        """Pause, longer each time, before the next receive connects anew: a receiver that failed may never recover."""
+        self._connected = False
         self._failures += 1
         pause = random.uniform(0.5, 1.0) * min(2.0 ** min(self._failures, 10) / 4, MAX_BACKOFF)
-        logger.warning("Receiving from %s failed, reconnecting in %.1f s: %s", self._bus, pause, error)
-        with contextlib.suppress(Exception):
-            await asyncio.wait_for(self._receiver.close(), 5)
+        logger.warning("Receiving from %r failed, reconnecting in %.1f s: %s", self._bus, pause, error)
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._closing.wait(), pause)
-        self._receiver = self._bus.sdk_receiver()
 
     def _hold(self, raw: ServiceBusReceivedMessage) -> Delivery:
         until = raw.locked_until_utc.timestamp() if raw.locked_until_utc else time.time()
@@ -2874,6 +2924,7 @@ class AzureReceiver:
             except ServiceBusUnavailable:
                 if self._closing.is_set() or time.time() + 1 > delivery.locked_until:
                     raise
+                self._connected = False
                 await asyncio.sleep(0.5)
 
     async def _keep_locks(self) -> None:
@@ -2896,13 +2947,14 @@ class AzureReceiver:
                 self._schedule_renewal(delivery)
 
     async def _renew_once(self, delivery: Delivery) -> datetime.datetime:
+        self._requests += 1
         return await self._receiver.renew_message_lock(delivery.raw, timeout=ATTEMPT_TIMEOUT)
 
     async def close(self) -> None:
         self._closing.set()
         self._renewer.cancel()
         with contextlib.suppress(Exception):
-            await asyncio.wait_for(self._receiver.close(), 5)
+            await asyncio.wait_for(self._receiver.close(), CLOSE_TIMEOUT)
 
 
 # ======================================================================================================================
@@ -3114,13 +3166,15 @@ class Worker:
             return Outcome(Ending.EXHAUSTED, error=exhausted)
         if not task.acks_late and await self._receiver.settle([Settlement(delivery, Disposition.COMPLETE)]):
             return Outcome(Ending.LOCK_LOST)
-        outcome = await self._call(registration, delivery, task)
+        outcome = await self._call(registration, task)
+        if not self._cancelled:
+            return outcome
         forced = self._cancelled.pop(delivery, None)
         if forced is Ending.LOCK_LOST or (forced is not None and outcome.ending is not Ending.RETURNED):
             return Outcome(forced)
         return outcome
 
-    async def _call(self, registration: Registration, delivery: Delivery, task: Task) -> Outcome:
+    async def _call(self, registration: Registration, task: Task) -> Outcome:
         """Call the function: whatever it does, the worker goes on."""
         _current_task.set(task)
         verbose = logger.isEnabledFor(logging.INFO)
