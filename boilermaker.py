@@ -2297,6 +2297,9 @@ BATCH_WAIT = 0.02
 ATTEMPT_TIMEOUT = 30
 """Seconds for one attempt to send, to renew or to open a link."""
 
+RETRY_PAUSE = 0.5
+"""Seconds between two attempts to settle, or to publish a follow-up."""
+
 SETTLE_WAIT = 0.2
 """Seconds for which a receive gives way to settlements."""
 
@@ -2792,9 +2795,9 @@ class AzureReceiver:
         self._bus = bus
         self._on_lock_lost = on_lock_lost
         self._max_renewal = max_renewal
-        self._receiver = bus.sdk_receiver()
+        self._receiver: ServiceBusReceiver | None = None
+        self._connecting = asyncio.Lock()
         self._busy = False
-        self._connected = False
         self._requests = 0
         self._failures = 0
         self._closing = asyncio.Event()
@@ -2806,21 +2809,30 @@ class AzureReceiver:
         """Connect, so that what is wrong with the settings shows at the start."""
         try:
             with self._bus.explained():
-                await self._connect()
+                await self._connected_receiver()
         except BaseException:
             await self.close()
             raise
 
-    async def _connect(self) -> None:
-        """Go on with a new receiver, by which messages of the former one are settled and renewed too.
+    async def _connected_receiver(self) -> ServiceBusReceiver:
+        """The receiver; a new one, by which messages of the former are settled too, if that one failed or is worn out.
 
         It is opened here, since a receive would give it no more time than for a message.
         """
-        former, self._receiver, self._requests = self._receiver, self._bus.sdk_receiver(), 0
-        with contextlib.suppress(Exception):
-            await asyncio.wait_for(former.close(), CLOSE_TIMEOUT)
-        await self._receiver.__aenter__()
-        self._connected = True
+        async with self._connecting:
+            if self._receiver is None or self._requests >= MAX_REQUESTS:
+                await self._close_receiver()
+                receiver = self._bus.sdk_receiver()
+                open_one_at_a_time(receiver)
+                await receiver.__aenter__()
+                self._receiver, self._requests = receiver, 0
+            return self._receiver
+
+    async def _close_receiver(self) -> None:
+        receiver, self._receiver = self._receiver, None
+        if receiver is not None:
+            with contextlib.suppress(Exception):
+                await asyncio.wait_for(receiver.close(), CLOSE_TIMEOUT)
 
     async def receive(self, max_message_count: int, max_wait_time: float) -> list[Delivery]:
         receiving = asyncio.ensure_future(self._receive(max_message_count, max_wait_time))
@@ -2834,34 +2846,35 @@ class AzureReceiver:
             raise
 
     async def _receive(self, max_message_count: int, max_wait_time: float) -> list[Delivery]:
+        if self._settling:  # to receive meanwhile would slow down both
+            await asyncio.wait(self._settling, timeout=SETTLE_WAIT)
         try:
-            if self._settling and self._connected:  # to receive meanwhile would slow down both
-                await asyncio.wait(self._settling, timeout=SETTLE_WAIT)
-            if not self._connected or self._requests >= MAX_REQUESTS:
-                await self._connect()
-            messages = await self._receive_messages(max_message_count, max_wait_time or 1.0)
+            receiver = await self._connected_receiver()
+            messages = await self._receive_messages(receiver, max_message_count, max_wait_time or 1.0)
         except Exception as error:
             await self._back_off(error)
             return []
         self._failures = 0
         return [self._hold(raw) for raw in messages]
 
-    async def _receive_messages(self, count: int, max_wait_time: float) -> list[ServiceBusReceivedMessage]:
+    async def _receive_messages(
+        self, receiver: ServiceBusReceiver, count: int, max_wait_time: float
+    ) -> list[ServiceBusReceivedMessage]:
         if self._busy:
-            messages = await self._receiver.receive_messages(count, max_wait_time=BATCH_WAIT)
+            messages = await receiver.receive_messages(count, max_wait_time=BATCH_WAIT)
             self._busy = bool(messages)
             if messages:
                 return messages
-        messages = await self._receiver.receive_messages(1, max_wait_time=max_wait_time)
+        messages = await receiver.receive_messages(1, max_wait_time=max_wait_time)
         self._busy = bool(messages)
         return messages
 
     async def _back_off(self, error: Exception) -> None:
         """Pause, longer each time, before the next receive connects anew: a receiver that failed may never recover."""
-        self._connected = False
         self._failures += 1
         pause = random.uniform(0.5, 1.0) * min(2.0 ** min(self._failures, 10) / 4, MAX_BACKOFF)
         logger.warning("Receiving from %r failed, reconnecting in %.1f s: %s", self._bus, pause, error)
+        await self._close_receiver()
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._closing.wait(), pause)
 
@@ -2894,26 +2907,28 @@ class AzureReceiver:
 
     async def _settle(self, settlement: Settlement) -> Rejection | None:
         """Publish what follows, then settle: there is no transaction over both."""
+        delivery, disposition, _, _, follow_up = settlement
         try:
-            if settlement.follow_up is not None:
-                await self._bus.send([settlement.follow_up])
-            if settlement.disposition is not Disposition.LEAVE:
-                await self._while_locked(settlement.delivery, functools.partial(self._dispose, settlement))
+            if follow_up is not None:
+                await self._while_locked(delivery, functools.partial(self._bus.send, [follow_up]))
+            if disposition is not Disposition.LEAVE:
+                await self._while_locked(delivery, functools.partial(self._dispose, settlement))
         except BoilermakerError as error:
             return Rejection(settlement, error)
         finally:
-            self._renew_at.pop(settlement.delivery, None)
+            self._renew_at.pop(delivery, None)
         return None
 
     async def _dispose(self, settlement: Settlement) -> None:
         delivery, disposition, reason, description, _ = settlement
+        receiver = await self._connected_receiver()
         match disposition:
             case Disposition.COMPLETE:
-                await self._receiver.complete_message(delivery.raw)
+                await receiver.complete_message(delivery.raw)
             case Disposition.ABANDON:
-                await self._receiver.abandon_message(delivery.raw)
+                await receiver.abandon_message(delivery.raw)
             case Disposition.DEAD_LETTER:
-                await self._receiver.dead_letter_message(delivery.raw, reason=reason, error_description=description)
+                await receiver.dead_letter_message(delivery.raw, reason=reason, error_description=description)
 
     async def _while_locked(self, delivery: Delivery, action: Callable[[], Coroutine[Any, Any, T]]) -> T:
         """Do something about a message, if need be again: until it works, or the lock has run out."""
@@ -2922,10 +2937,9 @@ class AzureReceiver:
                 with self._bus.explained():
                     return await action()
             except ServiceBusUnavailable:
-                if self._closing.is_set() or time.time() + 1 > delivery.locked_until:
+                if self._closing.is_set() or time.time() + RETRY_PAUSE > delivery.locked_until:
                     raise
-                self._connected = False
-                await asyncio.sleep(0.5)
+                await asyncio.sleep(RETRY_PAUSE)
 
     async def _keep_locks(self) -> None:
         while True:
@@ -2948,13 +2962,28 @@ class AzureReceiver:
 
     async def _renew_once(self, delivery: Delivery) -> datetime.datetime:
         self._requests += 1
-        return await self._receiver.renew_message_lock(delivery.raw, timeout=ATTEMPT_TIMEOUT)
+        receiver = await self._connected_receiver()
+        return await receiver.renew_message_lock(delivery.raw, timeout=ATTEMPT_TIMEOUT)
 
     async def close(self) -> None:
         self._closing.set()
         self._renewer.cancel()
-        with contextlib.suppress(Exception):
-            await asyncio.wait_for(self._receiver.close(), CLOSE_TIMEOUT)
+        await self._close_receiver()
+
+
+def open_one_at_a_time(receiver: Any) -> None:
+    """Keep settlements that find the link lost from opening it once each, and from opening it after it was closed.
+
+    The SDK (7.15) does both, and leaves a connection behind each time.
+    """
+    open_link, lock = receiver._open, asyncio.Lock()
+
+    async def open_in_turn(timeout: float | None = None) -> None:
+        async with lock:
+            receiver._check_live()
+            await open_link(timeout)
+
+    receiver._open = open_in_turn
 
 
 # ======================================================================================================================
