@@ -189,8 +189,19 @@ class TaskFailureResultType:
     def __repr__(self) -> str:
         return "TaskFailureResult"
 
+    def __reduce__(self) -> str:
+        return "TaskFailureResult"  # one object, also through copies, pickles and process pools
+
 
 TaskFailureResult = TaskFailureResultType()
+
+
+def _short(value: object) -> str:
+    """A value for an error message: never long, never an error itself."""
+    try:
+        return reprlib.repr(value)
+    except Exception:  # an integer of more digits than Python prints, a broken __repr__
+        return f"<{type(value).__name__}>"
 
 
 def _utc(timestamp: float) -> datetime.datetime:
@@ -258,7 +269,7 @@ class RetryPolicy:
         for name, limit in (("max_tries", MAX_TRIES), ("delay", MAX_SECONDS), ("delay_max", MAX_SECONDS)):
             value = getattr(self, name)
             if type(value) is not int or not 0 <= value <= limit:
-                raise UsageError(f"RetryPolicy: {name}={value!r} must be an int from 0 to {limit}.")
+                raise UsageError(f"RetryPolicy: {name}={_short(value)} must be an int from 0 to {limit}.")
         if type(self.retry_mode) is not RetryMode:
             object.__setattr__(self, "retry_mode", self._mode(self.retry_mode))
 
@@ -267,7 +278,7 @@ class RetryPolicy:
         if type(value) is int and value in RetryMode.__members__.values():
             return RetryMode(value)
         modes = ", ".join(f"RetryMode.{mode.name} ({mode.value})" for mode in RetryMode)
-        raise UsageError(f"RetryPolicy: retry_mode={value!r} must be one of {modes}.")
+        raise UsageError(f"RetryPolicy: retry_mode={_short(value)} must be one of {modes}.")
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, RetryPolicy) and self._values() == other._values()
@@ -737,7 +748,9 @@ def _last(head: Task) -> Task:
 
 
 def _check_head(task: Task) -> None:
-    """Refuse what `a >> b` returned: publishing b would skip a."""
+    """Refuse what `a >> b` returned: publishing b would skip a. Refuse what waits for a parent's result, too."""
+    if task.takes_result:
+        raise UsageError(f"{task!r} was made by .s(), for a parent's result, but has no parent: make it by .si().")
     head = task
     while head._predecessor is not None and head._predecessor.on_success is head:
         head = head._predecessor
@@ -765,11 +778,14 @@ def _check_call(task: Task) -> None:
     least, most = _arity(task._function)
     if not task.kwargs and least <= positional <= most:
         return
-    signature = inspect.signature(task._function)
+    signature = _signature(task._function)
     try:
         signature.bind(*[None] * (1 + positional), **task.kwargs)
     except TypeError as error:
         raise InvalidArguments(f"{task.function_name}{signature} cannot be called like that: {error}.") from None
+
+
+_signature = functools.lru_cache(maxsize=4096)(inspect.signature)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -791,7 +807,7 @@ def _explain_arguments(task: Task, error: Exception) -> InvalidArguments:
             _to_json(value)
         except (TypeError, ValueError, RecursionError) as cause:
             return InvalidArguments(
-                f"{task.function_name}: JSON cannot carry argument {name} = {reprlib.repr(value)}: {cause}. "
+                f"{task.function_name}: JSON cannot carry argument {name} = {_short(value)}: {cause}. "
                 "Pass numbers, strings, lists and dicts, or an id to look it up by."
             )
     return InvalidArguments(f"{task.function_name}: JSON cannot carry the arguments: {error}.")
@@ -843,22 +859,32 @@ def encode(task: Task, queue: str, home: str) -> str:
     """
     if task.on_success is None and task.on_failure is None:
         return _encode_one(task, None, "null", "null")
+    members = _workflow(task)
+    _check_depth(task, members)
     texts: dict[int, str] = {}
-    depths: dict[int, int] = {}
-    for member in _workflow(task):
+    for member in members:
         own_queue = queue if member is task else member.queue or home
-        success, failure = id(member.on_success), id(member.on_failure)
-        callbacks = texts.get(success, "null"), texts.get(failure, "null")
+        callbacks = texts.get(id(member.on_success), "null"), texts.get(id(member.on_failure), "null")
         texts[id(member)] = _encode_one(member, own_queue if own_queue != queue else None, *callbacks)
-        depths[id(member)] = 1 + max(depths.get(success, 0), depths.get(failure, 0))
         if len(texts[id(member)]) > MAX_WORKFLOW_BYTES:
             raise MessageTooLarge(f"{task!r} and its callbacks are over {MAX_WORKFLOW_BYTES} bytes: no bus takes that.")
-    if depths[id(task)] > MAX_WORKFLOW_DEPTH:
+    if len(members) > 100:  # with deep arguments, it may still be too deep together
+        try:
+            _from_json(texts[id(task)])
+        except RecursionError as error:
+            raise UsageError(f"{task!r}: its callbacks and arguments are nested too deeply to be read.") from error
+    return texts[id(task)]
+
+
+def _check_depth(head: Task, members: Sequence[Task]) -> None:
+    depths: dict[int, int] = {}
+    for member in members:
+        depths[id(member)] = 1 + max(depths.get(id(callback), 0) for callback in (member.on_success, member.on_failure))
+    if depths[id(head)] > MAX_WORKFLOW_DEPTH:
         raise UsageError(
-            f"{task!r} is the head of {depths[id(task)]} nested callbacks, the limit is {MAX_WORKFLOW_DEPTH}: "
+            f"{head!r} is the head of {depths[id(head)]} nested callbacks, the limit is {MAX_WORKFLOW_DEPTH}: "
             "let a task of the chain publish the rest."
         )
-    return texts[id(task)]
 
 
 def _encode_one(task: Task, queue: str | None, on_success: str, on_failure: str) -> str:
@@ -909,10 +935,15 @@ def decode(body: str | bytes, queue: str) -> Task:
         parent, fields, path = pending.pop()
         for name in ("on_success", "on_failure"):
             if (nested := fields.get(name)) is not None:
-                callback = _decode_one(nested, queue, path + name)
+                callback = _decode_one(nested, queue, _place(path + name))
                 setattr(parent, name, callback)
                 pending.append((callback, nested, f"{path}{name}."))
     return head
+
+
+def _place(path: str) -> str:
+    """Where a callback stands, in short where it is far down."""
+    return path if len(path) <= 200 else f"{path[:80]}...{path[-80:]}"
 
 
 def _no_constant(name: str) -> None:
@@ -952,7 +983,7 @@ _JSON_NAMES: Mapping[type, str] = {str: "a string", bool: "true or false", list:
 def _decode_one(document: Any, queue: str, where: str) -> Task:
     """One task without its callbacks. A field that is absent or null has its default."""
     if type(document) is not dict:
-        raise InvalidTaskFormat(f"{where} must be an object, not {reprlib.repr(document)}.")
+        raise InvalidTaskFormat(f"{where} must be an object, not {_short(document)}.")
     for name, value in document.items():
         kind = _FIELDS.get(name)
         if kind is not None and type(value) is not kind and value is not None:
@@ -969,20 +1000,27 @@ def _decode_one(document: Any, queue: str, where: str) -> Task:
         args=args,
         kwargs=kwargs,
         task_id=task_id,
-        policy=DEFAULT_POLICY if policy is None else _decode_policy(policy, where),
+        policy=DEFAULT_POLICY if policy is None else _decode_policy(policy, "policy", where),
         policy_is_default=policy is None or get("policy_is_default") is True,
-        scheduled_policy=None if scheduled is None else _decode_policy(scheduled, where),
+        scheduled_policy=None if scheduled is None else _decode_policy(scheduled, "scheduled_policy", where),
         attempts=_decode_attempts(get("attempts") or {}, where),
         should_dead_letter=get("should_dead_letter") is not False,
         acks_late=get("acks_late") is not False,
         graph_id=get("graph_id"),
-        queue=get("queue") or queue,
+        queue=queue if get("queue") is None else _decode_queue(get("queue"), where),
         takes_result=get("takes_result") is True,
     )
 
 
 def _wrong_type(name: str, kind: type, value: object, where: str) -> InvalidTaskFormat:
-    return InvalidTaskFormat(f"{name} of {where} must be {_JSON_NAMES[kind]}, not {reprlib.repr(value)}.")
+    return InvalidTaskFormat(f"{name} of {where} must be {_JSON_NAMES[kind]}, not {_short(value)}.")
+
+
+def _decode_queue(name: object, where: str) -> str:
+    try:
+        return _checked_queue_name(name)
+    except ConfigurationError as error:
+        raise InvalidTaskFormat(f"queue of {where}: {error}") from error
 
 
 def _decode_payload(document: dict[str, Any], where: str) -> tuple[list[Any], dict[str, Any]]:
@@ -994,29 +1032,28 @@ def _decode_payload(document: dict[str, Any], where: str) -> tuple[list[Any], di
     return args or [], kwargs or {}
 
 
-def _decode_policy(document: dict[str, Any], where: str) -> RetryPolicy:
+def _decode_policy(document: dict[str, Any], name: str, where: str) -> RetryPolicy:
     get = document.get
+    values: list[Any] = [get("max_tries"), get("delay"), get("delay_max"), get("retry_mode")]
     try:
-        return _cached_policy(get("max_tries"), get("delay"), get("delay_max"), get("retry_mode"))
-    except (UsageError, TypeError) as error:  # TypeError: an array cannot be looked up in the cache
-        raise InvalidTaskFormat(f"policy of {where}: {error}") from error
+        return _cached_policy(*values) if all(type(value) is int for value in values) else RetryPolicy(*values)
+    except UsageError as error:
+        raise InvalidTaskFormat(f"{name} of {where}: {error}") from error
 
 
-@functools.lru_cache(maxsize=1024, typed=True)
-def _cached_policy(max_tries: Any, delay: Any, delay_max: Any, retry_mode: Any) -> RetryPolicy:
-    return RetryPolicy(max_tries, delay, delay_max, retry_mode)
+_cached_policy = functools.lru_cache(maxsize=1024)(RetryPolicy)
 
 
 def _decode_attempts(document: dict[str, Any], where: str) -> RetryAttempts:
     attempts, last_retry = document.get("attempts", 0), document.get("last_retry")
     if type(attempts) is not int or not 0 <= attempts <= MAX_SECONDS:
-        raise InvalidTaskFormat(f"attempts of {where}: {reprlib.repr(attempts)} is no integer from 0 to {MAX_SECONDS}.")
+        raise InvalidTaskFormat(f"attempts of {where}: {_short(attempts)} is no integer from 0 to {MAX_SECONDS}.")
     if last_retry is None:
         return RetryAttempts.default(attempts)
     try:
         return RetryAttempts(attempts, datetime.datetime.fromisoformat(last_retry))
     except (ValueError, TypeError) as error:
-        raise InvalidTaskFormat(f"last_retry of {where}: {error}.") from error
+        raise InvalidTaskFormat(f"last_retry of {where}: {_short(last_retry)} is no ISO 8601 time.") from error
 
 
 # ======================================================================================================================
@@ -1054,6 +1091,7 @@ class Ending(enum.Enum):
     FAILED = ("failed", Disposition.DEAD_LETTER, "TaskFailed", FollowUp.ON_FAILURE)
     RETRY = ("asked for a retry", Disposition.COMPLETE, "", FollowUp.RETRY)
     EXHAUSTED = ("used up its tries", Disposition.DEAD_LETTER, "RetriesExhausted", FollowUp.ON_FAILURE)
+    NO_TRY_LEFT = ("has no try left", Disposition.DEAD_LETTER, "RetriesExhausted", FollowUp.ON_FAILURE)
     UNREGISTERED = ("is not registered here", Disposition.DEAD_LETTER, "UnregisteredFunction", FollowUp.ON_FAILURE)
     UNDECODABLE = ("cannot be decoded", Disposition.DEAD_LETTER, "InvalidTaskFormat", FollowUp.NOTHING)
     STOPPED = ("was stopped with its worker", Disposition.ABANDON, "", FollowUp.NOTHING)
@@ -1064,6 +1102,11 @@ class Ending(enum.Enum):
         self.disposition = disposition
         self.reason = reason
         self.follow_up = follow_up
+
+    @property
+    def ran(self) -> bool:
+        """Whether the function was called, and so, with `acks_late=False`, the message completed."""
+        return self not in (Ending.NO_TRY_LEFT, Ending.UNREGISTERED, Ending.UNDECODABLE)
 
 
 class Outcome(NamedTuple):
@@ -1098,11 +1141,12 @@ def decide(task: Task, outcome: Outcome, message_id: str) -> Decision:
         outcome: how the run ended.
         message_id: the message's; what follows derives its own from it.
     """
+    first_id = first_try_id(message_id, task.attempts.attempts)
     ending = outcome.ending
     disposition = ending.disposition
-    if not task.should_dead_letter and ending in (Ending.FAILED, Ending.EXHAUSTED):
+    if not task.should_dead_letter and ending in (Ending.FAILED, Ending.EXHAUSTED, Ending.NO_TRY_LEFT):
         disposition = Disposition.COMPLETE
-    if not task.acks_late and ending is not Ending.UNREGISTERED:
+    if not task.acks_late and ending.ran:
         disposition = Disposition.LEAVE
     decision = Decision(disposition, ending.reason, describe(outcome.error) if ending.reason else "")
     match ending.follow_up:
@@ -1110,13 +1154,13 @@ def decide(task: Task, outcome: Outcome, message_id: str) -> Decision:
             attempt = task.attempts.attempts + 1
             delay = policy_in_force(task, outcome.error).get_delay_interval(attempt - 1)
             return decision._replace(
-                follow_up=_retry_of(task, outcome.error), follow_up_id=retry_id(message_id, attempt), delay=delay
+                follow_up=_retry_of(task, outcome.error), follow_up_id=retry_id(first_id, attempt), delay=delay
             )
         case FollowUp.ON_SUCCESS if (following := _successor(task, outcome.result)) is not None:
-            return decision._replace(follow_up=following, follow_up_id=continuation_id(message_id))
+            return decision._replace(follow_up=following, follow_up_id=continuation_id(first_id))
         case FollowUp.ON_FAILURE if task.on_failure is not None:
             following = _given(task.on_failure, lambda: failure_of(task, outcome))
-            return decision._replace(follow_up=following, follow_up_id=continuation_id(message_id))
+            return decision._replace(follow_up=following, follow_up_id=continuation_id(first_id))
     return decision
 
 
@@ -1185,14 +1229,13 @@ def _given(callback: Task, value: Callable[[], Any]) -> Task:
 def failure_of(task: Task, outcome: Outcome) -> dict[str, Any]:
     """What an `on_failure` callback made by `.s()` receives."""
     error = outcome.error
-    ran = outcome.ending is not Ending.UNREGISTERED
     return {
         "task_id": task.task_id,
         "function_name": task.function_name,
         "error": type(error).__name__ if error is not None else "TaskFailureResult",
         "message": _message_of(error) if error is not None else "",
         "traceback": "".join(traceback.format_exception(error))[-MAX_DESCRIPTION_LENGTH:] if error is not None else "",
-        "attempts": task.attempts.attempts + ran,
+        "attempts": task.attempts.attempts + outcome.ending.ran,
     }
 
 
@@ -1200,7 +1243,8 @@ def describe(error: BaseException | None) -> str:
     """An error in one readable text, short enough for a dead letter."""
     if error is None:
         return "The task returned TaskFailureResult."
-    return "".join(traceback.format_exception_only(error)).strip()[:MAX_DESCRIPTION_LENGTH]
+    text = "".join(traceback.format_exception_only(error)).strip()
+    return text.encode("utf-8", "backslashreplace")[:MAX_DESCRIPTION_LENGTH].decode("utf-8", "ignore")
 
 
 def _message_of(error: BaseException) -> str:
@@ -1213,16 +1257,23 @@ def _message_of(error: BaseException) -> str:
 _ID_NAMESPACE = uuid.UUID("5f6a1c1e-7b5c-5a53-9d0c-6d1f2f3c7b10")
 
 
-def continuation_id(message_id: str) -> str:
-    """The message id of what follows a message, success or failure alike: only one of the two can ever be enqueued."""
-    return str(uuid.uuid5(_ID_NAMESPACE, message_id))
+def first_try_id(message_id: str, attempts: int) -> str:
+    """The message id of a task's first try, by that of its nth retry."""
+    return message_id.removesuffix(f":{attempts}") if attempts else message_id
 
 
-def retry_id(message_id: str, attempt: int) -> str:
+def retry_id(first_id: str, attempt: int) -> str:
     """The message id of a task's nth retry: `<message id of the first try>:<attempt>`."""
-    first = message_id.removesuffix(f":{attempt - 1}") if attempt > 1 else message_id
-    retry = f"{first}:{attempt}"
-    return retry if len(retry) <= MAX_MESSAGE_ID_LENGTH else f"{continuation_id(first)}:{attempt}"
+    retry = f"{first_id}:{attempt}"
+    return retry if len(retry) <= MAX_MESSAGE_ID_LENGTH else f"{continuation_id(first_id)}:{attempt}"
+
+
+def continuation_id(first_id: str) -> str:
+    """The message id of what follows a task, success or failure alike, whichever of its tries it is that ends it.
+
+    So only one of all these can ever be enqueued, even when a worker died between publishing a retry and completing.
+    """
+    return str(uuid.uuid5(_ID_NAMESPACE, first_id))
 
 
 # ======================================================================================================================
@@ -1474,6 +1525,20 @@ class Store:
                 raise
         finally:
             self._mutex.release()
+
+    @contextlib.contextmanager
+    def savepoint(self) -> Iterator[None]:
+        """Statements inside of a transaction that are undone together on an error."""
+        self._connection.execute("SAVEPOINT part")
+        try:
+            yield
+        except BaseException:
+            if self._connection.in_transaction:
+                self._connection.execute("ROLLBACK TO part")
+            raise
+        finally:
+            if self._connection.in_transaction:
+                self._connection.execute("RELEASE part")
 
     def attempt(self, works: Sequence[Callable[[], Any]]) -> list[Any]:
         """Run statements in one transaction, without waiting; on any error nothing is done."""
@@ -2072,7 +2137,7 @@ def _checked_queue_name(name: object) -> str:
         r"[A-Za-z0-9]([\w./~-]{0,258}[A-Za-z0-9_])?(/\$DeadLetterQueue)?", name
     ):
         raise ConfigurationError(
-            f"queue name {name!r} must be 1 to 260 letters, digits, '.', '-', '_' and '/', "
+            f"queue name {_short(name)} must be 1 to 260 letters, digits, '.', '-', '_' and '/', "
             "beginning and ending with a letter or digit."
         )
     return name
@@ -2160,26 +2225,35 @@ class LocalReceiver:
         for one in settlements:
             only_deletes = one.disposition is Disposition.COMPLETE and one.follow_up is None
             (plain if only_deletes else others).append(one)
-        lost = [one for one in others if not self._settle_one(one, now)]
+        rejections = [rejection for one in others if (rejection := self._settle_one(one, now)) is not None]
         if plain and self._store.complete([one.delivery for one in plain]) < len(plain):
-            lost += [one for one in plain if self._store.exists(one.delivery)]
-        return [Rejection(one, MessageLockLost("another receiver has the message")) for one in lost]
+            rejections += [_lock_lost(one) for one in plain if self._store.exists(one.delivery)]
+        return rejections
 
-    def _settle_one(self, settlement: Settlement, now: float) -> bool:
-        """Settle and publish what follows, unless the lock was lost."""
-        delivery, disposition, reason, description, follow_up = settlement
+    def _settle_one(self, settlement: Settlement, now: float) -> Rejection | None:
+        """Settle and publish what follows, both or, if the lock was lost or something is wrong with them, neither."""
+        try:
+            with self._store.savepoint():
+                if not self._dispose(settlement, now):
+                    return _lock_lost(settlement)
+                if settlement.follow_up is not None:
+                    self._store.insert([settlement.follow_up], now)
+        except (ValueError, OverflowError) as error:  # text or a number that SQLite cannot hold
+            return Rejection(settlement, error)
+        return None
+
+    def _dispose(self, settlement: Settlement, now: float) -> bool:
+        """Whether the message was still held."""
+        delivery, disposition, reason, description, _ = settlement
         match disposition:
             case Disposition.COMPLETE:
-                settled = self._store.complete([delivery]) == 1
+                return self._store.complete([delivery]) == 1
             case Disposition.DEAD_LETTER:
-                settled = self._store.dead_letter(self._queue, delivery, reason, description, now)
+                return self._store.dead_letter(self._queue, delivery, reason, description, now)
             case Disposition.ABANDON:
-                settled = self._store.abandon(delivery)
+                return self._store.abandon(delivery)
             case Disposition.LEAVE:
-                settled = True
-        if settled and follow_up is not None:
-            self._store.insert([follow_up], now)
-        return settled
+                return True
 
     def _keep_locks(self) -> None:
         """Renew in a thread, so that a task which blocks the event loop keeps its lock."""
@@ -2211,6 +2285,10 @@ class LocalReceiver:
         self._closed.set()
         await asyncio.to_thread(self._renewer.join)
         self._watcher.close()
+
+
+def _lock_lost(settlement: Settlement) -> Rejection:
+    return Rejection(settlement, MessageLockLost("another receiver has the message"))
 
 
 class FileWatcher:
@@ -2347,7 +2425,8 @@ class Config:
     azure_credential_include_msi: bool | None = None
 
     def __post_init__(self) -> None:
-        self.service_bus_connection_string = self.service_bus_connection_string or _env("SERVICEBUS_CONNECTION_STRING")
+        if not self.service_bus_namespace_url and not self.service_bus_connection_string:
+            self.service_bus_connection_string = _env("SERVICEBUS_CONNECTION_STRING")
         self.service_bus_namespace_url = self.service_bus_namespace_url or _env(
             "SERVICE_BUS_NAMESPACE_URL", "SERVICEBUS_FULLY_QUALIFIED_NAMESPACE"
         )
@@ -2371,6 +2450,9 @@ class Config:
                 "The queue is missing: pass service_bus_queue_name, "
                 "or set SERVICE_BUS_QUEUE_NAME or SERVICEBUS_QUEUE_NAME."
             )
+
+        if self.service_bus_namespace_url:
+            _namespace_of(self.service_bus_namespace_url)
 
     def az_credential(self) -> Any:
         """The credential that was given, or azure-identity's default one."""
@@ -2396,11 +2478,13 @@ def _connection_setting(connection_string: str, name: str) -> str | None:
 
 def _namespace_of(url: object) -> str:
     """The host of a namespace, given as `host`, `sb://host` or `https://host:443/`."""
-    match = (
-        re.fullmatch(r"(?:[a-z]+://)?([A-Za-z0-9][A-Za-z0-9.-]*)(?::\d+)?/*", url.strip())
-        if isinstance(url, str)
-        else None
-    )
+    text = url.strip() if isinstance(url, str) else ""
+    if "sharedaccesskey" in text.lower():  # a secret, not to be shown
+        raise ConfigurationError(
+            "The namespace is a connection string: use AzureServiceBus.from_connection_string, "
+            "or Config(service_bus_connection_string=...)."
+        )
+    match = re.fullmatch(r"(?:[A-Za-z]+://)?([A-Za-z0-9][A-Za-z0-9.-]*)(?::\d+)?/*", text)
     if match is None:
         raise ConfigurationError(
             f"namespace {url!r} must be a host such as 'example.servicebus.windows.net', or its URL."
@@ -3143,13 +3227,19 @@ class Worker:
 
     async def _settle(self, settlements: Sequence[Settlement]) -> None:
         """Settle; what has no message any more to be delivered again is tried until it works."""
-        while rejections := await self._receiver.settle(settlements):
+        while rejections := await self._attempt_to_settle(settlements):
             for settlement, error in rejections:
                 logger.error("Settling failed sequence_number=%s: %s", settlement.delivery.sequence_number, error)
             settlements = [one for one, _ in rejections if one.disposition is Disposition.LEAVE and one.follow_up]
             if not settlements:
                 return
             await asyncio.sleep(MAX_WAIT)
+
+    async def _attempt_to_settle(self, settlements: Sequence[Settlement]) -> list[Rejection]:
+        try:
+            return await self._receiver.settle(settlements)
+        except BoilermakerError as error:  # the transaction over all of them failed
+            return [Rejection(settlement, error) for settlement in settlements]
 
     # -- one message
 
@@ -3181,6 +3271,7 @@ class Worker:
         except Exception:
             logger.exception("[%s] Internal error sequence_number=%s", task.function_name, task.sequence_number)
             self._running.pop(delivery, None)
+            self._finished.append(Settlement(delivery, Disposition.ABANDON))
         self._wake.set()
 
     async def _outcome(self, delivery: Delivery, task: Task) -> Outcome:
@@ -3192,7 +3283,7 @@ class Worker:
         registration.apply_to(task)
         if not may_run(task):
             exhausted = RetryException(f"no try left: {task.attempts.attempts} made, {task.policy}")
-            return Outcome(Ending.EXHAUSTED, error=exhausted)
+            return Outcome(Ending.NO_TRY_LEFT, error=exhausted)
         if not task.acks_late and await self._receiver.settle([Settlement(delivery, Disposition.COMPLETE)]):
             return Outcome(Ending.LOCK_LOST)
         outcome = await self._call(registration, task)
@@ -3239,7 +3330,7 @@ class Worker:
                 "[%s] Follow-up rejected sequence_number=%s: %s", task.function_name, task.sequence_number, error
             )
             decision = reject(error)
-            if not task.acks_late:
+            if not task.acks_late and outcome.ending.ran:
                 decision = decision._replace(disposition=Disposition.LEAVE)
         if outcome.ending is not Ending.RETURNED:
             _log_ending(task, outcome, decision)
@@ -3360,7 +3451,7 @@ class Boilermaker:
     """
 
     def __init__(self, state: Any, service_bus_client: ServiceBus, enable_opentelemetry: bool = False) -> None:
-        if not hasattr(service_bus_client, "open_receiver"):
+        if isinstance(service_bus_client, type) or not hasattr(service_bus_client, "open_receiver"):
             raise UsageError(
                 f"service_bus_client={service_bus_client!r} must be a LocalServiceBus or an AzureServiceBus."
             )
@@ -3463,6 +3554,15 @@ class Boilermaker:
         """What is registered under a name; boilermaker-servicebus's connection test always is."""
         return self._registry.get(name) or _BUILT_IN.get(name)
 
+    def _registration_of(self, function: Callable[..., Any] | None, name: str) -> Registration | None:
+        """A function's registration: the one of that name, if it has several."""
+        if function is None:
+            return None
+        registration = self._registry.get(name)
+        if registration is not None and registration.function is function:
+            return registration
+        return self._by_function.get(function)
+
     # -- making tasks
 
     def create_task(self, fn: Any, *args: Any, policy: RetryPolicy | None = None, **kwargs: Any) -> Task:
@@ -3482,7 +3582,8 @@ class Boilermaker:
 
     def _new_task(self, fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any], policy: RetryPolicy | None) -> Task:
         function = fn.function if isinstance(fn, TaskFunction) else fn
-        registration = self._by_function.get(function)
+        name = fn.registration.name if isinstance(fn, TaskFunction) else ""
+        registration = self._registration_of(function, name)
         if registration is None:
             raise _unregistered(getattr(fn, "__name__", repr(fn)))
         task = _task_of(registration, self, args, kwargs)
@@ -3491,18 +3592,20 @@ class Boilermaker:
         return task
 
     def chain(self, *tasks: TaskLike, on_failure: TaskLike | None = None) -> Task:
-        """Link two or more tasks by `on_success`; the first, which is the one to publish.
+        """Link two or more tasks, or chains, by `on_success`; the first, which is the one to publish.
 
         Args:
-            on_failure: the callback of each of them; without it each keeps its own.
+            on_failure: the callback of each step; without it each keeps its own.
         """
         if len(tasks) < 2:
             raise UsageError(f"A chain needs at least two tasks, not {len(tasks)}.")
         members = [_as_task(task) for task in tasks]
         failure = None if on_failure is None else _as_task(on_failure, "on_failure")
-        for member, following in itertools.zip_longest(members, members[1:]):
-            member.on_success = following or member.on_success
-            member.on_failure = failure or member.on_failure
+        for member, following in itertools.pairwise(members):
+            if following not in _chain_of(member):
+                _last(member).on_success = following
+        for step in _chain_of(members[0]):
+            step.on_failure = failure or step.on_failure
         _workflow(members[0])
         return members[0]
 
@@ -3543,6 +3646,8 @@ class Boilermaker:
             on_success: published, to this application's queue, when it has returned; so is `on_failure` when it failed.
             policy: overrides the policy of the registration there.
         """
+        if not isinstance(name, str) or not name:
+            raise UsageError(f"send_task: name={_short(name)} must be the name a task is registered under.")
         task = Task(function_name=name, args=list(args), kwargs=kwargs, policy_is_default=True)
         task.queue = None if queue is None else _checked_queue_name(queue)
         task.on_success = None if on_success is None else _as_task(on_success, "on_success")
@@ -3612,10 +3717,11 @@ class Boilermaker:
             return head
         _check_head(head)
         for task in _workflow(head):
-            registration = self._by_function.get(task._function) if task._function is not None else None
+            registration = self._registration_of(task._function, task.function_name)
             if registration is not None:
                 task.function_name = registration.name
                 registration.apply_to(task)
+                _check_call(task)
             elif task._function is not None and task.queue in (None, self.service_bus_client.queue_name):
                 raise _unregistered(task.function_name)
             task._app = task._app or self
@@ -3724,3 +3830,4 @@ class retries:
 
 for _old in ("app", "config", "failure", "retries", "service_bus", "task"):
     sys.modules[f"{__name__}.{_old}"] = sys.modules[__name__]
+    globals().setdefault(_old, sys.modules[__name__])
