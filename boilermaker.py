@@ -2824,7 +2824,8 @@ class AzureSender:
         if due is not None:
             some = [_sdk_message(message) for message in messages[: self._fitting(messages)]]
             self._requests += 1
-            return await link.schedule_messages(some, _utc(due), timeout=ATTEMPT_TIMEOUT)
+            numbers: list[int] = await link.schedule_messages(some, _utc(due), timeout=ATTEMPT_TIMEOUT)
+            return numbers
         if len(messages) == 1:
             await link.send_messages(_sdk_message(messages[0]), timeout=ATTEMPT_TIMEOUT)
             return [None]
@@ -2944,6 +2945,7 @@ class AzureReceiver:
     async def _receive_messages(
         self, receiver: ServiceBusReceiver, count: int, max_wait_time: float
     ) -> list[ServiceBusReceivedMessage]:
+        messages: list[ServiceBusReceivedMessage]
         if self._busy:
             messages = await receiver.receive_messages(count, max_wait_time=BATCH_WAIT)
             self._busy = bool(messages)
@@ -3047,7 +3049,8 @@ class AzureReceiver:
     async def _renew_once(self, delivery: Delivery) -> datetime.datetime:
         self._requests += 1
         receiver = await self._connected_receiver()
-        return await receiver.renew_message_lock(delivery.raw, timeout=ATTEMPT_TIMEOUT)
+        locked_until: datetime.datetime = await receiver.renew_message_lock(delivery.raw, timeout=ATTEMPT_TIMEOUT)
+        return locked_until
 
     async def close(self) -> None:
         self._closing.set()
