@@ -1469,9 +1469,9 @@ class Store:
         self._mutex = threading.Lock()
         self._queues: dict[str, tuple[int, QueueSettings]] = {}
         with _explained(path):
-            self._connection = connect(path)
+            self._connection = _patiently(lambda: connect(path))
             try:
-                self._prepare()
+                _patiently(self._prepare)
             except BaseException:
                 self._connection.close()
                 raise
@@ -1492,7 +1492,7 @@ class Store:
                 f"{self.path} has schema version {version}, this boilermaker knows {SCHEMA_VERSION}: "
                 "it was written by a newer one. Update boilermaker, or choose another path."
             )
-        mode = _patiently(lambda: self._one("PRAGMA journal_mode = WAL"))[0]
+        (mode,) = self._one("PRAGMA journal_mode = WAL")
         if mode != "wal" and self.path != ":memory:":
             raise ConfigurationError(f"{self.path}: SQLite cannot keep a write-ahead log on this file system.")
         with self.transaction():
@@ -1676,11 +1676,20 @@ class Store:
     def _bury(self, queue: str, delivery: Delivery, most: int, expires: float | None, now: float) -> bool:
         """Dead-letter a message that may not be delivered any more; whether it was one."""
         if expires is not None and expires <= now:
-            return self.dead_letter(queue, delivery, "TTLExpiredException", "Its time to live has passed.", now)
-        if delivery.delivery_count >= most:
-            text = f"It was delivered {delivery.delivery_count} times and never settled."
-            return self.dead_letter(queue, delivery, "MaxDeliveryCountExceeded", text, now)
-        return False
+            reason, text = "TTLExpiredException", "Its time to live has passed."
+        elif delivery.delivery_count >= most:
+            reason, text = (
+                "MaxDeliveryCountExceeded",
+                f"It was delivered {delivery.delivery_count} times, never settled.",
+            )
+        else:
+            return False
+        self.dead_letter(queue, delivery, reason, text, now)
+        self._connection.execute(  # claiming it was no delivery
+            "UPDATE message SET delivery_count = delivery_count - 1 WHERE sequence_number = ?",
+            (delivery.sequence_number,),
+        )
+        return True
 
     def _claim_rows(self, queue_id: int, limit: int, locked_until: float, now: float) -> list[tuple[Any, ...]]:
         return self._connection.execute(
@@ -1811,8 +1820,12 @@ def connect(path: str) -> sqlite3.Connection:
     if sqlite3.sqlite_version_info < (3, 35):
         raise ConfigurationError(f"SQLite {sqlite3.sqlite_version} is too old: boilermaker needs 3.35, for RETURNING.")
     connection = sqlite3.connect(path, timeout=0, isolation_level=None, check_same_thread=False)
-    for pragma in ("synchronous = NORMAL", "wal_autocheckpoint = 0", "secure_delete = OFF", "cache_size = -16000"):
-        connection.execute(f"PRAGMA {pragma}")
+    try:
+        for pragma in ("synchronous = NORMAL", "wal_autocheckpoint = 0", "secure_delete = OFF", "cache_size = -16000"):
+            connection.execute(f"PRAGMA {pragma}")
+    except sqlite3.Error:
+        connection.close()
+        raise
     return connection
 
 
@@ -1892,6 +1905,16 @@ class QueueFile:
         self._checkpointed = 0
         self._checkpointing = threading.Lock()
 
+    def in_a_thread(self, function: Callable[..., T], *arguments: Any) -> asyncio.Future[T]:
+        """Call where waiting does no harm; the future fails if the file has been closed."""
+        loop = asyncio.get_running_loop()
+        try:
+            return loop.run_in_executor(self.threads, function, *arguments)
+        except RuntimeError:
+            closed: asyncio.Future[T] = loop.create_future()
+            closed.set_exception(ServiceBusUnavailable(f"{self.store.path} has been closed."))
+            return closed
+
     def sync(self) -> None:
         """Wait until all that is committed is on the disk."""
         if self._log is not None:
@@ -1966,7 +1989,7 @@ class GroupCommit:
         try:
             results = self.file.store.attempt(works)
         except Exception:  # whatever it is, the thread meets it again, and has the time to deal with it
-            thread = asyncio.get_running_loop().run_in_executor(self.file.threads, self.file.store.insist, works)
+            thread = self.file.in_a_thread(self.file.store.insist, works)
             thread.add_done_callback(functools.partial(self._thread_done, requests))
         else:
             self._flushing = False
@@ -1976,7 +1999,8 @@ class GroupCommit:
         self._flushing = bool(self._requests)
         if self._requests:
             asyncio.get_running_loop().call_soon(self._flush)
-        self._answer(requests, thread.result())
+        error = thread.exception()
+        self._answer(requests, thread.result() if error is None else [error] * len(requests))
 
     def _answer(self, requests: Sequence[_Request], results: Sequence[Any]) -> None:
         for request, result in zip(requests, results, strict=True):
@@ -1995,7 +2019,7 @@ class GroupCommit:
     def _sync(self) -> None:
         waiting, self._unsynced = self._unsynced, []
         self._syncing = True
-        thread = asyncio.get_running_loop().run_in_executor(self.file.threads, self.file.sync)
+        thread = self.file.in_a_thread(self.file.sync)
         thread.add_done_callback(functools.partial(self._synced, waiting))
 
     def _synced(self, waiting: Sequence[tuple[asyncio.Future[Any], Any]], thread: asyncio.Future[None]) -> None:
@@ -2101,7 +2125,9 @@ class LocalServiceBus:
     async def close(self) -> None:
         """Close the file. The bus opens it again if it is used again."""
         file, self._file = self._file, None
-        self._commits.clear()
+        commit = self._commits.get(asyncio.get_running_loop())
+        if commit is not None and commit.file is file:
+            await commit.submit(lambda: None, durable=True)  # after all that was asked for before
         if file is not None and file.pid == os.getpid():
             await asyncio.to_thread(file.close)
 
@@ -3210,7 +3236,7 @@ class Worker:
                 self._start(delivery)
             if self._burst and alone and not deliveries:
                 self._stopping = True
-        except BoilermakerError as error:
+        except Exception as error:
             logger.error("Receiving from %r failed, will try again: %s", self._bus, error)
             await asyncio.sleep(MAX_WAIT)
         finally:
@@ -3241,7 +3267,7 @@ class Worker:
     async def _attempt_to_settle(self, settlements: Sequence[Settlement]) -> list[Rejection]:
         try:
             return await self._receiver.settle(settlements)
-        except BoilermakerError as error:  # the transaction over all of them failed
+        except Exception as error:  # the transaction over all of them failed
             return [Rejection(settlement, error) for settlement in settlements]
 
     # -- one message
@@ -3287,7 +3313,7 @@ class Worker:
         if not may_run(task):
             exhausted = RetryException(f"no try left: {task.attempts.attempts} made, {task.policy}")
             return Outcome(Ending.NO_TRY_LEFT, error=exhausted)
-        if not task.acks_late and await self._receiver.settle([Settlement(delivery, Disposition.COMPLETE)]):
+        if not task.acks_late and await self._attempt_to_settle([Settlement(delivery, Disposition.COMPLETE)]):
             return Outcome(Ending.LOCK_LOST)
         outcome = await self._call(registration, task)
         if not self._cancelled:
@@ -3346,7 +3372,14 @@ class Worker:
         running = self._running.get(delivery)
         if running is not None:
             self._cancelled[delivery] = ending
+            running.add_done_callback(functools.partial(self._forget, delivery))
             running.cancel()
+
+    def _forget(self, delivery: Delivery, running: asyncio.Task[None]) -> None:
+        """Free the slot of a task that was cancelled before it began, and so could not do it itself."""
+        if self._running.pop(delivery, None) is not None and self._cancelled.pop(delivery) is Ending.STOPPED:
+            self._finished.append(Settlement(delivery, Disposition.ABANDON))
+        self._wake.set()
 
     # -- the end
 

@@ -3,9 +3,9 @@
     python -m examples.benchmark [--tasks 20000] [--concurrency 100] [--rounds 5]
 
 One process publishes no-op tasks to a new file, in lists of 100; another drains it. The bare loop has the same schema,
-the same rows in batches of the same size, the same durability (synchronous=FULL to publish, NORMAL to claim and delete),
-and nothing around them: no JSON, no event loop, no tasks. Rounds alternate, so that both meet the same machine; the
-figures are medians, in messages a second. Each round checks that every task ran exactly once.
+the same rows in batches of the same size, the same durability (synchronous=FULL to publish, NORMAL to claim and
+delete), and nothing around them: no JSON, no event loop, no tasks. Rounds alternate, so that both meet the same
+machine; the figures are medians, in messages a second. Each round checks that every task ran exactly once.
 """
 
 import argparse
@@ -103,7 +103,8 @@ def bare_publish(path: str, count: int) -> float:
 def bare_drain(path: str, count: int, concurrency: int) -> float:
     """Claim and delete the same rows by a loop, as many at a time as the worker holds."""
     connection = bare(path, "NORMAL")
-    done, rows = 0, []
+    done = 0
+    rows: list[tuple[object, ...]] = []
     started = time.perf_counter()
     while True:
         now = time.time()
