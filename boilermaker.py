@@ -1489,6 +1489,7 @@ class Store:
         self.path = path
         self._mutex = threading.Lock()
         self._queues: dict[str, tuple[int, QueueSettings]] = {}
+        _stores.add(self)
         with _explained(path):
             self._connection = _patiently(lambda: connect(path))
             try:
@@ -1500,6 +1501,19 @@ class Store:
     def close(self) -> None:
         with self._mutex:
             self._connection.close()
+
+    # SQLite keeps in memory which locks the process has on a file. A child inherits that, but not the locks. So it closes
+    # its copy at once, while its parent still has the file open, and opens the file for itself.
+
+    def before_fork(self) -> None:
+        self._mutex.acquire()
+
+    def after_fork_in_parent(self) -> None:
+        self._mutex.release()
+
+    def after_fork_in_child(self) -> None:
+        self._connection.close()
+        self._mutex.release()
 
     def _prepare(self) -> None:
         """Make sure that the file is ours before changing anything about it."""
@@ -1532,20 +1546,27 @@ class Store:
         Args:
             wait: for other threads and processes, up to LOCK_PATIENCE; else `sqlite3.OperationalError` at once.
         """
+        begin = functools.partial(self._begin, wait)
+        _patiently(begin) if wait else begin()
+        try:
+            yield
+            self._connection.execute("COMMIT")
+        except BaseException:
+            if self._connection.in_transaction:
+                self._connection.execute("ROLLBACK")
+            raise
+        finally:
+            self._mutex.release()
+
+    def _begin(self, wait: bool) -> None:
+        """Begin, and keep other threads away; they are not while this one waits for another process."""
         if not self._mutex.acquire(blocking=wait):
             raise sqlite3.OperationalError("database is locked")
         try:
-            begin = functools.partial(self._connection.execute, "BEGIN IMMEDIATE")
-            _patiently(begin) if wait else begin()
-            try:
-                yield
-                self._connection.execute("COMMIT")
-            except BaseException:
-                if self._connection.in_transaction:
-                    self._connection.execute("ROLLBACK")
-                raise
-        finally:
+            self._connection.execute("BEGIN IMMEDIATE")
+        except BaseException:
             self._mutex.release()
+            raise
 
     @contextlib.contextmanager
     def savepoint(self) -> Iterator[None]:
@@ -1696,6 +1717,8 @@ class Store:
 
     def _bury(self, queue: str, delivery: Delivery, most: int, expires: float | None, now: float) -> bool:
         """Dead-letter a message that may not be delivered any more; whether it was one."""
+        if queue.endswith(DEAD_LETTER_SUFFIX):
+            return False
         if expires is not None and expires <= now:
             reason, text = "TTLExpiredException", "Its time to live has passed."
         elif delivery.delivery_count >= most:
@@ -1806,6 +1829,16 @@ class Store:
             "DELETE FROM message WHERE sequence_number = ? AND queue_id = ? AND state = 1 AND due > ?",
             (sequence_number, queue_id, now),
         )
+
+
+_stores: weakref.WeakSet[Store] = weakref.WeakSet()
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(
+        before=lambda: [store.before_fork() for store in _stores],
+        after_in_parent=lambda: [store.after_fork_in_parent() for store in _stores],
+        after_in_child=lambda: [store.after_fork_in_child() for store in _stores],
+    )
 
 
 def dead_letter_queue(queue: str) -> str:
@@ -1939,6 +1972,8 @@ class QueueFile:
     def sync(self) -> None:
         """Wait until all that is committed is on the disk."""
         if self._log is not None:
+            if not os.fstat(self._log).st_nlink:
+                raise FileNotFoundError("the file was deleted")
             getattr(os, "fdatasync", os.fsync)(self._log)
 
     def checkpoint_soon(self) -> None:
@@ -2072,8 +2107,9 @@ class LocalServiceBus:
     """A durable queue in a SQLite file, for as many processes of one machine as like to open it.
 
     It has Service Bus's semantics: peek-lock with expiry and renewal, delivery count, scheduled messages, time to live,
-    dead-letter queue, duplicate detection, size limit, several queues in one file. The settings belong to the queue:
-    the last to open it decides. The file is opened at the first use, and must be on a local disk.
+    dead-letter queue, duplicate detection, size limit, several queues in one file. The settings are kept with the queue,
+    for those who send to it from another: give the same in all its processes. The file is opened at the first use, and
+    must be on a local disk.
 
     Args:
         path: the file, made where there is none; ":memory:" for a queue that ends with the process.
@@ -2115,6 +2151,7 @@ class LocalServiceBus:
             else _positive("duplicate_detection", duplicate_detection),
             time_to_live if time_to_live is None else _positive("time_to_live", time_to_live),
         )
+        self._real_path = self.path if self.path == ":memory:" else os.path.realpath(self.path)
         self._file: QueueFile | None = None
         self._opening = threading.Lock()
         self._commits: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, GroupCommit] = weakref.WeakKeyDictionary()
@@ -2143,6 +2180,8 @@ class LocalServiceBus:
         """
         commit = await self._commit()
         store = commit.file.store
+        if abs(sequence_number) >= 2**63:
+            raise MessageNotFound(f"{self.queue_name} has no scheduled message with sequence number {sequence_number}.")
         if not await commit.submit(lambda: store.cancel(self.queue_name, sequence_number, time.time()), durable=True):
             raise MessageNotFound(f"{self.queue_name} has no scheduled message with sequence number {sequence_number}.")
 
@@ -2154,7 +2193,8 @@ class LocalServiceBus:
         file, self._file = self._file, None
         commit = self._commits.get(asyncio.get_running_loop())
         if commit is not None and commit.file is file:
-            await commit.submit(lambda: None, durable=True)  # after all that was asked for before
+            with contextlib.suppress(ServiceBusUnavailable):
+                await commit.submit(lambda: None, durable=True)  # after all that was asked for before
         if file is not None and file.pid == os.getpid():
             await asyncio.to_thread(file.close)
 
@@ -2171,7 +2211,7 @@ class LocalServiceBus:
         with self._opening:
             if self._file is None or self._file.pid != os.getpid():
                 _inherited.append(self._file)
-                self._file = QueueFile(self.path, self.queue_name, self._settings)
+                self._file = QueueFile(self._real_path, self.queue_name, self._settings)
             return self._file
 
 
@@ -2235,12 +2275,19 @@ class LocalReceiver:
                 if next_due is not None:
                     remaining = min(remaining, max(next_due - time.time(), 0.001))
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(changed.wait(), remaining)
+                    async with asyncio.timeout(remaining):
+                        await changed.wait()
 
     async def _claim(self, max_message_count: int) -> tuple[list[Delivery], float | None]:
         """Lock messages; none, and when to look again. What a cancelled claim locked is given back."""
         claim = functools.partial(self._claim_now, max_message_count)
-        deliveries, next_due = await self._commit.submit(claim, undo=self._give_back)
+        claiming = self._commit.submit(claim, undo=self._give_back)
+        try:
+            deliveries, next_due = await claiming
+        except asyncio.CancelledError:
+            if not claiming.cancelled() and claiming.exception() is None:
+                self._give_back(claiming.result())
+            raise
         for delivery in deliveries:
             self._held[delivery.sequence_number] = delivery
         return deliveries, next_due
@@ -3365,14 +3412,14 @@ class Worker:
         """Work until a signal, until cancelled, or, in a burst, until there is nothing to do."""
         self._loop = asyncio.get_running_loop()
         self._receiver = await self._bus.open_receiver(self._lock_lost, self._max_renewal)
-        logger.info("Worker started: %r, concurrency=%d", self._bus, self._concurrency)
-        try:
-            with _on_signals(self._signalled):
+        with _on_signals(self._signalled):
+            logger.info("Worker started: %r, concurrency=%d", self._bus, self._concurrency)
+            try:
                 await self._pump()
                 await self._stop_receiving()
                 await self._finish_running()
-        finally:
-            await asyncio.shield(asyncio.ensure_future(self._end()))
+            finally:
+                await asyncio.shield(asyncio.ensure_future(self._end()))
 
     # -- the pump
 
@@ -3505,8 +3552,6 @@ class Worker:
             result = await registration.function(self._app.state, *task.args, **task.kwargs)
             if isinstance(result, (Task, TaskFunction)):
                 result = self._app.bound(_as_task(result))
-        except (KeyboardInterrupt, GeneratorExit):
-            raise
         except BaseException as error:
             return Outcome(ending_of(task, error), error=error)
         if verbose:
@@ -3579,7 +3624,8 @@ class Worker:
             if remaining <= 0:
                 break
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._wake.wait(), remaining)
+                async with asyncio.timeout(remaining):
+                    await self._wake.wait()
 
     async def _end(self) -> None:
         """Give back what is left, and close."""
