@@ -388,7 +388,8 @@ TaskCallable: TypeAlias = Callable[Concatenate[Any, P], Coroutine[Any, Any, R]]
 
 
 _random = random.Random()
-os.register_at_fork(after_in_child=_random.seed)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_random.seed)
 
 
 def new_task_id() -> str:
@@ -1044,11 +1045,12 @@ def _decode_payload(document: dict[str, Any], where: str) -> tuple[list[Any], di
 
 
 def _decode_policy(document: dict[str, Any], name: str, where: str) -> RetryPolicy:
-    get: Callable[[str], Any] = document.get
-    tries, delay, longest, mode = get("max_tries"), get("delay"), get("delay_max"), get("retry_mode")
+    get = document.get
+    values: list[Any] = [get("max_tries"), get("delay"), get("delay_max"), get("retry_mode")]
+    tries, delay, longest, mode = values
     hashable = type(tries) is type(delay) is type(longest) is type(mode) is int
     try:
-        return (_cached_policy if hashable else RetryPolicy)(tries, delay, longest, mode)
+        return (_cached_policy if hashable else RetryPolicy)(*values)
     except UsageError as error:
         raise InvalidTaskFormat(f"{name} of {where}: {error}") from error
 
@@ -1502,8 +1504,8 @@ class Store:
         with self._mutex:
             self._connection.close()
 
-    # SQLite keeps in memory which locks the process has on a file. A child inherits that, but not the locks. So it closes
-    # its copy at once, while its parent still has the file open, and opens the file for itself.
+    # SQLite keeps in memory which locks the process has on a file. A child inherits that, but not the locks. So it
+    # closes its copy at once, while its parent still has the file open, and opens the file for itself.
 
     def before_fork(self) -> None:
         self._mutex.acquire()
@@ -1833,11 +1835,20 @@ class Store:
 
 _stores: weakref.WeakSet[Store] = weakref.WeakSet()
 
+
+def _with_each_store(action: Callable[[Store], None]) -> Callable[[], None]:
+    def run() -> None:
+        for store in _stores:
+            action(store)
+
+    return run
+
+
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(
-        before=lambda: [store.before_fork() for store in _stores],
-        after_in_parent=lambda: [store.after_fork_in_parent() for store in _stores],
-        after_in_child=lambda: [store.after_fork_in_child() for store in _stores],
+        before=_with_each_store(Store.before_fork),
+        after_in_parent=_with_each_store(Store.after_fork_in_parent),
+        after_in_child=_with_each_store(Store.after_fork_in_child),
     )
 
 
@@ -2107,9 +2118,9 @@ class LocalServiceBus:
     """A durable queue in a SQLite file, for as many processes of one machine as like to open it.
 
     It has Service Bus's semantics: peek-lock with expiry and renewal, delivery count, scheduled messages, time to live,
-    dead-letter queue, duplicate detection, size limit, several queues in one file. The settings are kept with the queue,
-    for those who send to it from another: give the same in all its processes. The file is opened at the first use, and
-    must be on a local disk.
+    dead-letter queue, duplicate detection, size limit, several queues in one file. The settings are kept with the
+    queue, for those who send to it from another: give the same in all its processes. The file is opened at the first
+    use, and must be on a local disk.
 
     Args:
         path: the file, made where there is none; ":memory:" for a queue that ends with the process.
@@ -2478,6 +2489,9 @@ SEND_PAUSES = (0.25, 1.0, 4.0)
 
 RETRY_PAUSE = 0.25
 """Seconds between two attempts to settle."""
+
+OPENING_TICK = 0.005
+"""Seconds between two looks at a link that is being opened."""
 
 EMPTY_WAIT = 1.0
 """Seconds without a message after which a queue counts as empty, where nobody wants to wait for one."""
@@ -2884,7 +2898,7 @@ class AzureLink:
     async def __aenter__(self) -> AzureLink:
         try:
             with self._bus.explained(self._queue):
-                await self.sdk.__aenter__()
+                await self._open()
         except BaseException:
             await self.close()
             raise
@@ -2894,6 +2908,20 @@ class AzureLink:
 
     async def __aexit__(self, *exception: object) -> None:
         await self.close()
+
+    async def _open(self) -> None:
+        """Open it, and read meanwhile: the SDK sleeps for 0.05 s before it reads the next frame, ten times over."""
+        opening = asyncio.ensure_future(self.sdk.__aenter__())
+        try:
+            while not opening.done():
+                handler = self.sdk._handler
+                if handler and handler._session:
+                    with contextlib.suppress(Exception):  # the SDK meets it too
+                        await handler._connection.listen(wait=OPENING_TICK)
+                await asyncio.wait([opening], timeout=OPENING_TICK)
+            await opening
+        finally:
+            opening.cancel()
 
     @property
     def works(self) -> bool:

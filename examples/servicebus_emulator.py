@@ -1,0 +1,990 @@
+"""A local Azure Service Bus: AMQP 1.0 on loopback, for the unmodified azure-servicebus SDK.
+
+    python -m examples.servicebus_emulator --queue tasks
+
+prints a connection string and serves until SIGTERM or SIGINT. In a test:
+
+    with ServiceBusEmulator(queues=["tasks"], lock_duration=10) as emulator:
+        client = ServiceBusClient.from_connection_string(emulator.connection_string)
+        emulator.control("drop")
+
+python-qpid-proton does the protocol, boilermaker's embedded queue stores the messages. This file adds what makes
+that a Service Bus: tokens, peek-lock, a management node for every queue, the errors that the SDK knows by name, and
+faults on demand. Sessions, topics, transactions and TLS are left out.
+
+What arrives in one read is one turn of the service: it is handled, receivers that wait are served, the store commits,
+and only then does anything leave for a client.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import base64
+import contextlib
+import functools
+import hmac
+import json
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.parse
+import uuid
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+import proton
+
+from boilermaker import DEAD_LETTER_SUFFIX, DEFERRED, LOCKED, READY, Delivery, Outgoing, QueueSettings, Store
+
+# --- Vocabulary -------------------------------------------------------------------------------------------------------
+
+HOST = "127.0.0.1"
+KEY_NAME = "RootManageSharedAccessKey"
+KEY = base64.b64encode(b"loopback only: not a secret").decode()
+
+TOKEN_NODE = "$cbs"
+MANAGEMENT_SUFFIX = "/$management"
+
+MAX_FRAME_BYTES = 65536
+SEND_CREDIT = 1000  # messages that a sender may have under way
+
+STATUS = {
+    "amqp:decode-error": 400,
+    "amqp:unauthorized-access": 401,
+    "amqp:not-found": 404,
+    "com.microsoft:message-not-found": 404,
+    "com.microsoft:message-lock-lost": 410,
+    "amqp:link:message-size-exceeded": 413,
+    "amqp:not-implemented": 501,
+    "amqp:link:detach-forced": 503,
+    "com.microsoft:server-busy": 503,
+}
+
+
+class Refusal(Exception):
+    """A request that the service turns down. The SDK chooses its exception by the condition, one of STATUS."""
+
+    def __init__(self, condition: str, description: str) -> None:
+        super().__init__(description)
+        self.condition = condition
+        self.description = description
+        self.status = STATUS[condition]
+
+    def as_condition(self) -> proton.Condition:
+        # The SDK reads all three fields of an error, and waits for ever where the last one was left out.
+        return proton.Condition(self.condition, self.description, {proton.symbol("status"): proton.int32(self.status)})
+
+
+class Lock(NamedTuple):
+    """What a receiver holds. The pair fences it off once another has received the message."""
+
+    sequence_number: int
+    delivery_count: int  # how often the message had been delivered before
+
+    @property
+    def token(self) -> uuid.UUID:
+        return uuid.UUID(int=self.sequence_number << 64 | self.delivery_count)
+
+    @classmethod
+    def of_token(cls, token: uuid.UUID) -> Lock:
+        return cls(token.int >> 64, token.int & (1 << 64) - 1)
+
+
+class Outcome(NamedTuple):
+    """How a receiver settles. The status is the service's word for it, or `released`: as if never delivered."""
+
+    status: str
+    reason: str = ""
+    description: str = ""
+
+
+# --- Encoded messages -------------------------------------------------------------------------------------------------
+
+# The body in the store is the whole message as its sender encoded it. To deliver it, the sections that belong to the
+# broker are replaced, and the others passed on byte for byte. (The engine's Message would lose some kinds of body.)
+
+HEADER, DELIVERY_ANNOTATIONS, ANNOTATIONS, PROPERTIES, APPLICATION_PROPERTIES, DATA = range(0x70, 0x76)
+FOOTER = 0x78
+FIXED_WIDTHS = {0x4: 0, 0x5: 1, 0x6: 2, 0x7: 4, 0x8: 8, 0x9: 16}
+DEAD_LETTER_PROPERTIES = ("DeadLetterReason", "DeadLetterErrorDescription")
+STATE_ACTIVE, STATE_DEFERRED, STATE_SCHEDULED = range(3)  # of x-opt-message-state
+
+
+class Row(NamedTuple):
+    """A stored message, by the columns of its table."""
+
+    sequence_number: int
+    delivery_count: int
+    state: int
+    due: float
+    body: bytes
+    enqueued_time: float
+    dead_letter_reason: str | None
+    dead_letter_error_description: str | None
+
+    @property
+    def lock(self) -> Lock:
+        return Lock(self.sequence_number, self.delivery_count - (self.state == LOCKED))
+
+
+def value_end(encoded: bytes, start: int) -> int:
+    """Where the AMQP value that begins at `start` ends. Its first byte says how its size is told."""
+    constructor = encoded[start]
+    if constructor == 0:  # a described value: its descriptor, then the value itself
+        return value_end(encoded, value_end(encoded, start + 1))
+    kind = constructor >> 4
+    if kind in FIXED_WIDTHS:
+        return start + 1 + FIXED_WIDTHS[kind]
+    if kind in (0xA, 0xC, 0xE):
+        return start + 2 + encoded[start + 1]
+    return start + 5 + int.from_bytes(encoded[start + 1 : start + 5], "big")
+
+
+def sections(encoded: bytes) -> list[tuple[int, bytes]]:
+    """The sections of a message in order, each with its code; ValueError or IndexError if it is not a message."""
+    found, start = [], 0
+    while start < len(encoded):
+        end = value_end(encoded, start)
+        code = int.from_bytes(encoded[start + 2 : value_end(encoded, start + 1)], "big")
+        if encoded[start] != 0 or not HEADER <= code <= FOOTER or end > len(encoded):
+            raise ValueError("not an AMQP message")
+        found.append((code, encoded[start:end]))
+        start = end
+    return found
+
+
+def decode(section: bytes) -> Any:
+    data = proton.Data()
+    data.decode(section)
+    data.rewind()
+    data.next()
+    described: Any = data.get_object()
+    return described.value
+
+
+def encode(code: int, value: Any) -> bytes:
+    data = proton.Data()
+    data.put_object(proton.Described(proton.ulong(code), value))
+    return bytes(data.encode())
+
+
+def unbatch(encoded: bytes) -> list[bytes]:
+    """The messages that one transfer carries.
+
+    The engine keeps the format of a transfer to itself, so a batch is told by its shape: each of its data sections
+    holds a whole message.
+    """
+    starts = [(section, value_end(section, 1)) for code, section in sections(encoded) if code == DATA]
+    contents = [section[start + (2 if section[start] == 0xA0 else 5) :] for section, start in starts]
+    return contents if contents and all(map(is_message, contents)) else [encoded]
+
+
+def is_message(encoded: bytes) -> bool:
+    try:
+        return bool(sections(encoded))
+    except (ValueError, IndexError):
+        return False
+
+
+def parse(queue: str, encoded: bytes) -> tuple[Outgoing, float | None]:
+    """A message for the embedded queue, and the seconds that it may live, if it says so."""
+    wanted = (HEADER, ANNOTATIONS, PROPERTIES)
+    values = {code: decode(section) for code, section in sections(encoded) if code in wanted}
+    (message_id,) = values.get(PROPERTIES, [])[:1] or [None]
+    (milliseconds,) = values.get(HEADER, [])[2:3] or [None]
+    scheduled = values.get(ANNOTATIONS, {}).get("x-opt-scheduled-enqueue-time")
+    due = None if scheduled is None else scheduled / 1000
+    time_to_live = None if milliseconds is None else milliseconds / 1000
+    return Outgoing(encoded, str(uuid.uuid4() if message_id is None else message_id), queue, due), time_to_live
+
+
+def for_receiver(row: Row, now: float) -> bytes:
+    """A stored message as a receiver gets it: with the broker's header, annotations and dead-letter properties."""
+    own: dict[int, Any] = {HEADER: [], ANNOTATIONS: {}}
+    texts = (row.dead_letter_reason, row.dead_letter_error_description)
+    added = {name: text for name, text in zip(DEAD_LETTER_PROPERTIES, texts, strict=True) if text}
+    if added:
+        own[APPLICATION_PROPERTIES] = {}
+    parts = []
+    for code, section in sections(row.body):
+        if code in own:
+            own[code] = decode(section)
+        elif code != DELIVERY_ANNOTATIONS:
+            parts.append((code, section))
+    own[HEADER] = [*[*own[HEADER], None, None, None, None][:4], proton.uint(row.lock.delivery_count)]
+    own[ANNOTATIONS] |= broker_annotations(row, now)
+    if added:
+        own[APPLICATION_PROPERTIES] |= added
+    parts += [(code, encode(code, value)) for code, value in own.items()]
+    # The codes ascend in the order that the specification wants; several data sections keep theirs.
+    return b"".join(section for _, section in sorted(parts, key=lambda part: part[0]))
+
+
+def broker_annotations(row: Row, now: float) -> dict[proton.symbol, Any]:
+    waiting = STATE_SCHEDULED if row.due > now and row.state != LOCKED else STATE_ACTIVE
+    known = {
+        "x-opt-enqueued-time": proton.timestamp(row.enqueued_time * 1000),
+        "x-opt-sequence-number": row.sequence_number,
+        "x-opt-message-state": proton.int32(STATE_DEFERRED if row.state == DEFERRED else waiting),
+    }
+    if row.state == LOCKED:
+        known["x-opt-locked-until"] = proton.timestamp(row.due * 1000)
+    return {proton.symbol(name): value for name, value in known.items()}
+
+
+# --- Storage ----------------------------------------------------------------------------------------------------------
+
+
+class Storage(Store):
+    """The embedded queue, and what Service Bus has besides: deferral, release, peeking from a number.
+
+    The embedded queue lets the holder of an expired lock settle as long as nobody else has received the message.
+    Service Bus does not, so whoever settles or renews here asks `holds` first.
+    """
+
+    def rows(self, condition: str, *parameters: Any) -> list[Row]:
+        columns = ", ".join(Row._fields)
+        sql = f"SELECT {columns} FROM message WHERE {condition}"
+        return [Row(*row) for row in self._connection.execute(sql, parameters)]
+
+    def numbered(self, sequence_numbers: list[int]) -> list[Row]:
+        wanted = "sequence_number IN (SELECT value FROM json_each(?)) ORDER BY sequence_number"
+        return self.rows(wanted, json.dumps(sequence_numbers))
+
+    def peek_rows(self, queue: str, max_message_count: int, from_sequence_number: int) -> list[Row]:
+        condition = "queue_id = ? AND sequence_number >= ? ORDER BY sequence_number LIMIT ?"
+        return self.rows(condition, self._queue(queue)[0], from_sequence_number, max_message_count)
+
+    def holds(self, lock: Lock, now: float) -> bool:
+        held = "sequence_number = ? AND delivery_count = ? AND state = ? AND due > ?"
+        return bool(self.rows(held, lock.sequence_number, lock.delivery_count + 1, LOCKED, now))
+
+    def limit_life(self, sequence_number: int, expires: float) -> None:
+        """Let a message expire then, unless its queue lets it expire earlier."""
+        sql = "UPDATE message SET expires = min(?, ifnull(expires, ?)) WHERE sequence_number = ?"
+        self._changed(sql, (expires, expires, sequence_number))
+
+    def release(self, lock: Lock) -> bool:
+        sql = "UPDATE message SET state = ?, due = enqueued_time, delivery_count = ? WHERE sequence_number = ?"
+        return self._changed(sql, (READY, lock.delivery_count, lock.sequence_number))
+
+    def defer(self, lock: Lock) -> bool:
+        sql = "UPDATE message SET state = ?, due = enqueued_time WHERE sequence_number = ?"
+        return self._changed(sql, (DEFERRED, lock.sequence_number))
+
+    def claim_deferred(self, queue: str, sequence_number: int, locked_until: float) -> bool:
+        """Lock a deferred message. Given back, it is an active one: a simplification."""
+        return self._changed(
+            """
+            UPDATE message
+            SET    state = ?, due = ?, delivery_count = delivery_count + 1
+            WHERE  queue_id = ? AND sequence_number = ? AND state = ?
+            """,
+            (LOCKED, locked_until, self._queue(queue)[0], sequence_number, DEFERRED),
+        )
+
+    def take_locks(self, sequence_number: int | None) -> int:
+        """Make one locked message available again, or all of them; how many there were."""
+        sql = "UPDATE message SET state = ?, due = enqueued_time WHERE state = ? AND ifnull(sequence_number = ?, TRUE)"
+        return self._connection.execute(sql, (READY, LOCKED, sequence_number)).rowcount
+
+    def counts(self, now: float) -> dict[str, int]:
+        kinds = """
+            CASE WHEN name LIKE '%' || ? THEN 'dead' WHEN state = ? THEN 'deferred' WHEN due <= ? THEN 'active'
+                 WHEN state = ? THEN 'locked' ELSE 'scheduled' END
+        """
+        sql = f"SELECT {kinds}, count(*) FROM message JOIN queue USING (queue_id) GROUP BY 1"
+        counted = self._connection.execute(sql, (DEAD_LETTER_SUFFIX, DEFERRED, now, LOCKED)).fetchall()
+        return dict.fromkeys(("active", "locked", "scheduled", "deferred", "dead"), 0) | dict(counted)
+
+
+def as_delivery(lock: Lock) -> Delivery:
+    """A lock in the terms of the embedded queue."""
+    return Delivery(*lock, message_id=None, body=b"", application_properties={}, locked_until=0)
+
+
+# --- Broker -----------------------------------------------------------------------------------------------------------
+
+
+class Broker:
+    """The queues of one namespace. Every call is made inside a transaction of the storage."""
+
+    def __init__(self, storage: Storage, queues: Iterable[str], settings: argparse.Namespace) -> None:
+        self.storage = storage
+        self.settings = settings  # as on the command line
+        self.names: dict[str, str] = {}
+        self.stirred: set[str] = set()  # queues in which something may have become available
+        for queue in queues:
+            storage.open_queue(queue, QueueSettings(*(getattr(settings, name) for name in QueueSettings._fields)))
+            storage.open_queue(queue + DEAD_LETTER_SUFFIX, QueueSettings(max_delivery_count=None))
+            self.names |= {name.lower(): name for name in (queue, queue + DEAD_LETTER_SUFFIX)}
+
+    def find(self, path: str) -> str:
+        """The queue of that name, in which the service ignores case."""
+        try:
+            return self.names[path.lower()]
+        except KeyError:
+            raise Refusal("amqp:not-found", f"The messaging entity '{path}' could not be found.") from None
+
+    def send(self, queue: str, encoded: bytes) -> list[int]:
+        """Store what one transfer carries, all of it or nothing; the sequence numbers."""
+        limit: int = self.settings.max_message_bytes
+        if len(encoded) > limit:
+            text = f"The message (size: {len(encoded)} bytes) exceeds the limit ({limit} bytes) of the link."
+            raise Refusal("amqp:link:message-size-exceeded", text)
+        try:
+            messages = [parse(queue, single) for single in unbatch(encoded)]
+        except (ValueError, IndexError, proton.ProtonException) as error:
+            raise Refusal("amqp:decode-error", str(error)) from error
+        now = time.time()
+        self.stirred.add(queue)
+        numbers = self.storage.insert([message for message, _ in messages], now)
+        for number, (message, time_to_live) in zip(numbers, messages, strict=True):
+            if time_to_live is not None:
+                self.storage.limit_life(number, max(message.due or now, now) + time_to_live)
+        return numbers
+
+    def receive(self, queue: str, max_message_count: int) -> list[tuple[Lock, bytes]]:
+        now = time.time()
+        claimed = self.storage.claim(queue, max_message_count, self.settings.lock_duration, now)
+        rows = self.storage.numbered([delivery.sequence_number for delivery in claimed])
+        return [(row.lock, for_receiver(row, now)) for row in rows]
+
+    def settle(self, queue: str, lock: Lock, outcome: Outcome) -> None:
+        self.hold(lock)
+        self.stirred.add(queue)
+        SETTLEMENTS[outcome.status](self.storage, queue, lock, outcome)
+
+    def hold(self, lock: Lock) -> float:
+        """Make sure that the lock is still good; the time that this was checked for."""
+        now: float = time.time()
+        if not self.storage.holds(lock, now):
+            text = "The lock is invalid: it has expired, or the message was already removed from the queue."
+            raise Refusal("com.microsoft:message-lock-lost", text)
+        return now
+
+
+SETTLEMENTS: Mapping[str, Callable[[Storage, str, Lock, Outcome], object]] = {
+    "completed": lambda storage, _, lock, __: storage.complete([as_delivery(lock)]),
+    "abandoned": lambda storage, _, lock, __: storage.abandon(as_delivery(lock)),
+    "released": lambda storage, _, lock, __: storage.release(lock),
+    "defered": lambda storage, _, lock, __: storage.defer(lock),
+    "suspended": lambda storage, queue, lock, outcome: storage.dead_letter(
+        queue, as_delivery(lock), outcome.reason, outcome.description, time.time()
+    ),
+}
+
+# --- Tokens -----------------------------------------------------------------------------------------------------------
+
+
+def check_token(token: str, key: str) -> str:
+    """The path that a shared access signature gives access to; a Refusal if it is not ours or too old."""
+    scheme, _, parameters = token.partition(" ")
+    given = dict(urllib.parse.parse_qsl(parameters))
+    if scheme != "SharedAccessSignature" or not {"sr", "sig", "se", "skn"} <= given.keys():
+        raise Refusal("amqp:unauthorized-access", "InvalidToken: this is not a shared access signature.")
+    signed = f"{urllib.parse.quote_plus(given['sr'])}\n{given['se']}".encode()
+    signature = base64.b64encode(hmac.digest(key.encode(), signed, "sha256")).decode()
+    if given["skn"] != KEY_NAME or not hmac.compare_digest(signature, given["sig"]):
+        raise Refusal("amqp:unauthorized-access", "InvalidSignature: The token has an invalid signature.")
+    if float(given["se"]) <= time.time():
+        raise Refusal("amqp:unauthorized-access", "ExpiredToken: The token is expired.")
+    return path_of(given["sr"])
+
+
+def path_of(address: str) -> str:
+    """The path of an address, which may come with a scheme and a host."""
+    return (urllib.parse.urlsplit(address).path if "://" in address else address).strip("/")
+
+
+# --- Management -------------------------------------------------------------------------------------------------------
+
+# An operation takes the queue and the body of a request; it returns the body of the answer, None for "nothing there".
+Body = dict[str, Any]
+Operation = Callable[[Broker, str, Body], Body | None]
+
+
+def renew_lock(broker: Broker, queue: str, body: Body) -> Body:
+    duration, until = broker.settings.lock_duration, []
+    for lock in map(Lock.of_token, body["lock-tokens"]):
+        now = broker.hold(lock)
+        broker.storage.renew(as_delivery(lock), duration, now)
+        until.append(proton.timestamp((now + duration) * 1000))
+    return {"expirations": array(proton.Data.TIMESTAMP, until)}
+
+
+def update_disposition(broker: Broker, queue: str, body: Body) -> Body:
+    reason, description = body.get("deadletter-reason") or "", body.get("deadletter-description") or ""
+    for token in body["lock-tokens"]:
+        broker.settle(queue, Lock.of_token(token), Outcome(body["disposition-status"], reason, description))
+    return {}
+
+
+def schedule_message(broker: Broker, queue: str, body: Body) -> Body:
+    numbers = [number for item in body["messages"] for number in broker.send(queue, bytes(item["message"]))]
+    return {"sequence-numbers": array(proton.Data.LONG, numbers)}
+
+
+def cancel_scheduled_message(broker: Broker, queue: str, body: Body) -> Body:
+    for number in body["sequence-numbers"]:
+        if not broker.storage.cancel(queue, number, time.time()):
+            raise message_not_found(number)
+    return {}
+
+
+def peek_message(broker: Broker, queue: str, body: Body) -> Body | None:
+    rows = broker.storage.peek_rows(queue, body["message-count"], body["from-sequence-number"])
+    return {"messages": [{"message": for_receiver(row, time.time())} for row in rows]} if rows else None
+
+
+def receive_by_sequence_number(broker: Broker, queue: str, body: Body) -> Body:
+    now = time.time()
+    for number in body["sequence-numbers"]:
+        if not broker.storage.claim_deferred(queue, number, now + broker.settings.lock_duration):
+            raise message_not_found(number)
+    rows = broker.storage.numbered(list(body["sequence-numbers"]))
+    return {"messages": [{"lock-token": row.lock.token, "message": for_receiver(row, now)} for row in rows]}
+
+
+def message_not_found(sequence_number: int) -> Refusal:
+    return Refusal("com.microsoft:message-not-found", f"There is no message with the number {sequence_number}.")
+
+
+SETTLE = "com.microsoft:update-disposition"
+SCHEDULE = "com.microsoft:schedule-message"
+OPERATIONS: Mapping[str, Operation] = {
+    SETTLE: update_disposition,
+    SCHEDULE: schedule_message,
+    "com.microsoft:cancel-scheduled-message": cancel_scheduled_message,
+    "com.microsoft:renew-lock": renew_lock,
+    "com.microsoft:peek-message": peek_message,
+    "com.microsoft:receive-by-sequence-number": receive_by_sequence_number,
+}
+
+
+def array(kind: int, values: Iterable[int]) -> proton.Array:
+    undescribed: Any = proton.UNDESCRIBED
+    return proton.Array(undescribed, kind, *values)
+
+
+def execute(broker: Broker, queue: str, operation: str, body: Body) -> Body | None:
+    if operation not in OPERATIONS:
+        raise Refusal("amqp:not-implemented", f"The operation '{operation}' is not known here.")
+    try:
+        return OPERATIONS[operation](broker, queue, body)
+    except (KeyError, TypeError, ValueError) as error:
+        raise Refusal("amqp:decode-error", f"{operation}: {error!r}") from error
+
+
+def status_of(body: Body | None, refusal: Refusal | None) -> Body:
+    """The application properties of an answer."""
+    if refusal:
+        known = {"statusCode": proton.int32(refusal.status), "statusDescription": refusal.description}
+        return known | {"errorCondition": proton.symbol(refusal.condition)}
+    return {"statusCode": proton.int32(204 if body is None else 200), "statusDescription": "OK"}
+
+
+# --- Connections ------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Outlet:
+    """A link on which a client receives from a queue."""
+
+    wire: Wire
+    link: Any
+    queue: str
+
+    def deliver(self, lock: Lock, encoded: bytes) -> None:
+        delivery = self.link.delivery(lock.token.bytes_le)
+        delivery.lock = lock
+        self.link.stream(encoded)
+        self.link.advance()
+        if self.link.snd_settle_mode == proton.Link.SND_SETTLED:  # receive and delete
+            delivery.settle()
+            self.wire.service.broker.settle(self.queue, lock, Outcome("completed"))
+
+
+class Wire(asyncio.Protocol):
+    """One client's connection. The engine turns bytes into events; a method `on_...` handles each kind."""
+
+    def __init__(self, service: Service) -> None:
+        self.service = service
+        self.granted: set[str] = set()  # paths that tokens were put for
+        self.inlets: dict[str, Callable[[bytes], None]] = {}  # by the names of links
+        self.outlets: dict[str, Outlet] = {}
+        self.replies: dict[str, Any] = {}  # links for answers, by the path of their node
+        self.collector = proton.Collector()
+        self.connection = proton.Connection()
+        self.connection.container = "servicebus-emulator"
+        self.connection.collect(self.collector)
+        self.engine = proton.Transport(proton.Transport.SERVER)
+        self.engine.max_frame_size = MAX_FRAME_BYTES
+        self.engine.sasl().allowed_mechs("ANONYMOUS")  # tokens tell who may do what
+        self.engine.bind(self.connection)
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self.socket = transport
+        self.service.wires.add(self)
+
+    def data_received(self, data: bytes) -> None:
+        self.service.turn(lambda: self.feed(data))
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Forget the client. What it has received stays locked until the locks expire."""
+        self.service.wires.discard(self)
+        for name in list(self.outlets):
+            self.forget(name)
+
+    def drop(self) -> None:
+        self.connection_lost(None)
+        self.socket.abort()
+
+    def feed(self, data: bytes) -> None:
+        while data and (capacity := self.engine.capacity()) > 0:
+            self.engine.push(data[:capacity])
+            data = data[capacity:]
+            self.handle_events()
+
+    def handle_events(self) -> None:
+        handler: Any = self
+        while event := self.collector.peek():
+            event.dispatch(handler)
+            self.collector.pop()
+
+    def flush(self) -> None:
+        while (pending := self.engine.pending()) > 0:
+            self.socket.write(bytes(self.engine.peek(pending) or b""))
+            self.engine.pop(pending)
+        self.handle_events()
+        if pending < 0:  # the engine has said its last word
+            self.socket.close()
+
+    def open_too(self, event: Any) -> None:
+        event.context.open()
+
+    def close_too(self, event: Any) -> None:
+        event.context.close()
+
+    on_connection_remote_open = on_session_remote_open = open_too
+    on_connection_remote_close = on_session_remote_close = close_too
+
+    def on_link_remote_open(self, event: Any) -> None:
+        link: Any = event.link
+        path = path_of((link.remote_source if link.is_sender else link.remote_target).address or "")
+        try:
+            queue = "" if path == TOKEN_NODE else self.authorized_queue(path.removesuffix(MANAGEMENT_SUFFIX))
+        except Refusal as refusal:
+            # An attach without source and target announces a detach, which tells why.
+            link.source.type = link.target.type = proton.Terminus.UNSPECIFIED
+            link.open()
+            self.detach(link, refusal)
+        else:
+            self.attach(link, path, queue)
+
+    def authorized_queue(self, path: str) -> str:
+        if not any(f"{path}/".startswith(f"{granted}/") for granted in self.granted):
+            raise Refusal("amqp:unauthorized-access", f"Unauthorized access: no token was put for '{path}'.")
+        return self.service.broker.find(path)
+
+    def attach(self, link: Any, path: str, queue: str) -> None:
+        link.source.copy(link.remote_source)
+        link.target.copy(link.remote_target)
+        link.snd_settle_mode, link.rcv_settle_mode = link.remote_snd_settle_mode, link.remote_rcv_settle_mode
+        link.max_message_size = self.service.broker.settings.max_message_bytes
+        link.open()
+        if link.is_receiver:
+            self.inlets[link.name] = self.inlet(path, queue)
+            link.flow(SEND_CREDIT)
+        elif path in (TOKEN_NODE, path.removesuffix(MANAGEMENT_SUFFIX) + MANAGEMENT_SUFFIX):
+            self.replies[path] = link
+        else:
+            self.outlets[link.name] = Outlet(self, link, queue)
+            self.service.outlets[queue].append(self.outlets[link.name])
+
+    def inlet(self, path: str, queue: str) -> Callable[[bytes], None]:
+        """What takes the messages that a client sends to that path."""
+        if path == TOKEN_NODE:
+            return self.put_token
+        if path.endswith(MANAGEMENT_SUFFIX):
+            return functools.partial(self.manage, path, queue)
+        return functools.partial(self.service.accept, queue)
+
+    def on_link_remote_close(self, event: Any) -> None:
+        self.forget(event.link.name)
+        event.link.close()
+
+    on_link_remote_detach = on_link_remote_close
+
+    def forget(self, link_name: str) -> None:
+        self.inlets.pop(link_name, None)
+        self.replies = {path: link for path, link in self.replies.items() if link.name != link_name}
+        if outlet := self.outlets.pop(link_name, None):
+            self.service.outlets[outlet.queue].remove(outlet)
+
+    def detach(self, link: Any, refusal: Refusal) -> None:
+        """Force a link off; the client may attach anew."""
+        self.forget(link.name)
+        link.condition = refusal.as_condition()
+        link.close()
+
+    def detach_all(self, refusal: Refusal) -> None:
+        both_open = proton.Endpoint.LOCAL_ACTIVE | proton.Endpoint.REMOTE_ACTIVE
+        link: Any = self.connection.link_head(both_open)
+        while link:
+            if link.source.address != TOKEN_NODE:  # without its tokens a connection could do nothing more
+                self.detach(link, refusal)
+            link = link.next(both_open)
+
+    def on_delivery(self, event: Any) -> None:
+        delivery: Any = event.delivery
+        if delivery.link.name in self.inlets:
+            if delivery.readable and not delivery.partial:
+                self.take(delivery.link, delivery)
+        elif delivery.link.name in self.outlets:
+            if delivery.updated:
+                self.service.settle(self.outlets[delivery.link.name], delivery, outcome_of(delivery))
+        else:
+            delivery.settle()  # the answer of a node was read, or the link was forced off meanwhile
+
+    def take(self, link: Any, delivery: Any) -> None:
+        encoded = bytes(link.recv(delivery.pending) or b"")
+        link.advance()
+        try:
+            self.inlets[link.name](encoded)
+            answer(delivery, proton.Delivery.ACCEPTED)
+        except Refusal as refusal:
+            answer(delivery, proton.Delivery.REJECTED, refusal)
+            if refusal.condition == "amqp:link:message-size-exceeded":
+                self.detach(link, refusal)
+        if link.credit < SEND_CREDIT // 2:
+            link.flow(SEND_CREDIT - link.credit)
+
+    def put_token(self, encoded: bytes) -> None:
+        request = decoded(encoded)
+        try:
+            self.granted.add(check_token(str(request.body), self.service.key))
+            status, description = 202, "Accepted"
+        except Refusal as refusal:
+            status, description = refusal.status, refusal.description
+        properties = {"status-code": proton.int32(status), "status-description": description}
+        self.reply(TOKEN_NODE, request, properties, None)
+
+    def manage(self, path: str, queue: str, encoded: bytes) -> None:
+        request = decoded(encoded)
+        operation, body, refusal = (request.properties or {}).get("operation"), None, None
+        try:
+            body = self.service.manage(queue, str(operation), request.body)
+        except Refusal as error:
+            refusal = error
+        if operation != SETTLE or not self.service.answer_is_lost(self):
+            self.reply(path, request, status_of(body, refusal), body)
+
+    def on_link_flow(self, event: Any) -> None:
+        link: Any = event.link
+        if outlet := self.outlets.get(link.name):
+            self.service.broker.stirred.add(outlet.queue)
+            if link.drain_mode:
+                self.service.serve(outlet.queue)
+                link.drained()
+
+    def reply(self, path: str, request: proton.Message, properties: Body, body: Body | None) -> None:
+        response = proton.Message(body, correlation_id=request.id, properties=properties)
+        response.send(self.replies[path], tag=uuid.uuid4().hex)
+
+
+def decoded(encoded: bytes) -> Any:
+    message = proton.Message()
+    message.decode(encoded)
+    return message
+
+
+def answer(delivery: Any, state: int, refusal: Refusal | None = None) -> None:
+    """Settle a delivery in that state, which the client is told."""
+    delivery.local.condition = refusal and refusal.as_condition()
+    delivery.update(state)
+    delivery.settle()
+
+
+def outcome_of(delivery: Any) -> Outcome:
+    """What the disposition that a client sent asks for."""
+    match delivery.remote_state:
+        case proton.Delivery.ACCEPTED:
+            return Outcome("completed")
+        case proton.Delivery.REJECTED:
+            info = (delivery.remote.condition and delivery.remote.condition.info) or {}
+            return Outcome("suspended", *(info.get(name) or "" for name in DEAD_LETTER_PROPERTIES))
+        case proton.Delivery.MODIFIED:
+            return Outcome("defered" if delivery.remote.undeliverable else "abandoned")
+    return Outcome("released")
+
+
+# --- Service ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Faults:
+    """What is to go wrong."""
+
+    busy: float = 0  # that many sends are turned down; scheduling is one too
+    lose: float = 0  # that many settlements are applied, and the connection is cut instead of answering
+    mute: float = 0  # that many settlements are applied, and never answered
+    slow: float = 0  # settlements are that many seconds late, until this is 0 again
+
+    def due(self, name: str) -> bool:
+        """Whether it is to happen now; if so, once less from now on."""
+        left: float = getattr(self, name)
+        setattr(self, name, max(left - 1, 0))
+        return left > 0
+
+
+class Service:
+    """What connections share: the broker, the receivers that wait, the alarms, the faults, the port."""
+
+    def __init__(self, broker: Broker, key: str) -> None:
+        self.broker = broker
+        self.key = key
+        self.faults = Faults()
+        self.wires: set[Wire] = set()
+        self.outlets: dict[str, deque[Outlet]] = defaultdict(deque)
+        self.alarms: dict[str, asyncio.TimerHandle] = {}
+        self.port = 0
+
+    def turn(self, act: Callable[[], object]) -> None:
+        """Act, serve the receivers that wait, commit; only then let anything out."""
+        with self.broker.storage.transaction():
+            act()
+            while self.broker.stirred:
+                self.serve(self.broker.stirred.pop())
+        for wire in list(self.wires):
+            wire.flush()
+
+    def serve(self, queue: str) -> None:
+        """Hand out what is available to the receivers of a queue, and set an alarm for what will be."""
+        outlets = self.outlets[queue]
+        outlets.rotate(-1)  # so that not always the same one is first
+        for outlet in outlets:
+            if outlet.link.credit:
+                for lock, encoded in self.broker.receive(queue, outlet.link.credit):
+                    outlet.deliver(lock, encoded)
+        if any(outlet.link.credit for outlet in outlets):
+            self.set_alarm(queue)
+        if self.outlets.get(queue + DEAD_LETTER_SUFFIX):
+            self.serve(queue + DEAD_LETTER_SUFFIX)
+
+    def set_alarm(self, queue: str) -> None:
+        if alarm := self.alarms.pop(queue, None):
+            alarm.cancel()
+        if (due := self.broker.storage.next_due(queue)) is not None:
+            loop = asyncio.get_running_loop()
+            self.alarms[queue] = loop.call_later(max(due - time.time(), 0.001), self.stir, [queue])
+
+    def stir(self, queues: Iterable[str]) -> None:
+        """Serve the queues in a turn of their own."""
+        self.turn(lambda: self.broker.stirred.update(queues))
+
+    def accept(self, queue: str, encoded: bytes) -> None:
+        self.throttle()
+        self.broker.send(queue, encoded)
+
+    def manage(self, queue: str, operation: str, body: Any) -> Body | None:
+        if operation == SCHEDULE:
+            self.throttle()
+        return execute(self.broker, queue, operation, body)
+
+    def throttle(self) -> None:
+        if self.faults.due("busy"):
+            raise Refusal("com.microsoft:server-busy", "The request was terminated because the entity is throttled.")
+
+    def settle(self, outlet: Outlet, delivery: Any, outcome: Outcome) -> None:
+        act = functools.partial(self.settle_now, outlet, delivery, outcome)
+        if self.faults.slow:
+            asyncio.get_running_loop().call_later(self.faults.slow, self.turn, act)
+        else:
+            act()
+
+    def settle_now(self, outlet: Outlet, delivery: Any, outcome: Outcome) -> None:
+        state, refusal = delivery.remote_state, None
+        try:
+            self.broker.settle(outlet.queue, delivery.lock, outcome)
+        except Refusal as lost:
+            state, refusal = proton.Delivery.REJECTED, lost
+        if not self.answer_is_lost(outlet.wire) and outlet.link.name in outlet.wire.outlets:
+            answer(delivery, state, refusal)
+            # Make the engine encode this answer, or it would make one frame of several. The service answers each
+            # settlement by a frame of its own, and the SDK waits needlessly where fewer frames come.
+            outlet.wire.engine.pending()
+
+    def answer_is_lost(self, wire: Wire) -> bool:
+        """Whether the answer to a settlement that was just applied is to be lost, and maybe the connection too."""
+        if self.faults.due("lose"):
+            wire.drop()
+            return True
+        return self.faults.due("mute")
+
+    async def listen(self, port: int) -> None:
+        self.server = await asyncio.get_running_loop().create_server(lambda: Wire(self), HOST, port)
+        self.port = self.server.sockets[0].getsockname()[1]
+
+    def refuse(self, seconds: float) -> None:
+        """Close the port to new connections, and open it again after that time."""
+        self.server.close()
+        loop = asyncio.get_running_loop()
+        loop.call_later(seconds, lambda: setattr(self, "reopening", loop.create_task(self.listen(self.port))))
+
+    @property
+    def connection_string(self) -> str:
+        credential = f"SharedAccessKeyName={KEY_NAME};SharedAccessKey={self.key}"
+        return f"Endpoint=sb://{HOST}:{self.port};{credential};UseDevelopmentEmulator=true;"
+
+
+# --- Control ----------------------------------------------------------------------------------------------------------
+
+
+class Control:
+    """Faults on demand: one command a line, answered by `ok`, by `error` and why, or by figures.
+
+    The names of Faults are commands that set them; the others are the methods that begin with `do_`.
+    """
+
+    def __init__(self, service: Service) -> None:
+        self.service = service
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(ConnectionError):
+            while line := await reader.readline():
+                writer.write(f"{self.answer(line.decode(errors='replace'))}\n".encode())
+                await writer.drain()
+        writer.close()
+
+    def answer(self, line: str) -> str:
+        name, *arguments = line.split() or [""]
+        try:
+            if name in vars(self.service.faults):
+                (number,) = arguments
+                setattr(self.service.faults, name, float(number))
+                return "ok"
+            return getattr(self, f"do_{name}", self.unknown)(*arguments) or "ok"
+        except (TypeError, ValueError) as error:
+            return f"error: {line.strip()!r}: {error}"
+
+    def unknown(self, *arguments: str) -> str:
+        commands = [name.removeprefix("do_") for name in dir(self) if name.startswith("do_")]
+        raise ValueError(f"the commands are {', '.join([*commands, *vars(self.service.faults)])}")
+
+    def do_drop(self) -> None:
+        """Cut every connection."""
+        for wire in list(self.service.wires):
+            wire.drop()
+
+    def do_refuse(self, seconds: str) -> None:
+        """Accept no connection for that long."""
+        self.service.refuse(float(seconds))
+
+    def do_detach(self) -> None:
+        """Force every link off, as the service does with idle ones; connections stay."""
+        idle = Refusal("amqp:link:detach-forced", "The link was detached by the broker: it was idle for too long.")
+        for wire in list(self.service.wires):
+            self.service.turn(functools.partial(wire.detach_all, idle))
+
+    def do_steal(self, what: str) -> None:
+        """Take the lock of one sequence number away, or `all` locks."""
+        number = None if what == "all" else int(what)
+        with self.service.broker.storage.transaction():
+            taken = self.service.broker.storage.take_locks(number)
+        self.service.stir(self.service.broker.names.values())
+        if not taken:
+            raise ValueError(f"nothing is locked: {what}")
+
+    def do_stats(self) -> str:
+        """Connections, links, and messages by their state, as JSON."""
+        wires = self.service.wires
+        links = sum(len(wire.inlets) + len(wire.outlets) + len(wire.replies) for wire in wires)
+        with self.service.broker.storage.transaction():
+            counts = self.service.broker.storage.counts(time.time())
+        return json.dumps({"connections": len(wires), "links": links} | counts)
+
+
+# --- Embedding --------------------------------------------------------------------------------------------------------
+
+
+class ServiceBusEmulator:
+    """An emulator in a child process, which ends with the `with` block, or with this process.
+
+    The options are those of the command line.
+    """
+
+    def __init__(self, queues: Iterable[str] = ("tasks",), *, port: int = 0, **options: object) -> None:
+        given = {"port": port} | {name: value for name, value in options.items() if value is not None}
+        self.arguments = [f"--queue={queue}" for queue in queues]
+        self.arguments += [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
+
+    def __enter__(self) -> Self:
+        command = [sys.executable, "-m", "examples.servicebus_emulator", "--until-eof", *self.arguments]
+        root = Path(__file__).resolve().parent.parent
+        self.process = subprocess.Popen(
+            command, cwd=root, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+        )
+        assert self.process.stdout is not None
+        self.connection_string = self.process.stdout.readline().strip()
+        host, _, port = self.process.stdout.readline().strip().rpartition(" ")[2].partition(":")
+        if not port:
+            raise RuntimeError(f"the emulator did not start: {' '.join(command)}")
+        self.control_address = (host, int(port))
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.process.terminate()
+        self.process.communicate(timeout=10)
+
+    def control(self, command: str) -> dict[str, int]:
+        """Give one command of Control; the figures for `stats`, else nothing. ValueError if it was refused."""
+        with socket.create_connection(self.control_address, timeout=10) as connection:
+            connection.sendall(f"{command}\n".encode())
+            line = connection.makefile().readline().strip()
+        if line.startswith("error"):
+            raise ValueError(line)
+        return dict(json.loads(line)) if line.startswith("{") else {}
+
+
+# --- Command line -----------------------------------------------------------------------------------------------------
+
+
+def options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="servicebus_emulator", description="A local Azure Service Bus.")
+    parser.add_argument("--queue", action="append", required=True, help="a queue to serve; may be repeated")
+    parser.add_argument("--port", type=int, default=5672, help="0 for any that is free")
+    parser.add_argument("--control-port", type=int, default=0, help="for faults on demand; 0 for any that is free")
+    parser.add_argument("--key", default=KEY, help=f"the key of {KEY_NAME}")
+    parser.add_argument("--lock-duration", type=float, default=10, metavar="SECONDS")
+    parser.add_argument("--max-delivery-count", type=int, default=10, metavar="N")
+    parser.add_argument("--duplicate-detection", type=float, metavar="SECONDS", help="the window; off by default")
+    parser.add_argument("--time-to-live", type=float, metavar="SECONDS", help="off by default")
+    parser.add_argument("--max-message-bytes", type=int, default=262144, metavar="BYTES")
+    parser.add_argument("--until-eof", action="store_true", help="end when standard input does or says anything")
+    return parser.parse_args()
+
+
+async def serve(given: argparse.Namespace) -> None:
+    service = Service(Broker(Storage(":memory:"), given.queue, given), given.key)
+    control = await asyncio.start_server(Control(service).serve, HOST, given.control_port)
+    await service.listen(given.port)
+    print(service.connection_string)
+    print(f"control: {HOST}:{control.sockets[0].getsockname()[1]}", flush=True)
+    stop, loop = asyncio.Event(), asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop.set)
+    if given.until_eof:
+        loop.add_reader(sys.stdin, stop.set)
+    await stop.wait()
+
+
+if __name__ == "__main__":
+    asyncio.run(serve(options()))

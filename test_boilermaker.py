@@ -1,0 +1,5740 @@
+"""The tests, in the order of the module's sections; then what is installed, the examples and the README."""
+
+from __future__ import annotations
+
+import ast
+import asyncio
+import contextlib
+import copy
+import datetime
+import decimal
+import importlib
+import itertools
+import json
+import logging
+import os
+import pathlib
+import pickle
+import pty
+import re
+import shutil
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import tempfile
+import textwrap
+import threading
+import time
+import venv
+import zipfile
+from collections import Counter
+from functools import partial
+from pathlib import Path
+
+import freezegun
+import pytest
+
+import boilermaker
+from boilermaker import (
+    AzureServiceBus,
+    Boilermaker,
+    BoilermakerAppException,
+    BoilermakerError,
+    Config,
+    ConfigurationError,
+    Ending,
+    InvalidArguments,
+    LocalServiceBus,
+    MessageLockLost,
+    MessageNotFound,
+    MessageTooLarge,
+    NoRetry,
+    Outcome,
+    RetryAttempts,
+    RetryException,
+    RetryExceptionDefault,
+    RetryExceptionDefaultExponential,
+    RetryExceptionDefaultLinear,
+    RetryMode,
+    RetryPolicy,
+    ServiceBusUnavailable,
+    Task,
+    TaskFailureResult,
+    UsageError,
+    continuation_id,
+    current_task,
+    decide,
+    decode,
+    encode,
+    ending_of,
+    first_try_id,
+    may_run,
+    retries,
+    retry_id,
+)
+from boilermaker import Disposition as Do
+from examples.servicebus_emulator import ServiceBusEmulator
+
+# ======================================================================================================================
+# Helpers of the pure part: functions to register, workflows, bodies, a fresh interpreter
+# ======================================================================================================================
+
+MODULE = Path(boilermaker.__file__)
+
+
+async def fetch_page(state, url, depth=1):
+    """Fetch a page."""
+    return f"{state}: {url} {depth}"
+
+
+async def parse_page(state): ...
+
+
+async def store_rows(state): ...
+
+
+async def clean_up(state): ...
+
+
+async def take_anything(state, *args, **kwargs): ...
+
+
+def app_with_pages(path=":memory:", **bus_options):
+    """An application with the functions above registered as they are."""
+    app = Boilermaker("state", LocalServiceBus(path, **bus_options))
+    return app.register_many_async([fetch_page, parse_page, store_rows, clean_up, take_anything])
+
+
+def named(name, **fields):
+    """A task by name alone."""
+    return Task(function_name=name, **fields)
+
+
+def tried(attempts):
+    """Attempts so far, the last one now."""
+    return RetryAttempts(attempts, datetime.datetime.now(datetime.UTC))
+
+
+def names_along(head):
+    """The function names of a chain, head first."""
+    names = []
+    while head is not None:
+        names.append(head.function_name)
+        head = head.on_success
+    return names
+
+
+def chain_of(length):
+    """A chain of that many tasks by `>>`: its head."""
+    head = last = named("step", args=[0])
+    for number in range(1, length):
+        last = last >> named("step", args=[number])
+    return head
+
+
+def nested_list(depth):
+    """A list in a list in a list ..."""
+    nested = []
+    for _ in range(depth):
+        nested = [nested]
+    return nested
+
+
+def body_with(**fields):
+    """A body that decodes, but for what the fields make of it."""
+    return json.dumps({"task_id": "id-1", "function_name": "fetch_page", **fields})
+
+
+def body_with_field(path, value):
+    """A body that decodes, but for the value of one field, as "policy.delay"."""
+    document = {
+        "task_id": "id-1",
+        "function_name": "fetch_page",
+        "payload": {"args": [], "kwargs": {}},
+        "policy": {"max_tries": 5, "delay": 120, "delay_max": 120, "retry_mode": 0},
+        "scheduled_policy": {"max_tries": 5, "delay": 120, "delay_max": 120, "retry_mode": 0},
+        "attempts": {"attempts": 0, "last_retry": "2026-11-21T08:27:24.491534Z"},
+    }
+    outer, _, inner = path.rpartition(".")
+    (document[outer] if outer else document)[inner] = value
+    return json.dumps(document)
+
+
+def fresh_python(code, *options, path=MODULE.parent):
+    """What a new interpreter prints that finds the module on `path`."""
+    run = subprocess.run(
+        [sys.executable, *options, "-c", textwrap.dedent(code)],
+        env={**os.environ, "PYTHONPATH": str(path), "PYTHONDONTWRITEBYTECODE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    return run.stdout.strip()
+
+
+# ======================================================================================================================
+# 1. Vocabulary
+# ======================================================================================================================
+
+
+@pytest.mark.parametrize(
+    ("error", "bases"),
+    [
+        (UsageError, {ValueError}),
+        (InvalidArguments, {UsageError, ValueError, TypeError}),
+        (MessageTooLarge, {UsageError, ValueError}),
+        (ConfigurationError, {UsageError, ValueError}),
+        (ServiceBusUnavailable, set()),
+        (BoilermakerAppException, {ServiceBusUnavailable}),
+        (MessageLockLost, set()),
+        (MessageNotFound, set()),
+        (RetryException, set()),
+        (boilermaker.InvalidTaskFormat, set()),
+    ],
+)
+def test_every_error_has_the_one_root_and_the_branch_of_who_was_wrong(error, bases):
+    usual = {UsageError, ServiceBusUnavailable, ValueError, TypeError}
+    assert issubclass(error, BoilermakerError)
+    assert {base for base in usual if issubclass(error, base) and base is not error} == bases
+
+
+def test_a_publishing_error_holds_and_shows_the_error_of_each_attempt():
+    first, second = ServiceBusUnavailable("throttled"), ServiceBusUnavailable("gone")
+    error = BoilermakerAppException("Publishing failed", [first, second])
+    assert error.errors == [first, second]
+    assert "throttled" in str(error)
+    assert "gone" in str(error)
+
+
+def test_all_names_that_are_exported_exist():
+    assert [name for name in boilermaker.__all__ if not hasattr(boilermaker, name)] == []
+
+
+def test_importing_the_module_needs_and_touches_only_the_standard_library():
+    foreign = """
+        import sys
+        import boilermaker
+        names = {name.partition(".")[0] for name in sys.modules} - set(sys.stdlib_module_names)
+        print(*sorted(name for name in names if name not in ("boilermaker", "__main__") and "site" not in name))
+    """
+    assert fresh_python(foreign, "-S") == ""
+    assert set(fresh_python(foreign).split()) & {"azure", "opentelemetry", "aiohttp", "pydantic"} == set()
+
+
+def test_a_task_failure_result_is_one_object_however_it_is_written_copied_or_pickled():
+    assert TaskFailureResult() is TaskFailureResult
+    assert copy.deepcopy(TaskFailureResult) is TaskFailureResult
+    assert pickle.loads(pickle.dumps(TaskFailureResult)) is TaskFailureResult
+
+
+# ======================================================================================================================
+# 2. Retries
+# ======================================================================================================================
+
+
+@pytest.mark.parametrize(
+    ("delay", "delay_max", "expected"),
+    [(30, 3600, [30, 30, 30]), (30, 20, [20, 20, 20]), (0, 3600, [0, 0, 0]), (30, 0, [0, 0, 0])],
+)
+def test_a_fixed_delay_stays_the_same_and_under_its_maximum(delay, delay_max, expected):
+    policy = RetryPolicy(delay=delay, delay_max=delay_max, retry_mode=RetryMode.Fixed)
+    assert [policy.get_delay_interval(n) for n in range(3)] == expected
+
+
+@pytest.mark.parametrize(
+    ("delay", "delay_max", "expected"),
+    [(30, 600, [30, 60, 90, 120]), (30, 70, [30, 60, 70, 70]), (0, 600, [0, 0, 0, 0])],
+)
+def test_a_linear_delay_begins_with_the_delay_and_grows_by_it(delay, delay_max, expected):
+    policy = RetryPolicy(delay=delay, delay_max=delay_max, retry_mode=RetryMode.Linear)
+    assert [policy.get_delay_interval(n) for n in range(4)] == expected
+
+
+@pytest.mark.parametrize(
+    ("delay", "delay_max", "n", "expected"),
+    [
+        (2, 600, 0, {1, 2}),
+        (5, 600, 0, {2, 3, 4, 5}),
+        (1, 600, 2, {2, 3, 4}),
+        (1, 3, 9, {1, 2, 3}),
+        (1, 600, 0, {0, 1}),
+        (0, 600, 3, {0}),
+    ],
+)
+def test_an_exponential_delay_is_anything_from_half_to_the_whole(delay, delay_max, n, expected):
+    policy = RetryPolicy(delay=delay, delay_max=delay_max, retry_mode=RetryMode.Exponential)
+    assert {policy.get_delay_interval(n) for _ in range(300)} == expected
+
+
+@pytest.mark.parametrize("n", range(12))
+def test_an_exponential_delay_doubles_up_to_its_maximum(n):
+    policy = RetryPolicy(delay=30, delay_max=600, retry_mode=RetryMode.Exponential)
+    longest = min(30 * 2**n, 600)
+    assert all(longest // 2 <= policy.get_delay_interval(n) <= longest for _ in range(50))
+
+
+@pytest.mark.parametrize("mode", RetryMode)
+def test_a_delay_is_a_whole_number_of_seconds_even_after_a_hundred_tries(mode):
+    delay = RetryPolicy(delay=30, delay_max=600, retry_mode=mode).get_delay_interval(100)
+    assert type(delay) is int
+    assert 0 <= delay <= 600
+
+
+def values_of(policy):
+    return policy.max_tries, policy.delay, policy.delay_max, policy.retry_mode
+
+
+@pytest.mark.parametrize(
+    ("policy", "values"),
+    [
+        (RetryPolicy(), (5, 0, 3600, RetryMode.Fixed)),
+        (RetryPolicy.default(), (5, 120, 120, RetryMode.Fixed)),
+        (RetryPolicy.no_retry(), (1, 5, 5, RetryMode.Fixed)),
+        (NoRetry(), (1, 5, 5, RetryMode.Fixed)),
+        (NoRetry.default(), (5, 120, 120, RetryMode.Fixed)),
+        (RetryPolicy(max_tries=0), (0, 0, 3600, RetryMode.Fixed)),
+        (RetryPolicy(max_tries=100), (100, 0, 3600, RetryMode.Fixed)),
+        (RetryExceptionDefault("x").policy, (5, 120, 120, RetryMode.Fixed)),
+        (RetryExceptionDefaultLinear("x").policy, (5, 30, 600, RetryMode.Linear)),
+        (RetryExceptionDefaultExponential("x").policy, (5, 30, 600, RetryMode.Exponential)),
+        (RetryExceptionDefaultLinear("x", max_tries=9, delay_max=60).policy, (9, 30, 60, RetryMode.Linear)),
+        (RetryExceptionDefaultExponential("x", delay=7).policy, (5, 7, 600, RetryMode.Exponential)),
+    ],
+)
+def test_every_ready_made_policy_has_its_values(policy, values):
+    assert values_of(policy) == values
+
+
+@pytest.mark.parametrize("name", ["max_tries", "delay", "delay_max", "retry_mode"])
+@pytest.mark.parametrize(
+    "value", [-1, None, "5", 1.0, 1.5, True, float("nan"), [], 2**31, datetime.timedelta(1)], ids=repr
+)
+def test_a_policy_of_any_other_value_is_an_error_that_names_field_and_value(name, value):
+    with pytest.raises(UsageError, match=name) as caught:
+        RetryPolicy(**{name: value})
+    assert repr(value) in str(caught.value)
+
+
+def test_a_policy_of_more_than_a_hundred_tries_is_an_error_that_says_the_limit():
+    with pytest.raises(ValueError, match=r"max_tries=101 .*100"):
+        RetryPolicy(max_tries=101)
+
+
+def test_a_policy_cannot_be_changed():
+    with pytest.raises(AttributeError):
+        RetryPolicy().delay = 3
+
+
+def test_policies_of_the_same_values_are_equal_and_hash_alike():
+    assert NoRetry() == RetryPolicy.no_retry()
+    assert hash(NoRetry()) == hash(RetryPolicy.no_retry())
+    assert RetryPolicy(delay=1) != RetryPolicy(delay=2)
+    assert RetryPolicy() != (5, 0, 3600, RetryMode.Fixed)
+
+
+def test_the_retry_modes_have_the_values_of_the_wire_format():
+    assert {mode.name: mode.value for mode in RetryMode} == {"Fixed": 0, "Exponential": 1, "Linear": 2}
+
+
+def test_a_retry_exception_says_why_and_carries_a_policy_or_none():
+    error = RetryException("busy", NoRetry())
+    assert (str(error), error.msg, error.policy) == ("busy", "busy", NoRetry())
+    assert RetryException("busy").policy is None
+
+
+@pytest.mark.parametrize("policy", [3, "fixed", RetryPolicy, {"max_tries": 3}])
+def test_a_retry_exception_with_something_else_for_a_policy_is_an_error(policy):
+    with pytest.raises(UsageError, match="policy"):
+        RetryException("busy", policy)
+
+
+@pytest.mark.parametrize("error", [RetryExceptionDefaultLinear, RetryExceptionDefaultExponential])
+def test_a_retry_exception_with_an_override_out_of_range_is_an_error(error):
+    with pytest.raises(UsageError, match="max_tries=-1"):
+        error("busy", max_tries=-1)
+
+
+@pytest.mark.parametrize(
+    "original",
+    [
+        RetryException("busy", RetryPolicy(delay=3)),
+        RetryExceptionDefault("busy"),
+        RetryExceptionDefaultLinear("busy", delay=3),
+        RetryExceptionDefaultExponential("busy", max_tries=2),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_retry_exception_survives_pickling_with_its_policy(original):
+    again = pickle.loads(pickle.dumps(original))
+    assert type(again) is type(original)
+    assert (str(again), again.msg, again.policy) == (str(original), original.msg, original.policy)
+
+
+@pytest.mark.parametrize("policy", [RetryPolicy(3, 4, 5, RetryMode.Linear), NoRetry()], ids=repr)
+def test_a_policy_survives_pickling_and_copying(policy):
+    assert pickle.loads(pickle.dumps(policy)) == copy.deepcopy(policy) == policy
+
+
+def test_a_publishing_error_survives_pickling_with_its_errors():
+    again = pickle.loads(pickle.dumps(BoilermakerAppException("failed", [ServiceBusUnavailable("gone")])))
+    assert str(again) == "failed: gone"
+    assert [str(error) for error in again.errors] == ["gone"]
+
+
+# ======================================================================================================================
+# 3. Tasks
+# ======================================================================================================================
+
+
+async def test_a_decorated_function_is_still_called_inline():
+    fetch = app_with_pages().task(name="fetch")(fetch_page)
+    assert await fetch("inline", "http://x", depth=2) == "inline: http://x 2"
+
+
+def test_a_decorated_function_keeps_its_name_and_its_docstring():
+    fetch = app_with_pages().task(name="fetch")(fetch_page)
+    assert (fetch.__name__, fetch.__doc__) == ("fetch_page", "Fetch a page.")
+
+
+def test_si_binds_all_arguments_and_sends_nothing():
+    task = app_with_pages().task(name="fetch")(fetch_page).si("http://x", depth=2)
+    assert (task.function_name, task.args, task.kwargs) == ("fetch", ["http://x"], {"depth": 2})
+    assert task.payload == {"args": ["http://x"], "kwargs": {"depth": 2}}
+    assert (task.takes_result, task.sequence_number, task.message_id) == (False, None, None)
+
+
+def test_s_leaves_room_for_the_result_of_the_parent():
+    fetch = app_with_pages().task(name="fetch")(fetch_page)
+    assert fetch.s().takes_result
+    assert fetch.s(depth=2).kwargs == {"depth": 2}
+
+
+def test_every_signature_has_an_id_of_its_own():
+    fetch = app_with_pages().task(name="fetch")(fetch_page)
+    assert len({fetch.si("http://x").task_id for _ in range(100)}) == 100
+
+
+def test_a_signature_has_the_options_of_its_registration():
+    app = app_with_pages()
+    options = {"policy": NoRetry(), "should_dead_letter": False, "acks_late": False}
+    task = app.task(name="fetch", **options)(fetch_page).si("http://x")
+    assert (task.policy, task.should_dead_letter, task.acks_late) == (NoRetry(), False, False)
+
+
+def test_a_signature_overrides_the_options_of_its_registration():
+    fetch = app_with_pages().task(name="fetch", policy=NoRetry(), acks_late=False)(fetch_page)
+    task = Task.si(fetch, "http://x", policy=RetryPolicy(delay=9), should_dead_letter=False, acks_late=True)
+    assert (task.policy, task.should_dead_letter, task.acks_late) == (RetryPolicy(delay=9), False, True)
+
+
+def test_a_signature_of_a_plain_function_takes_its_name():
+    assert Task.si(fetch_page, "http://x").function_name == "fetch_page"
+    assert Task.s(fetch_page, depth=2).takes_result
+
+
+@pytest.mark.parametrize("make", [Task.si, Task.s])
+def test_a_signature_with_something_else_for_a_policy_is_an_error(make):
+    with pytest.raises(UsageError, match=r"take_anything: policy=3 must be a RetryPolicy"):
+        make(take_anything, policy=3)
+
+
+@pytest.mark.parametrize("fn", [len, print, "fetch_page", None, lambda state: None], ids=repr)
+def test_a_signature_of_what_is_not_async_is_an_error(fn):
+    with pytest.raises(UsageError, match="must be async"):
+        Task.si(fn)
+
+
+async def take_one_positional(state, number, /): ...
+
+
+async def take_one_keyword(state, *, number): ...
+
+
+CALLS_THAT_DO_NOT_FIT = [
+    (fetch_page, (), {}, "url"),
+    (fetch_page, ("a", 1, 2), {}, "too many positional arguments"),
+    (fetch_page, ("a",), {"height": 1}, "height"),
+    (fetch_page, ("a",), {"url": "b"}, "url"),
+    (parse_page, ("a",), {}, "too many positional arguments"),
+    (take_one_positional, (), {"number": 1}, "number"),
+    (take_one_keyword, (1,), {}, "too many positional arguments"),
+    (take_one_keyword, (), {}, "number"),
+]
+
+
+@pytest.mark.parametrize(("fn", "args", "kwargs", "says"), CALLS_THAT_DO_NOT_FIT)
+def test_arguments_that_do_not_fit_the_function_are_an_error_of_the_signature(fn, args, kwargs, says):
+    app = Boilermaker(None, LocalServiceBus())
+    for make in (app.task(fn).si, partial(Task.si, fn), partial(app.create_task, fn)):
+        with pytest.raises(InvalidArguments, match=rf"{fn.__name__}\(state.*{says}"):
+            make(*args, **kwargs)
+
+
+@pytest.mark.parametrize(("fn", "args", "kwargs", "says"), CALLS_THAT_DO_NOT_FIT)
+async def test_arguments_that_do_not_fit_the_function_are_an_error_before_anything_is_sent(fn, args, kwargs, says):
+    async with Boilermaker(None, LocalServiceBus()) as app:
+        for schedule in (app.task(fn).delay, partial(app.apply_async, fn)):
+            with pytest.raises(InvalidArguments, match=rf"{fn.__name__}\(state.*{says}"):
+                await schedule(*args, **kwargs)
+        assert await app.service_bus_client.peek() == []
+
+
+def test_s_counts_the_result_as_the_first_argument():
+    Task.s(fetch_page)
+    Task.s(fetch_page, 2)
+    Task.si(fetch_page, "a", 2)
+    with pytest.raises(InvalidArguments, match="too many positional arguments"):
+        Task.s(fetch_page, "a", 2)
+    with pytest.raises(InvalidArguments, match="url"):
+        Task.s(fetch_page, url="a")
+
+
+NOT_JSON = {
+    "NaN": float("nan"),
+    "infinity": float("inf"),
+    "NaN inside": {"a": [1, float("nan")]},
+    "set": {1},
+    "bytes": b"x",
+    "object": object(),
+    "Decimal": decimal.Decimal(1),
+    "datetime": datetime.datetime(2026, 1, 1),
+    "tuple key": {(1, 2): 3},
+    "exception": ValueError("x"),
+    "task": named("f"),
+    "an integer of 5,000 digits": 10**4999,
+    "a list of 100,000 lists": nested_list(100_000),
+}
+
+
+@pytest.mark.parametrize("value", NOT_JSON.values(), ids=NOT_JSON)
+def test_an_argument_that_json_cannot_carry_is_an_error_that_names_task_and_argument(value):
+    with pytest.raises(InvalidArguments, match=r"take_anything: .*argument 2\b"):
+        Task.si(take_anything, "fine", value)
+    with pytest.raises(InvalidArguments, match=r"take_anything: .*argument size\b"):
+        Task.si(take_anything, "fine", size=value)
+
+
+def test_a_list_that_contains_itself_is_an_argument_that_json_cannot_carry():
+    itself = []
+    itself.append(itself)
+    with pytest.raises(InvalidArguments, match="argument 1"):
+        Task.si(take_anything, itself)
+
+
+def test_the_error_for_a_huge_argument_is_short():
+    with pytest.raises(InvalidArguments) as caught:
+        Task.si(take_anything, {str(number): b"x" * 1000 for number in range(1000)})
+    assert len(str(caught.value)) < 1000
+
+
+async def test_an_argument_changed_to_what_json_cannot_carry_is_an_error_at_publishing():
+    async with app_with_pages() as app:
+        task = app.create_task(take_anything, [])
+        task.args.append({1, 2})
+        with pytest.raises(InvalidArguments, match="argument 2"):
+            await app.publish_task(task)
+        assert await app.service_bus_client.peek() == []
+
+
+def test_rshift_sets_on_success_and_gives_the_right_side():
+    a, b, c = named("a"), named("b"), named("c")
+    assert (a >> b >> c) is c
+    assert (a.on_success, b.on_success, c.on_success) == (b, c, None)
+
+
+def test_lshift_sets_on_success_of_the_right_side_and_gives_the_left_side():
+    a, b = named("a"), named("b")
+    assert (a << b) is a
+    assert b.on_success is a
+
+
+@pytest.mark.parametrize("operator", ["__rshift__", "__lshift__", "__or__"])
+@pytest.mark.parametrize("operand", [None, 3, "fetch_page", parse_page], ids=repr)
+def test_an_operand_that_is_no_task_is_an_error_that_shows_it(operator, operand):
+    with pytest.raises(UsageError, match=re.escape(repr(operand))):
+        getattr(named("a"), operator)(operand)
+
+
+def test_decorated_functions_as_operands_stand_for_their_signatures():
+    app = Boilermaker(None, LocalServiceBus())
+    parse, store = app.task(parse_page), app.task(store_rows)
+    assert names_along(named("a") | parse | store) == ["a", "parse_page", "store_rows"]
+    assert names_along(parse | store) == ["parse_page", "store_rows"]
+    assert (parse >> store).function_name == "store_rows"
+    assert (parse << store).function_name == "parse_page"
+
+
+async def test_decorated_functions_as_callbacks_stand_for_their_signatures():
+    async with Boilermaker(None, LocalServiceBus()) as app:
+        task, parse = app.task(fetch_page).si("a"), app.task(parse_page)
+        task.on_success = task.on_failure = parse
+        await app.publish_task(task)
+        assert (task.on_success.function_name, task.on_failure.function_name) == ("parse_page", "parse_page")
+
+
+async def test_a_callback_that_is_no_task_is_an_error_that_names_the_parent():
+    async with app_with_pages() as app:
+        task = app.create_task(parse_page)
+        task.on_failure = clean_up
+        with pytest.raises(UsageError, match=r"on_failure of <Task parse_page .* must be a Task"):
+            await app.publish_task(task)
+
+
+def test_or_appends_copies_at_the_end_of_the_chain():
+    a, b, c, d = (named(name) for name in "abcd")
+    a >> b
+    whole = a | c | d
+    assert names_along(whole) == ["a", "b", "c", "d"]
+
+
+def test_or_leaves_its_operands_as_they_were():
+    a, b, c = (named(name) for name in "abc")
+    a.on_failure = c
+    whole = a | b
+    assert (a.on_success, b.on_success, a.on_failure) == (None, None, c)
+    assert whole.on_failure.function_name == "c"
+    assert {a.task_id, b.task_id, c.task_id}.isdisjoint(
+        {whole.task_id, whole.on_success.task_id, whole.on_failure.task_id}
+    )
+
+
+def test_or_begins_two_workflows_with_one_prefix():
+    prefix = named("a") | named("b")
+    assert names_along(prefix | named("c")) == ["a", "b", "c"]
+    assert names_along(prefix | named("d")) == ["a", "b", "d"]
+    assert names_along(prefix) == ["a", "b"]
+
+
+def test_or_with_itself_is_the_same_work_twice():
+    a = named("a")
+    twice = a | a
+    assert names_along(twice) == ["a", "a"]
+    assert twice.task_id != twice.on_success.task_id
+
+
+def test_or_keeps_what_the_copies_were_given():
+    a = named("a", args=[1], kwargs={"b": 2}, policy=NoRetry(), should_dead_letter=False, queue="q", takes_result=True)
+    twin = (named("z") | a).on_success
+    assert (twin.args, twin.kwargs, twin.policy) == ([1], {"b": 2}, NoRetry())
+    assert (twin.should_dead_letter, twin.acks_late, twin.queue, twin.takes_result) == (False, True, "q", True)
+
+
+def test_a_copy_has_fresh_ids_throughout():
+    a, b, c = (named(name) for name in "abc")
+    a.on_success, b.on_failure = b, c
+    twin = a.copy()
+    assert twin.on_success.on_failure.function_name == "c"
+    ids = {task.task_id for task in (a, b, c, twin, twin.on_success, twin.on_success.on_failure)}
+    assert len(ids) == 6
+
+
+def test_a_copy_is_changed_without_its_original():
+    a = named("a", args=[1], kwargs={"x": 1})
+    twin = a.copy()
+    twin.args.append(2)
+    twin.kwargs["y"] = 2
+    twin.policy = NoRetry()
+    assert (a.args, a.kwargs, a.policy) == ([1], {"x": 1}, RetryPolicy.default())
+
+
+async def test_a_copy_of_a_published_task_is_not_published():
+    async with app_with_pages() as app:
+        task = await app.apply_async(parse_page)
+        twin = task.copy()
+        assert (twin.sequence_number, twin.message_id) == (None, None)
+        await twin.publish()
+        assert len({message.message_id for message in await app.service_bus_client.peek()}) == 2
+
+
+def test_a_copy_of_a_retry_has_its_tries_before_it():
+    assert named("a", attempts=tried(3)).copy().attempts.attempts == 0
+
+
+def test_a_callback_of_two_parents_is_one_callback_in_a_copy_too():
+    a, b, shared = (named(name) for name in "abc")
+    a.on_success, a.on_failure, b.on_failure = b, shared, shared
+    twin = a.copy()
+    assert twin.on_failure is twin.on_success.on_failure
+
+
+def test_chain_links_its_members_and_gives_the_first():
+    app, members = app_with_pages(), [named(name) for name in "abcd"]
+    assert app.chain(*members) is members[0]
+    assert names_along(members[0]) == ["a", "b", "c", "d"]
+
+
+def test_chain_takes_decorated_functions():
+    app = Boilermaker(None, LocalServiceBus())
+    head = app.chain(app.task(parse_page), app.task(store_rows), on_failure=app.task(clean_up))
+    assert names_along(head) == ["parse_page", "store_rows"]
+    assert head.on_success.on_failure.function_name == "clean_up"
+
+
+def test_chain_sets_on_failure_on_each_member():
+    a, b, f = named("a"), named("b"), named("f")
+    a.on_failure = named("mine")
+    app_with_pages().chain(a, b, on_failure=f)
+    assert (a.on_failure, b.on_failure) == (f, f)
+
+
+def test_chain_without_on_failure_leaves_each_member_its_own():
+    a, b, mine = named("a"), named("b"), named("mine")
+    a.on_failure = mine
+    app_with_pages().chain(a, b)
+    assert (a.on_failure, b.on_failure) == (mine, None)
+
+
+def test_chain_goes_on_after_what_its_last_member_had():
+    b, c = named("b"), named("c")
+    b >> c
+    assert names_along(app_with_pages().chain(named("a"), b)) == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_chain_of_fewer_than_two_is_an_error_that_says_how_many(count):
+    with pytest.raises(UsageError, match=f"at least two tasks, not {count}"):
+        app_with_pages().chain(*[named("a")] * count)
+
+
+def test_chain_of_something_else_is_an_error_that_shows_it():
+    with pytest.raises(UsageError, match="not 3"):
+        app_with_pages().chain(named("a"), 3)
+    with pytest.raises(UsageError, match=r"on_failure .*not 3"):
+        app_with_pages().chain(named("a"), named("b"), on_failure=3)
+
+
+def test_chain_of_the_same_task_twice_is_a_cycle():
+    a = named("a")
+    with pytest.raises(UsageError, match=r"<Task a .*cycle"):
+        app_with_pages().chain(a, named("b"), a)
+
+
+def cycle_of_two():
+    a, b = named("a"), named("b")
+    a >> b >> a
+    return a
+
+
+def cycle_of_failure():
+    a, b = named("a"), named("b")
+    a.on_success, b.on_failure = b, a
+    return a
+
+
+def cycle_of_one():
+    a = named("a")
+    a.on_failure = a
+    return a
+
+
+CYCLES = [cycle_of_one, cycle_of_two, cycle_of_failure]
+
+
+@pytest.mark.parametrize("cycle", CYCLES)
+@pytest.mark.parametrize(
+    "use",
+    [Task.copy, lambda a: a | named("c"), lambda a: encode(a, "q", "q"), lambda a: app_with_pages().bound(a)],
+    ids=["copy", "or", "encode", "publish"],
+)
+def test_a_cycle_is_an_error_that_names_a_task_in_it(cycle, use):
+    with pytest.raises(UsageError, match=r"<Task [ab] .*cycle"):
+        use(cycle())
+
+
+def test_a_callback_of_two_parents_is_no_cycle():
+    a, b, shared = (named(name) for name in "abc")
+    a >> b
+    a.on_failure = b.on_failure = shared
+    again = decode(encode(a, "q", "q"), "q")
+    assert again.on_failure.task_id == again.on_success.on_failure.task_id == shared.task_id
+
+
+def test_a_task_shows_its_name_and_id_but_not_its_arguments():
+    task = named("login", kwargs={"password": "secret"})
+    assert repr(task) == f"<Task login {task.task_id}>"
+
+
+def test_the_current_task_outside_of_a_task_is_an_error():
+    with pytest.raises(UsageError, match="outside of a running task"):
+        current_task()
+
+
+# ======================================================================================================================
+# 4. Wire format
+# ======================================================================================================================
+
+# What boilermaker-servicebus 1.4.1 wrote for `Task.default("ping")`, a Task with arguments, a chain with callbacks, and
+# a retry in a graph, by `model_dump_json()`.
+
+WIRE_DEFAULT = (
+    '{"task_id":"01a1fd37-a3cb-7052-87b6-b09d4693daaf","should_dead_letter":true,"acks_late":true,'
+    '"function_name":"ping","attempts":{"attempts":0,"last_retry":"2026-11-21T08:27:24.491534Z"},'
+    '"policy":{"max_tries":5,"delay":120,"delay_max":120,"retry_mode":0},"payload":{},"graph_id":null,'
+    '"on_success":null,"on_failure":null}'
+)
+WIRE_ARGUMENTS = (
+    '{"task_id":"01a1fd37-a3cb-7052-87b6-b09e984c3151","should_dead_letter":true,"acks_late":true,'
+    '"function_name":"greet","attempts":{"attempts":0,"last_retry":"2026-11-21T08:27:24.491704Z"},'
+    '"policy":{"max_tries":5,"delay":120,"delay_max":120,"retry_mode":0},'
+    '"payload":{"args":["Zoë ☃",null,1.5,[1,{"a":true}]],"kwargs":{"width":800}},"graph_id":null,'
+    '"on_success":null,"on_failure":null}'
+)
+WIRE_CHAIN = (
+    '{"task_id":"01a1fd37-a3cb-7052-87b6-b09fa8510289","should_dead_letter":true,"acks_late":true,'
+    '"function_name":"fetch","attempts":{"attempts":0,"last_retry":"2026-11-21T08:27:24.491772Z"},'
+    '"policy":{"max_tries":3,"delay":30,"delay_max":300,"retry_mode":1},'
+    '"payload":{"args":["http://x"],"kwargs":{"n":2}},"graph_id":null,"on_success":'
+    '{"task_id":"01a1fd37-a3cb-7052-87b6-b0a09fff5bae","should_dead_letter":false,"acks_late":true,'
+    '"function_name":"store","attempts":{"attempts":0,"last_retry":"2026-11-21T08:27:24.491793Z"},'
+    '"policy":{"max_tries":5,"delay":120,"delay_max":120,"retry_mode":0},"payload":{"args":[],"kwargs":{}},'
+    '"graph_id":null,"on_success":'
+    '{"task_id":"01a1fd37-a3cb-7052-87b6-b0a1f2fecb10","should_dead_letter":true,"acks_late":false,'
+    '"function_name":"store","attempts":{"attempts":0,"last_retry":"2026-11-21T08:27:24.491827Z"},'
+    '"policy":{"max_tries":1,"delay":5,"delay_max":5,"retry_mode":0},"payload":{"args":[],"kwargs":{}},'
+    '"graph_id":null,"on_success":null,"on_failure":null},"on_failure":'
+    '{"task_id":"01a1fd37-a3cb-7052-87b6-b0a30f924460","should_dead_letter":true,"acks_late":true,'
+    '"function_name":"cleanup","attempts":{"attempts":0,"last_retry":"2026-11-21T08:27:24.491899Z"},'
+    '"policy":{"max_tries":100,"delay":1,"delay_max":2,"retry_mode":2},"payload":{"args":[],"kwargs":{}},'
+    '"graph_id":null,"on_success":null,"on_failure":null}},"on_failure":'
+    '{"task_id":"01a1fd37-a3cb-7052-87b6-b0a2946ad310","should_dead_letter":true,"acks_late":true,'
+    '"function_name":"cleanup","attempts":{"attempts":0,"last_retry":"2026-11-21T08:27:24.491866Z"},'
+    '"policy":{"max_tries":5,"delay":120,"delay_max":120,"retry_mode":0},"payload":{"args":[],"kwargs":{}},'
+    '"graph_id":null,"on_success":null,"on_failure":null}}'
+)
+WIRE_RETRY = (
+    '{"task_id":"01a1fd37-a3cc-7199-b16c-5f6059ae9e8e","should_dead_letter":true,"acks_late":true,'
+    '"function_name":"again","attempts":{"attempts":2,"last_retry":"2026-11-21T08:27:24.492101Z"},'
+    '"policy":{"max_tries":5,"delay":120,"delay_max":120,"retry_mode":0},"payload":{},"graph_id":"g-1",'
+    '"on_success":null,"on_failure":null}'
+)
+WIRE_POLICIES = [  # and for these policies
+    ('{"max_tries":5,"delay":0,"delay_max":3600,"retry_mode":0}', RetryPolicy()),
+    ('{"max_tries":5,"delay":120,"delay_max":120,"retry_mode":0}', RetryPolicy.default()),
+    ('{"max_tries":1,"delay":5,"delay_max":5,"retry_mode":0}', RetryPolicy.no_retry()),
+    ('{"max_tries":1,"delay":5,"delay_max":5,"retry_mode":0}', NoRetry()),
+    ('{"max_tries":5,"delay":30,"delay_max":600,"retry_mode":2}', RetryExceptionDefaultLinear("x").policy),
+    ('{"max_tries":5,"delay":30,"delay_max":600,"retry_mode":1}', RetryExceptionDefaultExponential("x").policy),
+]
+
+
+def test_the_default_task_of_the_original_decodes():
+    task = decode(WIRE_DEFAULT, "q")
+    assert (task.function_name, task.task_id) == ("ping", "01a1fd37-a3cb-7052-87b6-b09d4693daaf")
+    assert (task.args, task.kwargs, task.graph_id) == ([], {}, None)
+    assert (task.policy, task.policy_is_default) == (RetryPolicy.default(), False)
+    assert (task.should_dead_letter, task.acks_late) == (True, True)
+    assert (task.on_success, task.on_failure) == (None, None)
+
+
+def test_the_arguments_of_the_original_decode_from_text_and_from_bytes():
+    for body in (WIRE_ARGUMENTS, WIRE_ARGUMENTS.encode()):
+        task = decode(body, "q")
+        assert (task.args, task.kwargs) == (["Zoë ☃", None, 1.5, [1, {"a": True}]], {"width": 800})
+
+
+def test_a_chain_of_the_original_decodes_with_all_its_callbacks():
+    head = decode(WIRE_CHAIN, "q")
+    assert names_along(head) == ["fetch", "store", "store"]
+    second, third = head.on_success, head.on_success.on_success
+    assert values_of(head.policy) == (3, 30, 300, RetryMode.Exponential)
+    assert (second.should_dead_letter, third.acks_late, values_of(third.policy)) == (False, False, (1, 5, 5, 0))
+    assert (head.on_failure.function_name, third.on_failure) == ("cleanup", None)
+    assert values_of(second.on_failure.policy) == (100, 1, 2, RetryMode.Linear)
+
+
+def test_a_retry_of_the_original_decodes_with_its_attempts():
+    task = decode(WIRE_RETRY, "q")
+    assert (task.attempts.attempts, task.graph_id) == (2, "g-1")
+    assert task.attempts.last_retry == datetime.datetime(2026, 11, 21, 8, 27, 24, 492101, datetime.UTC)
+
+
+@pytest.mark.parametrize(("text", "policy"), WIRE_POLICIES)
+def test_every_policy_is_written_and_read_as_by_the_original(text, policy):
+    assert json.dumps(json.loads(encode(named("f", policy=policy), "q", "q"))["policy"], separators=(",", ":")) == text
+    assert decode(body_with(policy=json.loads(text)), "q").policy == policy
+
+
+@pytest.mark.parametrize("body", [WIRE_DEFAULT, WIRE_ARGUMENTS, WIRE_CHAIN, WIRE_RETRY])
+def test_a_body_of_the_original_is_written_again_with_the_same_fields(body):
+    def fields(document):
+        document["payload"] = {"args": [], "kwargs": {}, **document["payload"]}
+        document["attempts"]["last_retry"] = document["attempts"]["last_retry"].replace("Z", "+00:00")
+        for callback in filter(None, (document["on_success"], document["on_failure"])):
+            fields(callback)
+        return document
+
+    assert json.loads(encode(decode(body, "q"), "q", "q")) == fields(json.loads(body))
+
+
+def test_a_body_has_exactly_the_fields_and_types_of_the_original():
+    document = json.loads(encode(Task.si(fetch_page, "a", policy=NoRetry()), "q", "q"))
+    assert {name: type(value) for name, value in document.items()} == {
+        "task_id": str,
+        "should_dead_letter": bool,
+        "acks_late": bool,
+        "function_name": str,
+        "attempts": dict,
+        "policy": dict,
+        "payload": dict,
+        "graph_id": type(None),
+        "on_success": type(None),
+        "on_failure": type(None),
+    }
+    assert {name: type(value) for name, value in document["attempts"].items()} == {"attempts": int, "last_retry": str}
+    assert datetime.datetime.fromisoformat(document["attempts"]["last_retry"]).utcoffset() == datetime.timedelta(0)
+    assert document["policy"] == {"max_tries": 1, "delay": 5, "delay_max": 5, "retry_mode": 0}
+    assert document["payload"] == {"args": ["a"], "kwargs": {}}
+
+
+@pytest.mark.parametrize(
+    ("fields", "written"),
+    [
+        ({"takes_result": True}, {"takes_result": True}),
+        ({"policy_is_default": True}, {"policy_is_default": True}),
+        (
+            {"scheduled_policy": NoRetry()},
+            {"scheduled_policy": {"max_tries": 1, "delay": 5, "delay_max": 5, "retry_mode": 0}},
+        ),
+        ({}, {}),
+    ],
+)
+def test_what_is_new_on_the_wire_is_written_only_where_it_is_used(fields, written):
+    task = named("f", **fields)
+    document = json.loads(encode(task, "q", "q"))
+    assert {name: document[name] for name in document.keys() - json.loads(WIRE_DEFAULT).keys()} == written
+    again = decode(encode(task, "q", "q"), "q")
+    assert {name: getattr(again, name) for name in fields} == fields
+
+
+def test_a_body_is_ascii_so_that_its_length_is_its_size():
+    body = encode(named("f", args=["Zoë ☃ 🎈"]), "q", "q")
+    assert body.isascii()
+    assert decode(body, "q").args == ["Zoë ☃ 🎈"]
+
+
+JSON_VALUES = [None, True, False, 0, -1, 10**300, 1.5, -0.0, "", "ü\u2028\x00", "\ud800", [], {}, [[{"a": [None]}]]]
+
+
+@pytest.mark.parametrize("value", JSON_VALUES, ids=ascii)
+def test_every_json_value_comes_back_as_it_was(value):
+    again = decode(encode(named("f", args=[value], kwargs={"value": value}), "q", "q"), "q")
+    assert (repr(again.args), repr(again.kwargs)) == (repr([value]), repr({"value": value}))
+
+
+def test_a_task_comes_back_with_all_its_fields():
+    task = named("f", graph_id="g", should_dead_letter=False, acks_late=False, attempts=tried(7))
+    again = decode(encode(task, "q", "q"), "q")
+    for name in ("task_id", "graph_id", "should_dead_letter", "acks_late", "attempts", "policy", "takes_result"):
+        assert getattr(again, name) == getattr(task, name)
+
+
+@pytest.mark.parametrize("queue", ["here", "there"])
+def test_a_task_belongs_on_the_queue_it_came_from_and_its_callbacks_on_that_of_their_publisher(queue):
+    task = named("f", on_success=named("home"), on_failure=named("elsewhere", queue="elsewhere"))
+    received = decode(encode(task, queue, "here"), queue)
+    assert (received.queue, received.on_success.queue, received.on_failure.queue) == (queue, "here", "elsewhere")
+
+
+def test_a_callback_keeps_its_queue_over_two_hops():
+    task = named("f", queue="there", on_success=named("g", queue="there", on_success=named("h")))
+    second = decode(encode(task, "there", "home"), "there").on_success
+    third = decode(encode(second, second.queue, "there"), second.queue).on_success
+    assert (second.queue, third.queue) == ("there", "home")
+
+
+def test_unknown_fields_are_ignored():
+    assert decode(body_with(priority=9, headers={"a": [1]}, Policy="x"), "q").function_name == "fetch_page"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "payload",
+        "policy",
+        "attempts",
+        "should_dead_letter",
+        "acks_late",
+        "graph_id",
+        "on_success",
+        "on_failure",
+        "queue",
+        "takes_result",
+        "policy_is_default",
+        "scheduled_policy",
+    ],
+)
+def test_a_field_that_is_null_has_its_default_as_if_it_were_absent(name):
+    with_null, without = decode(body_with(**{name: None}), "q"), decode(body_with(), "q")
+    assert (with_null.payload, with_null.policy, with_null.should_dead_letter, with_null.acks_late) == (
+        *(without.payload, without.policy, True, True),
+    )
+    assert (with_null.attempts.attempts, with_null.queue, with_null.takes_result) == (0, "q", False)
+    assert with_null.policy_is_default
+
+
+NOT_A_TASK = {
+    "nothing": "",
+    "no bytes": b"",
+    "spaces": "  \n",
+    "prose": "hello",
+    "null": "null",
+    "a number": "1",
+    "a string": '"{}"',
+    "an array": "[]",
+    "an array of objects": "[{}]",
+    "cut off": body_with()[:-1],
+    "more after the end": body_with() + "x",
+    "single quotes": "{'task_id': 'x'}",
+    "invalid UTF-8": b'{"task_id": "\xff"}',
+    "UTF-16": body_with().encode("utf-16"),
+    "zeros": b"\x00" * 100,
+    "NaN": '{"task_id": "a", "function_name": "f", "payload": {"args": [NaN]}}',
+    "Infinity": '{"task_id": "a", "function_name": "f", "payload": {"args": [Infinity]}}',
+    "-Infinity": '{"task_id": "a", "function_name": "f", "payload": {"kwargs": {"x": -Infinity}}}',
+    "a number of 5,000 digits": '{"task_id": "a", "function_name": "f", "x": ' + "9" * 5000 + "}",
+    "100,000 brackets": "[" * 100_000,
+    "100,000 pairs of brackets": "[" * 100_000 + "]" * 100_000,
+    "100,000 objects": '{"on_success":' * 100_000,
+    "100,000 brackets in an argument": body_with(payload={"args": ["@"]}).replace('"@"', "[" * 100_000 + "]" * 100_000),
+}
+
+
+@pytest.mark.parametrize("body", NOT_A_TASK.values(), ids=NOT_A_TASK)
+def test_a_body_that_is_no_task_is_an_error_with_a_short_description(body):
+    with pytest.raises(boilermaker.InvalidTaskFormat, match=r"[Tt]he body") as caught:
+        decode(body, "q")
+    assert len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize("name", ["task_id", "function_name"])
+def test_a_body_without_id_or_name_is_an_error_that_says_which(name):
+    document = json.loads(body_with())
+    del document[name]
+    for body in (json.dumps(document), body_with(**{name: None})):
+        with pytest.raises(boilermaker.InvalidTaskFormat, match=f"{name} of the body is missing"):
+            decode(body, "q")
+
+
+NO_STRING = [0, 1.5, True, [], {}]
+NO_OBJECT = ["", "x", 0, 1, False, [], [{}]]
+NO_BOOLEAN = [0, 1, "true", [], {}]
+NO_COUNT = ["5", "", 1.0, 1.5, True, [], {}, -1, 2**31, 10**30, "9" * 100]
+
+WRONG_VALUES = {
+    "task_id": NO_STRING,
+    "function_name": NO_STRING,
+    "payload": NO_OBJECT,
+    "payload.args": ["", "x", 0, False, {}, {"0": 1}],
+    "payload.kwargs": NO_OBJECT,
+    "policy": NO_OBJECT,
+    "policy.max_tries": [*NO_COUNT, 101],
+    "policy.delay": NO_COUNT,
+    "policy.delay_max": NO_COUNT,
+    "policy.retry_mode": [*NO_COUNT, 3, "Fixed"],
+    "policy_is_default": NO_BOOLEAN,
+    "scheduled_policy": NO_OBJECT,
+    "scheduled_policy.max_tries": [-1, 101, "5"],
+    "attempts": NO_OBJECT,
+    "attempts.attempts": NO_COUNT,
+    "attempts.last_retry": [0, 1.5, True, [], {}, "", "yesterday", "2026-13-01T00:00:00Z", "2026"],
+    "should_dead_letter": NO_BOOLEAN,
+    "acks_late": NO_BOOLEAN,
+    "graph_id": NO_STRING,
+    "queue": [*NO_STRING, " ", "a queue?", "\ud800", "x" * 300],
+    "takes_result": NO_BOOLEAN,
+    "on_success": NO_OBJECT,
+    "on_failure": NO_OBJECT,
+}
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        pytest.param(path, value, id=f"{path}={ascii(value)[:20]}")
+        for path, values in WRONG_VALUES.items()
+        for value in values
+    ],
+)
+def test_a_field_of_the_wrong_type_or_out_of_range_is_an_error_that_names_it(path, value):
+    with pytest.raises(boilermaker.InvalidTaskFormat) as caught:
+        decode(body_with_field(path, value), "q")
+    outer, _, inner = path.rpartition(".")
+    assert re.search(rf"\b{inner}\b", str(caught.value))
+    assert outer != "scheduled_policy" or outer in str(caught.value)
+
+
+def test_a_wrong_field_of_a_callback_is_named_with_its_place():
+    callback = json.loads(body_with(on_failure=json.loads(body_with(acks_late="yes"))))
+    with pytest.raises(boilermaker.InvalidTaskFormat, match=r"acks_late of on_success\.on_failure .*'yes'"):
+        decode(body_with(on_success=callback), "q")
+
+
+@pytest.mark.parametrize(
+    "path", ["task_id", "payload", "policy.max_tries", "policy.retry_mode", "attempts.attempts", "attempts.last_retry"]
+)
+@pytest.mark.parametrize("value", ["x" * 100_000, list(range(10_000))], ids=["a long string", "a long array"])
+def test_the_description_of_a_huge_wrong_value_fits_into_a_dead_letter(path, value):
+    if path == "task_id":
+        value = [value]
+    with pytest.raises(boilermaker.InvalidTaskFormat) as caught:
+        decode(body_with_field(path, value), "q")
+    assert len(str(caught.value)) <= 1000
+
+
+def test_the_description_of_a_wrong_value_far_down_a_chain_fits_into_a_dead_letter():
+    body = body_with()[:-1] + ', "on_success": @}'
+    document = "0"
+    for _ in range(700):
+        document = body.replace("@", document)
+    with pytest.raises(boilermaker.InvalidTaskFormat, match="on_success") as caught:
+        decode(document, "q")
+    assert len(str(caught.value)) <= boilermaker.MAX_DESCRIPTION_LENGTH
+
+
+def test_a_chain_of_750_decodes_again():
+    head = chain_of(750)
+    again = decode(encode(head, "q", "q"), "q")
+    assert len(names_along(again)) == 750
+    while again.on_success is not None:
+        again = again.on_success
+    assert again.args == [749]
+
+
+@pytest.mark.parametrize("length", [751, 2000])
+def test_a_longer_chain_is_an_error_that_says_how_long_and_the_limit(length):
+    with pytest.raises(UsageError, match=rf"<Task step .* {length} .*750"):
+        encode(chain_of(length), "q", "q")
+
+
+async def test_a_chain_of_2000_is_an_error_at_publishing_and_nothing_is_sent():
+    async with app_with_pages() as app:
+        with pytest.raises(UsageError, match=r"2000 .*750"):
+            await app.publish_task(chain_of(2000))
+        assert await app.service_bus_client.peek() == []
+
+
+def test_a_chain_of_2000_can_be_copied_and_appended_to():
+    assert len(names_along(chain_of(2000) | named("last"))) == 2001
+
+
+@pytest.mark.parametrize(("length", "depth"), [(1, 900), (750, 400), (400, 750)])
+def test_what_can_be_encoded_can_be_decoded_or_else_it_is_an_error_at_the_call(length, depth):
+    head = last = chain_of(length)
+    while last.on_success is not None:
+        last = last.on_success
+    last.args = [nested_list(depth)]
+    with contextlib.suppress(UsageError):
+        assert len(names_along(decode(encode(head, "q", "q"), "q"))) == length
+
+
+def test_a_workflow_that_doubles_at_every_step_is_an_error_before_it_fills_the_memory():
+    task = named("last")
+    for _ in range(40):
+        task = named("step", on_success=task, on_failure=task)
+    with pytest.raises(MessageTooLarge, match=f"<Task step .* {boilermaker.MAX_WORKFLOW_BYTES} bytes"):
+        encode(task, "q", "q")
+
+
+# ======================================================================================================================
+# 5. Decisions
+# ======================================================================================================================
+
+NOTHING = None
+
+DECISIONS = [
+    # The four dispositions: as it is by default, should_dead_letter=False, acks_late=False, and both.
+    (Ending.RETURNED, "", "on_success", Do.COMPLETE, Do.COMPLETE, Do.LEAVE, Do.LEAVE),
+    (Ending.FAILED, "TaskFailed", "on_failure", Do.DEAD_LETTER, Do.COMPLETE, Do.LEAVE, Do.LEAVE),
+    (Ending.RETRY, "", "f", Do.COMPLETE, Do.COMPLETE, Do.LEAVE, Do.LEAVE),
+    (Ending.EXHAUSTED, "RetriesExhausted", "on_failure", Do.DEAD_LETTER, Do.COMPLETE, Do.LEAVE, Do.LEAVE),
+    (Ending.NO_TRY_LEFT, "RetriesExhausted", "on_failure", Do.DEAD_LETTER, Do.COMPLETE, Do.DEAD_LETTER, Do.COMPLETE),
+    (Ending.UNREGISTERED, "UnregisteredFunction", "on_failure", *[Do.DEAD_LETTER] * 4),
+    (Ending.STOPPED, "", NOTHING, Do.ABANDON, Do.ABANDON, Do.LEAVE, Do.LEAVE),
+    (Ending.LOCK_LOST, "", NOTHING, Do.LEAVE, Do.LEAVE, Do.LEAVE, Do.LEAVE),
+]
+
+FLAGS = [(True, True), (False, True), (True, False), (False, False)]
+
+
+def task_with_callbacks(**fields):
+    return named("f", on_success=named("on_success"), on_failure=named("on_failure"), **fields)
+
+
+@pytest.mark.parametrize(
+    ("ending", "reason", "follow_up", "should_dead_letter", "acks_late", "disposition"),
+    [
+        pytest.param(*row[:3], *flags, disposition, id=f"{row[0].name} {flags}")
+        for row in DECISIONS
+        for flags, disposition in zip(FLAGS, row[3:], strict=True)
+    ],
+)
+def test_a_message_is_settled_and_followed_as_the_table_says(
+    ending, reason, follow_up, should_dead_letter, acks_late, disposition
+):
+    task = task_with_callbacks(should_dead_letter=should_dead_letter, acks_late=acks_late)
+    decision = decide(task, Outcome(ending), "m")
+    assert (decision.disposition, decision.reason) == (disposition, reason)
+    assert (decision.follow_up.function_name if decision.follow_up else NOTHING) == follow_up
+    assert bool(decision.follow_up_id) == bool(follow_up)
+
+
+def test_the_table_has_a_row_for_every_ending():
+    assert {row[0] for row in DECISIONS} == set(Ending) - {Ending.UNDECODABLE}
+    assert (Ending.UNDECODABLE.disposition, Ending.UNDECODABLE.reason) == (Do.DEAD_LETTER, "InvalidTaskFormat")
+    assert Ending.UNDECODABLE.follow_up is boilermaker.FollowUp.NOTHING
+
+
+@pytest.mark.parametrize("ending", [ending for ending in Ending if ending is not Ending.RETRY])
+def test_without_callbacks_nothing_follows(ending):
+    decision = decide(named("f"), Outcome(ending), "m")
+    assert (decision.follow_up, decision.follow_up_id, decision.delay) == (None, "", 0)
+
+
+@pytest.mark.parametrize(
+    ("error", "attempts", "max_tries", "expected"),
+    [
+        (ValueError("x"), 0, 5, Ending.FAILED),
+        (asyncio.CancelledError(), 0, 5, Ending.FAILED),
+        (RetryException("x"), 0, 0, Ending.EXHAUSTED),
+        (RetryException("x"), 0, 1, Ending.EXHAUSTED),
+        (RetryException("x"), 0, 2, Ending.RETRY),
+        (RetryException("x"), 1, 2, Ending.EXHAUSTED),
+        (RetryException("x"), 3, 5, Ending.RETRY),
+        (RetryException("x"), 4, 5, Ending.EXHAUSTED),
+        (RetryException("x"), 98, 100, Ending.RETRY),
+        (RetryException("x"), 99, 100, Ending.EXHAUSTED),
+        (RetryException("x", NoRetry()), 0, 5, Ending.EXHAUSTED),
+        (RetryException("x", RetryPolicy(max_tries=9)), 4, 5, Ending.RETRY),
+        (RetryExceptionDefault("x"), 3, 1, Ending.RETRY),
+        (RetryExceptionDefault("x"), 4, 9, Ending.EXHAUSTED),
+    ],
+    ids=lambda value: value.name if isinstance(value, Ending) else repr(value),
+)
+def test_a_retry_exception_means_a_retry_until_the_tries_are_used_up(error, attempts, max_tries, expected):
+    task = named("f", attempts=tried(attempts), policy=RetryPolicy(max_tries=max_tries))
+    assert ending_of(task, error) is expected
+
+
+@pytest.mark.parametrize(
+    ("attempts", "max_tries", "expected"),
+    [(0, 0, False), (0, 1, True), (1, 1, False), (4, 5, True), (5, 5, False), (2**31 - 1, 100, False)],
+)
+def test_a_task_may_run_as_often_as_its_policy_says(attempts, max_tries, expected):
+    task = named("f", attempts=tried(attempts), policy=RetryPolicy(max_tries=max_tries))
+    assert may_run(task) is expected
+
+
+@pytest.mark.parametrize("max_tries", [1, 2, 5])
+def test_max_tries_is_how_often_the_function_runs(max_tries):
+    task, message_id, runs = named("f", policy=RetryPolicy(max_tries=max_tries)), "m", 0
+    while task is not None and may_run(task):
+        runs += 1
+        error = RetryException("again")
+        decision = decide(task, Outcome(ending_of(task, error), error=error), message_id)
+        task, message_id = decision.follow_up, decision.follow_up_id
+    assert runs == max_tries
+
+
+@pytest.mark.parametrize(
+    ("own", "scheduled", "expected"), [(None, None, 1), (None, 2, 2), (3, None, 3), (3, 2, 3)], ids=repr
+)
+def test_the_policy_in_force_is_that_of_the_exception_else_that_of_the_call_else_that_of_the_registration(
+    own, scheduled, expected
+):
+    policies = {delay: RetryPolicy(delay=delay) for delay in (1, 2, 3)}
+    app = Boilermaker(None, LocalServiceBus()).register_async(parse_page, policy=policies[1])
+    task = app.create_task(parse_page, policy=policies.get(scheduled))
+    error = RetryException("busy", policies.get(own))
+    assert decide(task, Outcome(Ending.RETRY, error=error), "m").delay == expected
+
+
+def test_a_task_by_name_alone_has_the_policy_of_the_registration_at_its_receiver():
+    received = decode(encode(named("parse_page", policy_is_default=True), "q", "q"), "q")
+    app = Boilermaker(None, LocalServiceBus()).register_async(parse_page, policy=NoRetry(), acks_late=False)
+    app.registration("parse_page").apply_to(received)
+    assert (received.policy, received.acks_late) == (NoRetry(), False)
+
+
+def test_a_policy_given_to_a_task_by_name_stands_at_its_receiver():
+    received = decode(encode(named("parse_page", policy=RetryPolicy(delay=9)), "q", "q"), "q")
+    app = Boilermaker(None, LocalServiceBus()).register_async(parse_page, policy=NoRetry())
+    app.registration("parse_page").apply_to(received)
+    assert received.policy == RetryPolicy(delay=9)
+
+
+def retried(task, error, message_id="m"):
+    """The task as the next worker receives it."""
+    decision = decide(task, Outcome(ending_of(task, error), error=error), message_id)
+    return decode(encode(decision.follow_up, "q", "q"), "q")
+
+
+def test_a_retry_is_the_same_task_with_one_attempt_more():
+    task = task_with_callbacks(args=[1], kwargs={"a": 2}, graph_id="g", attempts=tried(2))
+    again = retried(task, RetryException("x"))
+    assert (again.task_id, again.attempts.attempts) == (task.task_id, 3)
+    assert (again.args, again.kwargs, again.graph_id, again.policy) == ([1], {"a": 2}, "g", task.policy)
+    assert (again.on_success.function_name, again.on_failure.function_name) == ("on_success", "on_failure")
+
+
+def test_a_retry_notes_when_it_was_sent_back():
+    long_ago = datetime.datetime(2020, 1, 1, tzinfo=datetime.UTC)
+    again = retried(named("f", attempts=RetryAttempts(1, long_ago)), RetryException("x"))
+    assert datetime.datetime.now(datetime.UTC) - again.attempts.last_retry < datetime.timedelta(minutes=1)
+
+
+@pytest.mark.parametrize(("attempts", "delay"), [(0, 10), (1, 20), (2, 30), (3, 35)])
+def test_a_retry_waits_as_its_policy_says_for_the_retries_so_far(attempts, delay):
+    policy = RetryPolicy(max_tries=9, delay=10, delay_max=35, retry_mode=RetryMode.Linear)
+    task = named("f", policy=policy, attempts=tried(attempts))
+    assert decide(task, Outcome(Ending.RETRY, error=RetryException("x")), "m").delay == delay
+
+
+def test_a_policy_of_an_exception_governs_one_retry_and_then_that_of_the_call_again():
+    task = named("f", policy=RetryPolicy(max_tries=3, delay=1))
+    second = retried(task, RetryException("x", RetryPolicy(max_tries=9, delay=50)))
+    assert may_run(second)
+    assert decide(second, Outcome(Ending.RETRY, error=RetryException("x")), "m:1").delay == 1
+    third = retried(second, RetryException("x"), "m:1")
+    assert (values_of(third.policy)[:2], third.scheduled_policy) == ((3, 1), None)
+
+
+def test_a_policy_of_an_exception_allows_more_tries_than_the_call_gave():
+    task = named("f", policy=NoRetry())
+    again = retried(task, RetryExceptionDefault("x"))
+    assert may_run(again)
+    assert ending_of(again, RetryException("x")) is Ending.EXHAUSTED
+    assert ending_of(again, RetryExceptionDefault("x")) is Ending.RETRY
+
+
+def test_a_retry_that_gives_room_for_a_result_keeps_what_it_was_given():
+    parent = named("f", on_success=named("g", args=[2], takes_result=True))
+    received = decide(parent, Outcome(Ending.RETURNED, 1), "m").follow_up
+    assert retried(received, RetryException("x")).args == [1, 2]
+
+
+@pytest.mark.parametrize("result", [None, 0, "text", [1, 2], {"a": None}], ids=repr)
+def test_a_result_becomes_the_first_argument_of_a_callback_that_takes_it(result):
+    task = named("f", on_success=named("g", args=["mine"], kwargs={"a": 1}, takes_result=True))
+    following = decide(task, Outcome(Ending.RETURNED, result), "m").follow_up
+    assert (following.args, following.kwargs, following.takes_result) == ([result, "mine"], {"a": 1}, False)
+
+
+def test_a_result_does_not_change_the_arguments_of_an_immutable_callback():
+    task = named("f", on_success=named("g", args=["mine"]))
+    assert decide(task, Outcome(Ending.RETURNED, "result"), "m").follow_up.args == ["mine"]
+
+
+def test_a_decision_leaves_the_task_as_it_was():
+    task = named("f", on_success=named("g", takes_result=True), on_failure=named("h", takes_result=True))
+    before = encode(task, "q", "q")
+    for ending in (Ending.RETURNED, Ending.FAILED, Ending.RETRY):
+        decide(task, Outcome(ending, "result", RetryException("x")), "m")
+    assert encode(task, "q", "q") == before
+
+
+def raised(error):
+    """The error as it is after it was raised."""
+    try:
+        raise error
+    except type(error) as caught:
+        return caught
+
+
+def test_a_failure_is_a_dict_for_the_callback_that_takes_it():
+    task = named("f", attempts=tried(2), on_failure=named("g", args=["mine"], takes_result=True))
+    outcome = Outcome(Ending.FAILED, error=raised(ZeroDivisionError("by zero")))
+    failure, mine = decide(task, outcome, "m").follow_up.args
+    assert mine == "mine"
+    assert "raise error" in failure.pop("traceback")
+    assert failure == {
+        "task_id": task.task_id,
+        "function_name": "f",
+        "error": "ZeroDivisionError",
+        "message": "by zero",
+        "attempts": 3,
+    }
+
+
+@pytest.mark.parametrize(
+    ("outcome", "error", "message", "attempts"),
+    [
+        (Outcome(Ending.FAILED, TaskFailureResult), "TaskFailureResult", "", 1),
+        (Outcome(Ending.EXHAUSTED, error=RetryException("busy")), "RetryException", "busy", 1),
+        (Outcome(Ending.UNREGISTERED, error=UsageError("unknown")), "UsageError", "unknown", 0),
+    ],
+)
+def test_a_failure_that_is_no_exception_of_the_task_is_told_in_the_same_dict(outcome, error, message, attempts):
+    failure = decide(named("f", on_failure=named("g", takes_result=True)), outcome, "m").follow_up.args[0]
+    assert failure.keys() == {"task_id", "function_name", "error", "message", "traceback", "attempts"}
+    assert (failure["error"], failure["message"], failure["attempts"]) == (error, message, attempts)
+
+
+@pytest.mark.parametrize(
+    ("outcome", "description"),
+    [
+        (Outcome(Ending.FAILED, TaskFailureResult), "The task returned TaskFailureResult."),
+        (Outcome(Ending.FAILED, error=ValueError("no such image")), "ValueError: no such image"),
+        (Outcome(Ending.EXHAUSTED, error=RetryException("busy")), "boilermaker.RetryException: busy"),
+        (Outcome(Ending.UNREGISTERED, error=UsageError("unknown")), "boilermaker.UsageError: unknown"),
+        (Outcome(Ending.RETURNED, "x"), ""),
+        (Outcome(Ending.RETRY, error=RetryException("busy")), ""),
+    ],
+)
+def test_a_dead_letter_is_described_by_its_error(outcome, description):
+    assert decide(named("f"), outcome, "m").description == description
+
+
+class BrokenError(Exception):
+    def __str__(self):
+        raise KeyError("no text")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [ValueError("x" * 100_000), BrokenError(), ValueError(), ValueError("\ud800"), ValueError("a\x00b"), SystemExit(3)],
+    ids=["long", "broken", "empty", "lone surrogate", "zero", "SystemExit"],
+)
+def test_any_error_can_be_described_dead_lettered_and_passed_on(error):
+    task = named("f", on_failure=named("g", takes_result=True))
+    decision = decide(task, Outcome(Ending.FAILED, error=raised(error)), "m")
+    assert type(error).__name__ in decision.description
+    assert len(decision.description.encode("utf-8")) <= boilermaker.MAX_DESCRIPTION_LENGTH
+    assert decode(encode(decision.follow_up, "q", "q"), "q").args[0]["error"] == type(error).__name__
+
+
+def test_a_follow_up_that_can_never_be_published_dead_letters_its_parent_with_the_cause():
+    decision = boilermaker.reject(MessageTooLarge("300000 bytes"))
+    assert (decision.disposition, decision.reason, decision.follow_up) == (Do.DEAD_LETTER, "FollowUpRejected", None)
+    assert "300000 bytes" in decision.description
+
+
+def test_a_returned_task_takes_over():
+    task = task_with_callbacks()
+    decision = decide(task, Outcome(Ending.RETURNED, named("other")), "m")
+    assert names_along(decision.follow_up) == ["other", "on_success"]
+    assert decision.follow_up.on_failure.function_name == "on_failure"
+    assert decision.follow_up_id == continuation_id("m")
+
+
+def test_what_follows_the_returner_follows_at_the_end_of_the_returned_chain():
+    first, second = named("first"), named("second", on_failure=named("own"))
+    first >> second
+    head = decide(task_with_callbacks(), Outcome(Ending.RETURNED, first), "m").follow_up
+    assert names_along(head) == ["first", "second", "on_success"]
+    assert (head.on_failure.function_name, head.on_success.on_failure.function_name) == ("on_failure", "own")
+    assert head.on_success.on_success.on_failure is None
+
+
+def test_a_returned_task_is_left_as_it_was():
+    returned = named("other")
+    decide(task_with_callbacks(), Outcome(Ending.RETURNED, returned), "m")
+    assert (returned.on_success, returned.on_failure) == (None, None)
+
+
+def test_a_task_that_returns_a_task_without_callbacks_of_its_own_adds_none():
+    head = decide(named("f"), Outcome(Ending.RETURNED, named("other")), "m").follow_up
+    assert (head.function_name, head.on_success, head.on_failure) == ("other", None, None)
+
+
+async def test_a_returned_task_that_was_published_already_is_not_published_again():
+    async with app_with_pages() as app:
+        published = await app.apply_async(parse_page)
+        decision = decide(task_with_callbacks(), Outcome(Ending.RETURNED, published), "m")
+        assert decision.follow_up.function_name == "on_success"
+
+
+def test_success_and_failure_share_one_id_so_that_only_one_of_them_is_enqueued():
+    task = task_with_callbacks()
+    follow_up_ids = {decide(task, Outcome(ending), "m").follow_up_id for ending in (Ending.RETURNED, Ending.FAILED)}
+    assert follow_up_ids == {continuation_id("m")}
+
+
+def test_one_callback_under_two_parents_makes_two_messages():
+    assert continuation_id("m") != continuation_id("n")
+    assert continuation_id("m") != continuation_id("m:1")
+
+
+def test_the_id_of_a_continuation_is_the_same_in_every_process():
+    code = "import boilermaker; print(boilermaker.continuation_id('m'))"
+    assert fresh_python(code) == fresh_python(code) == continuation_id("m")
+
+
+def test_ids_stay_short_however_long_the_chain():
+    message_id = "m"
+    seen = {message_id}
+    for _ in range(1000):
+        message_id = continuation_id(message_id)
+        seen.add(message_id)
+        assert len(message_id) <= 128
+    assert len(seen) == 1001
+
+
+@pytest.mark.parametrize(
+    ("message_id", "attempt", "expected"),
+    [
+        ("m", 1, "m:1"),
+        ("m:1", 2, "m:2"),
+        ("m:9", 10, "m:10"),
+        ("m:0", 1, "m:0:1"),
+        ("m:1", 1, "m:1:1"),
+        ("m:1:1", 2, "m:1:2"),
+        ("x" * 126, 1, "x" * 126 + ":1"),
+        ("x" * 127, 1, continuation_id("x" * 127) + ":1"),
+        (continuation_id("x" * 127) + ":1", 2, continuation_id("x" * 127) + ":2"),
+    ],
+)
+def test_the_id_of_a_retry_is_that_of_the_first_try_and_a_number(message_id, attempt, expected):
+    assert retry_id(first_try_id(message_id, attempt - 1), attempt) == expected
+
+
+def test_whichever_try_ends_a_task_its_continuation_has_the_same_id():
+    first = decide(task_with_callbacks(), Outcome(Ending.RETURNED), "m")
+    retried = task_with_callbacks(attempts=RetryAttempts.default(2))
+    third = decide(retried, Outcome(Ending.FAILED), "m:2")
+    assert first.follow_up_id == third.follow_up_id == continuation_id("m")
+
+
+@pytest.mark.parametrize("first", ["m", "x" * 125, "x" * 126, "x" * 127, "x" * 128, "y:1"])
+def test_a_hundred_retries_have_a_hundred_short_ids(first):
+    message_id, seen = first, {first}
+    for attempt in range(1, 101):
+        message_id = retry_id(first_try_id(message_id, attempt - 1), attempt)
+        seen.add(message_id)
+        assert len(message_id) <= 128
+    assert len(seen) == 101
+
+
+# ======================================================================================================================
+# 9. Azure bus: what needs no network
+# ======================================================================================================================
+
+NAMESPACE = "example.servicebus.windows.net"
+CONNECTION_STRING = f"Endpoint=sb://{NAMESPACE}/;SharedAccessKeyName=Root;SharedAccessKey=c2VjcmV0LWtleQ=="
+
+AZURE_SETTINGS = {
+    "SERVICE_BUS_NAMESPACE_URL": "service_bus_namespace_url",
+    "SERVICEBUS_FULLY_QUALIFIED_NAMESPACE": "service_bus_namespace_url",
+    "SERVICE_BUS_QUEUE_NAME": "service_bus_queue_name",
+    "SERVICEBUS_QUEUE_NAME": "service_bus_queue_name",
+    "SERVICEBUS_CONNECTION_STRING": "service_bus_connection_string",
+}
+
+
+@pytest.fixture
+def azure_settings(monkeypatch):
+    """Sets environment variables, in an environment that has none of ours."""
+    for name in (*AZURE_SETTINGS, "AZURE_CREDENTIAL_INCLUDE_MSI"):
+        monkeypatch.delenv(name, raising=False)
+    return lambda **settings: [monkeypatch.setenv(name, value) for name, value in settings.items()]
+
+
+@pytest.mark.parametrize(("name", "attribute"), AZURE_SETTINGS.items())
+def test_a_setting_is_read_from_the_environment(azure_settings, name, attribute):
+    given = (
+        {"service_bus_queue_name": "given"} if "queue" not in attribute else {"service_bus_namespace_url": NAMESPACE}
+    )
+    azure_settings(**{name: "from-environment"})
+    assert getattr(Config(**given), attribute) == "from-environment"
+
+
+@pytest.mark.parametrize(("name", "attribute"), AZURE_SETTINGS.items())
+def test_an_argument_wins_over_the_environment(azure_settings, name, attribute):
+    azure_settings(**{name: "from-environment"})
+    given = {"service_bus_namespace_url": NAMESPACE, "service_bus_queue_name": "q", attribute: "given"}
+    assert getattr(Config(**given), attribute) == "given"
+
+
+def test_a_given_namespace_wins_over_a_connection_string_of_the_environment(azure_settings):
+    azure_settings(SERVICEBUS_CONNECTION_STRING=CONNECTION_STRING)
+    config = Config(service_bus_namespace_url="mine.servicebus.windows.net", service_bus_queue_name="q")
+    assert AzureServiceBus.from_config(config).namespace == "mine.servicebus.windows.net"
+
+
+def test_the_names_of_the_original_win_over_those_of_the_sdk(azure_settings):
+    azure_settings(SERVICE_BUS_NAMESPACE_URL="a.example", SERVICEBUS_FULLY_QUALIFIED_NAMESPACE="b.example")
+    azure_settings(SERVICE_BUS_QUEUE_NAME="a", SERVICEBUS_QUEUE_NAME="b")
+    config = Config()
+    assert (config.service_bus_namespace_url, config.service_bus_queue_name) == ("a.example", "a")
+
+
+@pytest.mark.parametrize("value", ["true", "True", "1", "yes", "on", "false", "False", "0", "no", "off", ""])
+def test_managed_identity_is_switched_by_the_environment(azure_settings, value):
+    azure_settings(AZURE_CREDENTIAL_INCLUDE_MSI=value)
+    config = Config(service_bus_namespace_url=NAMESPACE, service_bus_queue_name="q")
+    assert config.azure_credential_include_msi is (value.lower() in ("true", "1", "yes", "on"))
+
+
+def test_managed_identity_as_an_argument_wins_over_the_environment(azure_settings):
+    azure_settings(AZURE_CREDENTIAL_INCLUDE_MSI="true")
+    config = Config(service_bus_namespace_url=NAMESPACE, service_bus_queue_name="q", azure_credential_include_msi=False)
+    assert config.azure_credential_include_msi is False
+
+
+def test_managed_identity_switched_by_something_else_is_an_error_that_names_it(azure_settings):
+    azure_settings(AZURE_CREDENTIAL_INCLUDE_MSI="maybe")
+    with pytest.raises(ConfigurationError, match="AZURE_CREDENTIAL_INCLUDE_MSI='maybe'"):
+        Config(service_bus_namespace_url=NAMESPACE, service_bus_queue_name="q")
+
+
+@pytest.mark.parametrize(
+    ("given", "names"),
+    [
+        (
+            {"service_bus_queue_name": "q"},
+            ["SERVICE_BUS_NAMESPACE_URL", "SERVICEBUS_FULLY_QUALIFIED_NAMESPACE", "SERVICEBUS_CONNECTION_STRING"],
+        ),
+        ({"service_bus_namespace_url": NAMESPACE}, ["SERVICE_BUS_QUEUE_NAME", "SERVICEBUS_QUEUE_NAME"]),
+        ({"service_bus_connection_string": CONNECTION_STRING}, ["SERVICE_BUS_QUEUE_NAME"]),
+        ({}, ["SERVICE_BUS_NAMESPACE_URL"]),
+    ],
+)
+def test_a_setting_that_is_missing_is_named(azure_settings, given, names):
+    azure_settings()
+    with pytest.raises(ConfigurationError) as caught:
+        Config(**given)
+    assert [name for name in names if name not in str(caught.value)] == []
+
+
+def test_the_queue_can_stand_in_the_connection_string(azure_settings):
+    azure_settings(SERVICEBUS_CONNECTION_STRING=CONNECTION_STRING + ";EntityPath=orders")
+    bus = AzureServiceBus.from_config(Config())
+    assert (bus.namespace, bus.queue_name) == (NAMESPACE, "orders")
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        lambda: Config(service_bus_connection_string=CONNECTION_STRING, service_bus_queue_name="q"),
+        lambda: Config(
+            service_bus_namespace_url=NAMESPACE, service_bus_queue_name="q", service_bus_credential=CONNECTION_STRING
+        ),
+        lambda: AzureServiceBus.from_connection_string(CONNECTION_STRING, "q"),
+        lambda: AzureServiceBus(NAMESPACE, "q", CONNECTION_STRING),
+    ],
+    ids=["connection string", "credential", "bus of a connection string", "bus of a credential"],
+)
+def test_no_secret_is_shown(azure_settings, made):
+    azure_settings()
+    shown = repr(made())
+    assert "SharedAccessKey" not in shown
+    assert "c2VjcmV0" not in shown
+
+
+def test_a_connection_string_given_for_a_namespace_is_an_error_that_does_not_show_it():
+    with pytest.raises(ConfigurationError) as caught:
+        AzureServiceBus(CONNECTION_STRING, "q")
+    assert "c2VjcmV0" not in str(caught.value)
+    assert "from_connection_string" in str(caught.value)
+
+
+def test_a_connection_string_given_to_the_config_for_a_namespace_is_not_shown(azure_settings):
+    azure_settings(SERVICE_BUS_NAMESPACE_URL=CONNECTION_STRING, SERVICE_BUS_QUEUE_NAME="q")
+    try:
+        shown = repr(Config())
+    except ConfigurationError as error:
+        shown = str(error)
+    assert "c2VjcmV0" not in shown
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        NAMESPACE,
+        f"sb://{NAMESPACE}",
+        f"sb://{NAMESPACE}/",
+        f"https://{NAMESPACE}",
+        f"https://{NAMESPACE}/",
+        f"https://{NAMESPACE}:443/",
+        f"HTTPS://{NAMESPACE}:443/",
+        f"amqps://{NAMESPACE}:5671",
+        f" {NAMESPACE}\n",
+    ],
+)
+def test_every_way_to_write_a_namespace_is_the_same(url):
+    bus = AzureServiceBus(url, "orders")
+    assert (bus.namespace, bus.queue_name) == (NAMESPACE, "orders")
+    assert repr(bus) == f"AzureServiceBus('{NAMESPACE}', 'orders')"
+
+
+@pytest.mark.parametrize(
+    "url", [None, "", " ", 3, "https://", "two words", "a/b", "https://a.example/path", b"a.example"]
+)
+def test_a_namespace_that_is_no_host_is_an_error_that_shows_one(url):
+    with pytest.raises(ConfigurationError, match=r"namespace .*example\.servicebus\.windows\.net"):
+        AzureServiceBus(url, "orders")
+
+
+@pytest.mark.parametrize("name", [None, "", " ", "a b", "-a", "a/", "a?b", "ü" * 3, "x" * 261, 3])
+@pytest.mark.parametrize(
+    "make", [lambda name: AzureServiceBus(NAMESPACE, name), lambda name: LocalServiceBus(":memory:", name)]
+)
+def test_a_queue_name_that_service_bus_would_not_take_is_an_error_that_shows_it(make, name):
+    with pytest.raises(ConfigurationError, match=re.escape(repr(name)[:8])):
+        make(name)
+
+
+@pytest.mark.parametrize("name", ["q", "Orders-2.new_ones", "team/orders", "x" * 260, "9"])
+def test_a_queue_name_that_service_bus_takes_is_taken(name):
+    assert AzureServiceBus(NAMESPACE, name).queue_name == name
+
+
+@pytest.mark.parametrize("limit", [0, -1, None, "1", True, float("nan")])
+def test_a_size_limit_that_is_none_is_an_error_that_shows_it(limit):
+    with pytest.raises(ConfigurationError, match=rf"max_message_bytes={limit!r} "):
+        AzureServiceBus(NAMESPACE, "q", max_message_bytes=limit)
+
+
+def test_a_bus_is_made_of_a_connection_string():
+    bus = AzureServiceBus.from_connection_string(CONNECTION_STRING, "orders", max_message_bytes=1_000_000)
+    assert (bus.namespace, bus.queue_name, bus.max_message_bytes) == (NAMESPACE, "orders", 1_000_000)
+
+
+@pytest.mark.parametrize("text", ["", "hello", "SharedAccessKey=x", "Endpoint=;SharedAccessKey=x"])
+def test_a_connection_string_without_an_endpoint_is_an_error_that_says_so(text):
+    with pytest.raises(ConfigurationError, match="Endpoint"):
+        AzureServiceBus.from_connection_string(text, "orders")
+
+
+async def test_a_connection_string_without_a_key_is_an_error_that_says_so():
+    bus = AzureServiceBus.from_connection_string(f"Endpoint=sb://{NAMESPACE}/", "orders")
+    with pytest.raises(ConfigurationError, match="SharedAccessKey"):
+        await bus.peek()
+    await bus.close()
+
+
+def test_a_given_credential_is_the_credential_of_the_config(azure_settings):
+    azure_settings()
+    credential = object()
+    config = Config(service_bus_namespace_url=NAMESPACE, service_bus_queue_name="q", service_bus_credential=credential)
+    assert config.az_credential() is credential
+
+
+def test_the_azure_bus_without_the_sdk_is_an_error_that_says_what_to_install():
+    assert "pip install azure-servicebus azure-identity" in fresh_python(
+        f"""
+        import boilermaker
+        try:
+            boilermaker.AzureServiceBus("{NAMESPACE}", "q")
+        except boilermaker.ConfigurationError as error:
+            print(error)
+        """,
+        "-S",
+    )
+
+
+# ======================================================================================================================
+# 12. Application: registering
+# ======================================================================================================================
+
+
+@pytest.mark.parametrize("bus", [None, "tasks.db", object(), LocalServiceBus], ids=["None", "text", "object", "class"])
+def test_an_application_without_a_bus_is_an_error_that_says_what_one_is(bus):
+    with pytest.raises(UsageError, match="LocalServiceBus or an AzureServiceBus"):
+        Boilermaker(None, bus)
+
+
+def test_an_application_has_the_state_and_the_bus_it_was_given():
+    state, bus = {"a": 1}, LocalServiceBus()
+    app = Boilermaker(state=state, service_bus_client=bus)
+    assert app.state is state
+    assert app.service_bus_client is bus
+
+
+def test_tracing_without_opentelemetry_is_an_error_that_says_what_to_install():
+    assert "opentelemetry-api" in fresh_python(
+        """
+        from boilermaker import Boilermaker, ConfigurationError, LocalServiceBus
+        try:
+            Boilermaker(None, LocalServiceBus(), enable_opentelemetry=True)
+        except ConfigurationError as error:
+            print(error)
+        """,
+        "-S",
+    )
+
+
+def registered(app, name):
+    """The options of a registration."""
+    found = app.registration(name)
+    return found and (found.function, found.policy, found.should_dead_letter, found.acks_late)
+
+
+@pytest.mark.parametrize(
+    "register",
+    [
+        lambda app: app.task(parse_page),
+        lambda app: app.task()(parse_page),
+        lambda app: app.register_async(parse_page),
+        lambda app: app.register_many_async([parse_page]),
+    ],
+    ids=["bare", "()", "register_async", "register_many_async"],
+)
+def test_a_function_is_registered_under_its_name_with_the_defaults(register):
+    app = Boilermaker(None, LocalServiceBus())
+    register(app)
+    assert registered(app, "parse_page") == (parse_page, RetryPolicy.default(), True, True)
+
+
+OPTIONS = {"policy": NoRetry(), "should_dead_letter": False, "acks_late": False}
+
+
+@pytest.mark.parametrize(
+    "register",
+    [
+        lambda app: app.task(**OPTIONS)(parse_page),
+        lambda app: app.register_async(parse_page, **OPTIONS),
+        lambda app: app.register_many_async([parse_page], **OPTIONS),
+    ],
+    ids=["task", "register_async", "register_many_async"],
+)
+def test_a_function_is_registered_with_its_options(register):
+    app = Boilermaker(None, LocalServiceBus())
+    register(app)
+    assert registered(app, "parse_page") == (parse_page, NoRetry(), False, False)
+
+
+def test_a_function_is_registered_under_the_name_it_is_given():
+    app = Boilermaker(None, LocalServiceBus())
+    app.task(name="pages.parse")(parse_page)
+    app.register_async(store_rows, name="rows.store")
+    assert registered(app, "pages.parse")[0] is parse_page
+    assert registered(app, "rows.store")[0] is store_rows
+    assert registered(app, "parse_page") is None
+
+
+@pytest.mark.parametrize("options", [{}, {"name": "parse_page"}])
+def test_a_name_taken_twice_is_an_error_that_says_which(options):
+    app = Boilermaker(None, LocalServiceBus()).register_async(parse_page)
+
+    with pytest.raises(UsageError, match=r"already registered: parse_page\b"):
+        app.task(**options)(parse_page)
+    with pytest.raises(UsageError, match=r"already registered: parse_page\b"):
+        app.register_async(store_rows, name="parse_page")
+    assert registered(app, "parse_page")[0] is parse_page
+
+
+def test_a_function_that_is_not_async_is_an_error_that_says_which():
+    def resize_image(state): ...
+
+    app = Boilermaker(None, LocalServiceBus())
+    for register in (app.task, app.task(), app.register_async, lambda fn: app.register_many_async([fn])):
+        with pytest.raises(UsageError, match=r"must be async: resize_image\. .*async def resize_image"):
+            register(resize_image)
+    assert app.registration("resize_image") is None
+
+
+@pytest.mark.parametrize("thing", ["fetch", 3, print, LocalServiceBus], ids=repr)
+def test_what_is_no_function_cannot_be_registered(thing):
+    with pytest.raises(UsageError, match="must be async"):
+        Boilermaker(None, LocalServiceBus()).task(thing)
+
+
+@pytest.mark.parametrize("policy", [3, "fixed", RetryMode.Fixed, {"max_tries": 3}], ids=repr)
+def test_registering_with_something_else_for_a_policy_is_an_error_that_names_the_function(policy):
+    with pytest.raises(UsageError, match="parse_page: policy="):
+        Boilermaker(None, LocalServiceBus()).register_async(parse_page, policy=policy)
+
+
+def test_one_function_under_two_names_is_two_tasks():
+    app = Boilermaker(None, LocalServiceBus())
+    often = app.task(name="often", policy=RetryPolicy(max_tries=9))(parse_page)
+    once = app.task(name="once", policy=NoRetry())(parse_page)
+    for fn, name, tries in ((often, "often", 9), (once, "once", 1)):
+        for task in (fn.si(), Task.si(fn), app.create_task(fn)):
+            assert (app.bound(task).function_name, task.policy.max_tries) == (name, tries)
+
+
+def test_a_decorated_function_can_be_registered_with_another_application():
+    fetch = app_with_pages().task(name="fetch")(fetch_page)
+    other = Boilermaker(None, LocalServiceBus()).register_async(fetch)
+    assert registered(other, "fetch_page")[0] is fetch_page
+
+
+def test_each_registration_is_logged(caplog):
+    caplog.set_level(logging.INFO, "boilermaker.app")
+    Boilermaker(None, LocalServiceBus()).register_many_async([parse_page, store_rows])
+    assert [record.getMessage() for record in caplog.records if record.name == "boilermaker.app"] == [
+        "Registered background function fn=parse_page",
+        "Registered background function fn=store_rows",
+    ]
+
+
+# ======================================================================================================================
+# 12. Application: publishing
+# ======================================================================================================================
+
+
+async def test_delay_publishes_and_gives_the_task():
+    async with Boilermaker(None, LocalServiceBus()) as app:
+        task = await app.task(fetch_page).delay("http://x", depth=2)
+        [message] = await app.service_bus_client.peek()
+        assert (message.message_id, message.sequence_number) == (task.task_id, task.sequence_number)
+        assert decode(message.body, "tasks").payload == {"args": ["http://x"], "kwargs": {"depth": 2}}
+
+
+async def test_every_way_of_scheduling_sends_the_same_message():
+    async with Boilermaker(None, LocalServiceBus()) as app:
+        fetch = app.task(fetch_page)
+        tasks = [
+            await fetch.delay("x"),
+            await app.apply_async(fetch, "x"),
+            await app.apply_async(fetch_page, "x"),
+            await app.publish_task(app.create_task(fetch, "x")),
+            await app.publish_task(Task.si(fetch_page, "x")),
+            await fetch.si("x").publish(),
+            *await app.publish_many([fetch.si("x"), Task.si(fetch, "x")]),
+        ]
+        bodies = [json.loads(message.body) for message in await app.service_bus_client.peek()]
+        assert [body["task_id"] for body in bodies] == [task.task_id for task in tasks]
+        for body in bodies:
+            del body["task_id"], body["attempts"]
+        assert bodies == [bodies[0]] * len(tasks)
+
+
+async def test_a_task_made_before_its_function_is_registered_has_the_options_of_the_registration():
+    task = Task.si(parse_page)
+    async with Boilermaker(None, LocalServiceBus()) as app:
+        app.register_async(parse_page, name="pages.parse", policy=NoRetry())
+        await app.publish_task(task)
+        assert (task.function_name, task.policy) == ("pages.parse", NoRetry())
+
+
+async def test_a_policy_of_the_call_is_in_the_message():
+    async with app_with_pages() as app:
+        await app.apply_async(parse_page, policy=NoRetry())
+        [message] = await app.service_bus_client.peek()
+        assert json.loads(message.body)["policy"]["max_tries"] == 1
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda app: app.create_task(clean_up),
+        lambda app: app.apply_async(clean_up),
+        lambda app: app.publish_task(Task.si(clean_up)),
+        lambda app: app.publish_task(app.chain(app.create_task(parse_page), Task.si(clean_up))),
+    ],
+    ids=["create_task", "apply_async", "publish_task", "callback"],
+)
+async def test_an_unregistered_function_is_an_error_that_names_it_and_the_ways_out(use):
+    async with Boilermaker(None, LocalServiceBus()) as app:
+        app.register_async(parse_page)
+        with pytest.raises(UsageError, match=r"clean_up.*@app\.task.*register_async.*send_task"):
+            await use(app)
+        assert await app.service_bus_client.peek() == []
+
+
+@pytest.mark.parametrize("fn", [None, 3, "parse_page"], ids=repr)
+async def test_scheduling_what_is_no_function_is_an_error_that_shows_it(fn):
+    with pytest.raises(UsageError, match=re.escape(repr(fn))):
+        await app_with_pages().apply_async(fn)
+
+
+async def test_a_task_of_no_application_cannot_publish_itself():
+    with pytest.raises(UsageError, match=r"<Task f .*app\.publish_task"):
+        await named("f").publish()
+
+
+@pytest.mark.parametrize("thing", [None, 3, "parse_page", parse_page], ids=repr)
+async def test_publishing_what_is_no_task_is_an_error_that_shows_it(thing):
+    with pytest.raises(UsageError, match=re.escape(repr(thing))):
+        await app_with_pages().publish_task(thing)
+
+
+WRONG_TIMES = {
+    "negative": {"delay": -1},
+    "a little negative": {"delay": -0.001},
+    "a negative timedelta": {"delay": datetime.timedelta(seconds=-1)},
+    "NaN": {"delay": float("nan")},
+    "infinity": {"delay": float("inf")},
+    "minus infinity": {"delay": float("-inf")},
+    "a bool": {"delay": True},
+    "text": {"delay": "60"},
+    "a Decimal": {"delay": decimal.Decimal(60)},
+    "a datetime for a delay": {"delay": datetime.datetime(2100, 1, 1, tzinfo=datetime.UTC)},
+    "more than 68 years": {"delay": 2**31},
+    "an endless timedelta": {"delay": datetime.timedelta.max},
+    "naive": {"eta": datetime.datetime(2100, 1, 1)},
+    "a date": {"eta": datetime.date(2100, 1, 1)},
+    "a number for an eta": {"eta": 4_000_000_000.0},
+    "text for an eta": {"eta": "2100-01-01T00:00:00Z"},
+    "both": {"delay": 60, "eta": datetime.datetime(2100, 1, 1, tzinfo=datetime.UTC)},
+    "both, now": {"delay": 0, "eta": datetime.datetime(2100, 1, 1, tzinfo=datetime.UTC)},
+}
+
+
+WAYS_TO_SCHEDULE = {
+    "apply_async": lambda app, **when: app.apply_async(parse_page, **when),
+    "publish_task": lambda app, **when: app.publish_task(app.create_task(parse_page), **when),
+    "publish_many": lambda app, **when: app.publish_many([app.create_task(parse_page)], **when),
+    "publish": lambda app, **when: app.create_task(parse_page).publish(**when),
+    "send_task": lambda app, **when: app.send_task("parse_page", **when),
+}
+
+
+@pytest.mark.parametrize("when", WRONG_TIMES.values(), ids=WRONG_TIMES)
+@pytest.mark.parametrize("schedule", WAYS_TO_SCHEDULE.values(), ids=WAYS_TO_SCHEDULE)
+async def test_a_time_that_makes_no_sense_is_an_error_that_shows_it_and_nothing_is_sent(schedule, when):
+    async with app_with_pages() as app:
+        with pytest.raises(UsageError) as caught:
+            await schedule(app, **when)
+        assert [name for name, value in when.items() if f"{name}={value!r}" not in str(caught.value)] == []
+        assert await app.service_bus_client.peek() == []
+
+
+@pytest.mark.parametrize("delay", [60, 60.0, datetime.timedelta(minutes=1)], ids=repr)
+async def test_a_delay_is_seconds_from_now(delay):
+    async with app_with_pages() as app:
+        before = time.time()
+        await app.apply_async(parse_page, delay=delay)
+        after = time.time()
+        [message] = await app.service_bus_client.peek()
+        assert before + 60 - 0.01 <= message.scheduled_enqueue_time_utc.timestamp() <= after + 60 + 0.01
+
+
+@pytest.mark.parametrize("offset", [0, 5.5, -8])
+async def test_an_eta_is_a_point_in_time_in_any_time_zone(offset):
+    eta = datetime.datetime(2100, 1, 1, 12, tzinfo=datetime.timezone(datetime.timedelta(hours=offset)))
+    async with app_with_pages() as app:
+        await app.apply_async(parse_page, eta=eta)
+        [message] = await app.service_bus_client.peek()
+        assert message.scheduled_enqueue_time_utc == eta
+
+
+@pytest.mark.parametrize("delay", [None, 0, 0.0, datetime.timedelta(0)], ids=repr)
+async def test_no_delay_is_not_scheduled(delay):
+    async with app_with_pages() as app:
+        await app.apply_async(parse_page, delay=delay)
+        [message] = await app.service_bus_client.peek()
+        assert message.scheduled_enqueue_time_utc is None
+
+
+@pytest.mark.parametrize("attempts", [0, -1, 1.5, True, None, "3"], ids=repr)
+async def test_a_number_of_publish_attempts_that_is_none_is_an_error_that_shows_it(attempts):
+    with pytest.raises(UsageError, match=f"publish_attempts={re.escape(repr(attempts))} "):
+        await app_with_pages().apply_async(parse_page, publish_attempts=attempts)
+
+
+async def test_publishing_that_fails_at_every_attempt_is_one_error_with_the_error_of_each(tmp_path):
+    async with app_with_pages(tmp_path / "missing" / "tasks.db") as app:
+        with pytest.raises(BoilermakerAppException, match="missing") as caught:
+            await app.apply_async(parse_page, publish_attempts=2)
+        assert [type(error) for error in caught.value.errors] == [ConfigurationError] * 2
+
+
+async def test_a_task_that_was_not_published_has_no_number(tmp_path):
+    async with app_with_pages(tmp_path / "missing" / "tasks.db") as app:
+        task = app.create_task(parse_page)
+        with pytest.raises(BoilermakerAppException):
+            await app.publish_task(task)
+        assert (task.sequence_number, task.message_id) == (None, None)
+
+
+async def test_publishing_what_rshift_gave_is_an_error_that_names_the_head():
+    async with app_with_pages() as app:
+        a, b, c = (app.create_task(fn) for fn in (parse_page, store_rows, clean_up))
+        last = a >> b >> c
+        for task in (last, b):
+            with pytest.raises(UsageError, match=f"{re.escape(repr(task))}.*{re.escape(repr(a))}"):
+                await app.publish_task(task)
+        assert await app.service_bus_client.peek() == []
+        await app.publish_task(a)
+        [message] = await app.service_bus_client.peek()
+        assert names_along(decode(message.body, "tasks")) == ["parse_page", "store_rows", "clean_up"]
+
+
+async def test_publishing_what_lshift_gave_is_an_error_that_names_the_head():
+    async with app_with_pages() as app:
+        a, b = app.create_task(parse_page), app.create_task(store_rows)
+        with pytest.raises(UsageError, match=re.escape(repr(b))):
+            await app.publish_task(a << b)
+
+
+async def test_the_tail_of_a_published_chain_is_still_refused():
+    async with app_with_pages() as app:
+        a, b = app.create_task(parse_page), app.create_task(store_rows)
+        a >> b
+        await app.publish_task(a)
+        with pytest.raises(UsageError, match=re.escape(repr(a))):
+            await app.publish_task(b)
+
+
+async def test_a_task_that_follows_no_other_any_more_can_be_published():
+    async with app_with_pages() as app:
+        a, b = app.create_task(parse_page), app.create_task(store_rows)
+        a >> b
+        a.on_success = None
+        await app.publish_task(b)
+        await app.publish_task((a >> app.create_task(clean_up)).copy())
+        assert len(await app.service_bus_client.peek()) == 2
+
+
+async def test_publishing_what_or_or_chain_gave_publishes_the_whole():
+    async with app_with_pages() as app:
+        a, b, c = (app.create_task(fn) for fn in (parse_page, store_rows, clean_up))
+        await app.publish_task(a | b | c)
+        await app.publish_task(app.chain(a, b, c))
+        for message in await app.service_bus_client.peek():
+            assert names_along(decode(message.body, "tasks")) == ["parse_page", "store_rows", "clean_up"]
+
+
+@pytest.mark.parametrize("cycle", CYCLES)
+async def test_publishing_a_cycle_is_an_error_and_nothing_is_sent(cycle):
+    async with app_with_pages() as app:
+        with pytest.raises(UsageError, match="cycle"):
+            await app.publish_task(cycle())
+        assert await app.service_bus_client.peek() == []
+
+
+def size_and_limit(error):
+    """The two numbers of the message."""
+    return [
+        int(number) for number in re.findall(r"\b(\d+) bytes|limit is (\d+)", str(error)) for number in number if number
+    ]
+
+
+@pytest.mark.parametrize("in_callback", [False, True])
+async def test_a_message_too_large_is_an_error_with_its_size_and_the_limit_and_nothing_is_sent(in_callback):
+    async with app_with_pages(max_message_bytes=2000) as app:
+        task = app.create_task(take_anything, *([] if in_callback else ["x" * 2000]))
+        if in_callback:
+            task.on_success = app.create_task(take_anything, "x" * 1000)
+            task.on_failure = app.create_task(take_anything, "x" * 1000)
+        size = len(encode(task, "tasks", "tasks"))
+        with pytest.raises(MessageTooLarge, match="take_anything") as caught:
+            await app.publish_task(task)
+        assert size_and_limit(caught.value) == [size, 2000]
+        assert await app.service_bus_client.peek() == []
+
+
+async def test_a_message_of_exactly_the_limit_is_sent():
+    async with app_with_pages() as app:
+        task = app.create_task(take_anything, "x")
+        task.args = ["x" * (262_144 - len(encode(task, "tasks", "tasks")) + 1)]
+        await app.publish_task(task)
+        [message] = await app.service_bus_client.peek()
+        assert len(message.body) == 262_144
+        task = task.copy()
+        task.args[0] += "x"
+        with pytest.raises(MessageTooLarge, match=r"262145 .*262144"):
+            await app.publish_task(task)
+
+
+async def test_a_chain_of_750_is_published_where_it_fits():
+    async with app_with_pages(max_message_bytes=10**6) as app:
+        await app.publish_task(chain_of(750))
+        [message] = await app.service_bus_client.peek()
+        assert len(names_along(decode(message.body, "tasks"))) == 750
+
+
+async def test_publish_many_sends_in_order():
+    async with app_with_pages() as app:
+        tasks = [app.create_task(take_anything, number) for number in range(250)]
+        assert await app.publish_many(tasks) == tasks
+        bodies = [message.body for message in await app.service_bus_client.peek(1000)]
+        assert [decode(body, "tasks").args for body in bodies] == [[number] for number in range(250)]
+
+
+async def test_publish_many_of_nothing_sends_nothing():
+    async with app_with_pages() as app:
+        assert await app.publish_many([]) == []
+
+
+@pytest.mark.parametrize(
+    "wrong", [named("f", args=[{1}]), named("f", args=["x" * 300_000]), Task.si(take_one_keyword, number=1), 3]
+)
+async def test_publish_many_checks_all_before_it_sends_the_first(wrong):
+    async with app_with_pages() as app:
+        tasks = [app.create_task(parse_page), wrong]
+        with pytest.raises(UsageError):
+            await app.publish_many(tasks)
+        assert await app.service_bus_client.peek() == []
+        assert tasks[0].sequence_number is None
+
+
+async def test_a_task_is_sent_by_name_alone_to_another_queue(tmp_path):
+    file = tmp_path / "tasks.db"
+    async with app_with_pages(file, queue_name="home") as app:
+        callback = app.create_task(clean_up)
+        sent = await app.send_task("theirs", "x", queue="there", on_success=callback, on_failure=callback, width=2)
+        assert await app.service_bus_client.peek() == []
+        there = LocalServiceBus(file, "there")
+        [message] = await there.peek()
+        await there.close()
+    received = decode(message.body, "there")
+    assert (received.task_id, received.function_name) == (sent.task_id, "theirs")
+    assert (received.args, received.kwargs) == (["x"], {"width": 2})
+    assert (received.queue, received.on_success.queue, received.on_failure.queue) == ("there", "home", "home")
+    assert received.policy_is_default
+    assert json.loads(message.body)["policy"] == {"max_tries": 5, "delay": 120, "delay_max": 120, "retry_mode": 0}
+
+
+async def test_a_task_by_name_with_a_policy_keeps_it():
+    async with app_with_pages() as app:
+        await app.send_task("theirs", policy=NoRetry())
+        [message] = await app.service_bus_client.peek()
+        received = decode(message.body, "tasks")
+        assert (received.policy, received.policy_is_default) == (NoRetry(), False)
+
+
+@pytest.mark.parametrize("name", [None, 3, "", b"theirs", fetch_page], ids=repr)
+async def test_a_task_by_something_else_than_a_name_is_an_error(name):
+    async with app_with_pages() as app:
+        with pytest.raises(UsageError):
+            await app.send_task(name)
+        assert await app.service_bus_client.peek() == []
+
+
+@pytest.mark.parametrize("queue", ["", "a b", 3], ids=repr)
+async def test_a_task_for_a_queue_that_cannot_be_is_an_error_that_shows_it(queue):
+    with pytest.raises(ConfigurationError, match=re.escape(repr(queue))):
+        await app_with_pages().send_task("theirs", queue=queue)
+
+
+# ======================================================================================================================
+# 13. Old names
+# ======================================================================================================================
+
+OLD_IMPORTS = """\
+from boilermaker import Boilermaker, Task, retries
+from boilermaker.app import Boilermaker, BoilermakerAppException
+from boilermaker.task import Task
+from boilermaker.retries import NoRetry, RetryAttempts, RetryPolicy, RetryMode, RetryException, RetryExceptionDefault
+from boilermaker.retries import RetryExceptionDefaultExponential, RetryExceptionDefaultLinear
+from boilermaker.failure import TaskFailureResult
+from boilermaker.config import Config
+from boilermaker.service_bus import AzureServiceBus
+import boilermaker.retries as old_retries
+""".splitlines()
+
+
+@pytest.mark.parametrize("line", OLD_IMPORTS)
+def test_an_old_import_works_as_the_first_import_on_a_bare_python(line):
+    assert fresh_python(f"{line}\nprint('imported')", "-S") == "imported"
+
+
+def test_the_old_names_are_the_new_ones():
+    names = [name for name in vars(retries) if not name.startswith("_")]
+    assert {"NoRetry", "RetryPolicy", "RetryMode", "RetryException", "RetryExceptionDefault"} <= set(names)
+    assert [name for name in names if getattr(retries, name) is not getattr(boilermaker, name)] == []
+
+
+@pytest.mark.parametrize("name", ["queueing", "acme.vendored.queueing"])
+def test_the_old_imports_and_pickling_work_vendored_under_any_name(tmp_path, name):
+    target = tmp_path.joinpath(*name.split(".")).with_suffix(".py")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy(MODULE, target)
+    code = f"""
+        import pickle, sys
+        from {name}.retries import NoRetry, RetryException, RetryPolicy
+        from {name}.app import Boilermaker
+        from {name}.task import Task
+        from {name}.failure import TaskFailureResult
+        from {name}.config import Config
+        from {name}.service_bus import AzureServiceBus
+        from {name} import retries
+        assert retries.RetryPolicy is RetryPolicy
+        assert pickle.loads(pickle.dumps(RetryPolicy(max_tries=3))).max_tries == 3
+        error = pickle.loads(pickle.dumps(RetryException("busy", NoRetry())))
+        assert (type(error), error.msg, error.policy) == (RetryException, "busy", NoRetry())
+        assert "boilermaker" not in sys.modules
+        print("works")
+    """
+    assert fresh_python(code, "-S", path=tmp_path) == "works"
+
+
+# ======================================================================================================================
+# Helpers of the local bus and the worker
+# ======================================================================================================================
+
+PATIENCE = 60
+"""Seconds after which a condition that should come true soon is given up."""
+
+COMPLETE = boilermaker.Disposition.COMPLETE
+ABANDON = boilermaker.Disposition.ABANDON
+DEAD_LETTER = boilermaker.Disposition.DEAD_LETTER
+
+
+@pytest.fixture
+async def open_bus(tmp_path):
+    """Makes local buses on `queue.db`, and closes them at the end."""
+    buses = []
+
+    def make(queue_name="tasks", *, path=None, **settings):
+        buses.append(LocalServiceBus(path or tmp_path / "queue.db", queue_name, **settings))
+        return buses[-1]
+
+    yield make
+    for bus in buses:
+        await bus.close()
+
+
+@pytest.fixture
+def start_program(tmp_path):
+    """Starts Python programs, gives the process and the file of its output, and kills what is left at the end."""
+    started = []
+
+    def start(source, *arguments):
+        program = tmp_path / f"program{len(started)}.py"
+        program.write_text(source)
+        output = program.with_suffix(".log")
+        environment = {**os.environ, "PYTHONPATH": os.path.dirname(boilermaker.__file__)}
+        with output.open("wb") as stream:
+            started.append(
+                subprocess.Popen(
+                    [sys.executable, str(program), *map(str, arguments)],
+                    stdout=stream,
+                    stderr=stream,
+                    env=environment,
+                    cwd=tmp_path,
+                )
+            )
+        return started[-1], output
+
+    yield start
+    for process in started:
+        with contextlib.suppress(ProcessLookupError):
+            process.send_signal(signal.SIGKILL)
+        process.wait()
+
+
+@contextlib.asynccontextmanager
+async def receiving(bus, on_lock_lost=lambda delivery: None, max_renewal=3600):
+    receiver = await bus.open_receiver(on_lock_lost, max_renewal)
+    try:
+        yield receiver
+    finally:
+        await receiver.close()
+
+
+def letter(text="x", *, message_id=None, queue="tasks", due=None):
+    return boilermaker.Outgoing(text, message_id or text, queue, due)
+
+
+async def settle(receiver, delivery, disposition=COMPLETE, **options):
+    return await receiver.settle([boilermaker.Settlement(delivery, disposition, **options)])
+
+
+async def take_and_drop(bus, count=1):
+    """Receive by a receiver that dies: it never settles, and renews no more."""
+    async with receiving(bus) as receiver:
+        return await receiver.receive(count, PATIENCE)
+
+
+async def until(condition, what="the condition"):
+    """Wait until a function, or a coroutine function, gives something true; that."""
+    deadline = time.monotonic() + PATIENCE
+    while time.monotonic() < deadline:
+        value = condition()
+        if asyncio.iscoroutine(value):
+            value = await value
+        if value:
+            return value
+        await asyncio.sleep(0.01)
+    raise AssertionError(f"{what} has not come true in {PATIENCE} s")
+
+
+async def exit_code(program):
+    process, output = program
+    await until(lambda: process.poll() is not None, f"the end of a program: {output.read_text()}")
+    return process.returncode
+
+
+async def ids_of(bus, dead_letter=False):
+    return [message.message_id for message in await bus.peek(1000, dead_letter=dead_letter)]
+
+
+async def work_off(app, **options):
+    await asyncio.wait_for(app.run(burst=True, **options), PATIENCE)
+
+
+@contextlib.asynccontextmanager
+async def working(app, **options):
+    """A worker in the background, cancelled at the end; that it ended earlier is an error."""
+    worker = asyncio.create_task(app.run(**options))
+    try:
+        yield worker
+        assert not worker.done()
+    finally:
+        worker.cancel()
+        await asyncio.wait([worker])
+
+
+def moved_clock():
+    """A clock that stands still, and is moved by `tick(seconds)`; the event loop's goes on."""
+    return freezegun.freeze_time(datetime.datetime.now(datetime.UTC), real_asyncio=True)
+
+
+# ======================================================================================================================
+# Local bus: sending, receiving, settling
+# ======================================================================================================================
+
+
+async def test_messages_are_received_in_the_order_they_were_sent(open_bus):
+    bus = open_bus()
+    await bus.send([letter("a"), letter("b")])
+    await bus.send([letter("c")])
+    async with receiving(bus) as receiver:
+        first = await receiver.receive(2, 0)
+        second = await receiver.receive(2, 0)
+    assert [delivery.body for delivery in first + second] == ["a", "b", "c"]
+
+
+async def test_sending_gives_sequence_numbers_that_grow(open_bus):
+    bus = open_bus()
+    assert await bus.send([letter("a"), letter("b")]) + await bus.send([letter("c")]) == [1, 2, 3]
+
+
+async def test_a_received_message_is_locked_until_it_is_settled(open_bus):
+    bus = open_bus()
+    await bus.send([letter("a")])
+    async with receiving(bus) as receiver, receiving(bus) as other:
+        [delivery] = await receiver.receive(5, 0)
+        assert (delivery.message_id, delivery.body, delivery.delivery_count) == ("a", "a", 0)
+        assert await other.receive(5, 0) == []
+        assert await settle(receiver, delivery) == []
+        assert await other.receive(5, 0) == []
+    assert await bus.peek() == []
+
+
+async def test_a_receive_waits_for_a_message_of_the_same_event_loop(open_bus):
+    bus = open_bus()
+    async with receiving(bus) as receiver:
+        waiting = asyncio.create_task(receiver.receive(1, 2 * PATIENCE))
+        await asyncio.sleep(0.05)
+        await bus.send([letter("a")])
+        [delivery] = await asyncio.wait_for(waiting, PATIENCE)
+    assert delivery.body == "a"
+
+
+@pytest.mark.parametrize("notified", [True, False], ids=["by the system", "by polling"])
+async def test_a_receive_waits_for_a_message_of_another_process(open_bus, start_program, monkeypatch, notified):
+    if not notified:
+        monkeypatch.setattr(boilermaker, "_inotify", lambda path: None)
+    bus = open_bus()
+    async with receiving(bus) as receiver:
+        waiting = asyncio.create_task(receiver.receive(1, 2 * PATIENCE))
+        await asyncio.sleep(0.05)
+        program = start_program("""
+import asyncio, boilermaker
+bus = boilermaker.LocalServiceBus("queue.db")
+asyncio.run(bus.send([boilermaker.Outgoing("hello", "1", "tasks")]))
+""")
+        [delivery] = await asyncio.wait_for(waiting, PATIENCE)
+    assert delivery.body == "hello"
+    assert await exit_code(program) == 0
+
+
+async def test_a_receive_gives_up_after_its_wait(open_bus):
+    async with receiving(open_bus()) as receiver:
+        assert await receiver.receive(1, 0.02) == []
+
+
+async def test_a_lock_that_expired_delivers_the_message_again_with_one_delivery_more(open_bus):
+    bus = open_bus(lock_duration=0.1)
+    await bus.send([letter("a")])
+    for count in range(3):
+        [delivery] = await take_and_drop(bus)
+        assert (delivery.body, delivery.delivery_count) == ("a", count)
+
+
+async def test_expired_locks_come_before_newer_messages(open_bus):
+    bus = open_bus(lock_duration=0.1)
+    await bus.send([letter("a"), letter("b")])
+    [first] = await take_and_drop(bus)
+    await until(lambda: time.time() > first.locked_until)
+    async with receiving(bus) as receiver:
+        assert [delivery.body for delivery in await receiver.receive(1, 0)] == ["a"]
+
+
+async def test_locks_are_renewed_while_the_event_loop_is_blocked(open_bus):
+    bus = open_bus(lock_duration=1)
+    await bus.send([letter("a")])
+    async with receiving(bus) as receiver, receiving(bus) as other:
+        [delivery] = await receiver.receive(1, 0)
+        time.sleep(1.6)
+        assert await other.receive(1, 0) == []
+        assert await settle(receiver, delivery) == []
+
+
+async def test_a_receiver_that_is_closed_renews_no_more(open_bus):
+    bus = open_bus(lock_duration=0.2)
+    await bus.send([letter("a")])
+    await take_and_drop(bus)
+    async with receiving(bus) as receiver:
+        assert len(await receiver.receive(1, PATIENCE)) == 1
+
+
+async def test_a_lock_that_was_renewed_for_long_enough_is_reported_as_lost_once(open_bus):
+    lost = []
+    bus = open_bus(lock_duration=0.1)
+    await bus.send([letter("a")])
+    async with receiving(bus, lost.append, max_renewal=0.2) as receiver:
+        [delivery] = await receiver.receive(1, 0)
+        await until(lambda: lost)
+        [again] = await receiver.receive(1, PATIENCE)
+        assert again.delivery_count == 1
+        assert len(await settle(receiver, delivery)) == 1
+    assert lost == [delivery]
+
+
+@pytest.mark.parametrize("disposition", [COMPLETE, ABANDON, DEAD_LETTER])
+async def test_settling_an_old_delivery_is_rejected_and_its_follow_up_is_not_sent(open_bus, disposition):
+    bus = open_bus(lock_duration=0.1)
+    await bus.send([letter("a")])
+    [old] = await take_and_drop(bus)
+    bus.lock_duration = 600
+    async with receiving(bus) as receiver:
+        [new] = await receiver.receive(1, PATIENCE)
+        [rejection] = await settle(receiver, old, disposition, follow_up=letter("b"))
+        assert isinstance(rejection.error, MessageLockLost)
+        assert rejection.settlement.delivery is old
+        assert await ids_of(bus) == ["a"]
+        assert await ids_of(bus, dead_letter=True) == []
+        assert await settle(receiver, new, follow_up=letter("c")) == []
+    assert await ids_of(bus) == ["c"]
+
+
+async def test_completing_an_old_delivery_leaves_the_message_to_its_new_holder(open_bus):
+    bus = open_bus(lock_duration=0.1)
+    await bus.send([letter("a")])
+    [old] = await take_and_drop(bus)
+    bus.lock_duration = 600
+    async with receiving(bus) as receiver:
+        [_] = await receiver.receive(1, PATIENCE)
+        [rejection] = await settle(receiver, old)
+    assert isinstance(rejection.error, MessageLockLost)
+    assert await ids_of(bus) == ["a"]
+
+
+async def test_an_abandoned_message_returns_at_once_before_newer_ones(open_bus):
+    bus = open_bus(lock_duration=600)
+    await bus.send([letter("a"), letter("b")])
+    async with receiving(bus) as receiver:
+        [first] = await receiver.receive(1, 0)
+        await settle(receiver, first, ABANDON)
+        again = await receiver.receive(2, 0)
+    assert [(delivery.body, delivery.delivery_count) for delivery in again] == [("a", 1), ("b", 0)]
+
+
+async def test_a_dead_lettered_message_keeps_its_body_with_reason_and_description(open_bus):
+    bus = open_bus()
+    await bus.send([letter("a")])
+    async with receiving(bus) as receiver:
+        [delivery] = await receiver.receive(1, 0)
+        assert await settle(receiver, delivery, DEAD_LETTER, reason="Broken", description="It was broken.") == []
+        assert await receiver.receive(1, 0) == []
+    assert await bus.peek() == []
+    [dead] = await bus.peek(dead_letter=True)
+    assert (dead.body, dead.message_id, dead.sequence_number) == ("a", "a", delivery.sequence_number)
+    assert (dead.dead_letter_reason, dead.dead_letter_error_description) == ("Broken", "It was broken.")
+
+
+async def test_the_dead_letter_queue_can_be_received_from(open_bus):
+    bus = open_bus()
+    await bus.send([letter("a")])
+    async with receiving(bus) as receiver:
+        [delivery] = await receiver.receive(1, 0)
+        await settle(receiver, delivery, DEAD_LETTER, reason="Broken")
+    dead_letters = open_bus("tasks/$DeadLetterQueue")
+    async with receiving(dead_letters) as receiver:
+        [delivery] = await receiver.receive(1, 0)
+        assert await settle(receiver, delivery, follow_up=letter("a")) == []
+    assert await ids_of(bus, dead_letter=True) == []
+    assert await ids_of(bus) == ["a"]
+
+
+async def test_what_is_delivered_too_often_is_dead_lettered(open_bus):
+    bus = open_bus(lock_duration=0.05, max_delivery_count=2)
+    await bus.send([letter("a"), letter("b", due=time.time() + 3600)])
+    assert [(await take_and_drop(bus))[0].delivery_count for _ in range(2)] == [0, 1]
+    async with receiving(bus) as receiver:
+        assert await receiver.receive(1, 0.2) == []
+    [dead] = await bus.peek(dead_letter=True)
+    assert dead.dead_letter_reason == "MaxDeliveryCountExceeded"
+    assert "2 times" in dead.dead_letter_error_description
+    assert dead.delivery_count == 2
+    assert await ids_of(bus) == ["b"]
+
+
+async def test_without_a_maximum_messages_are_delivered_for_ever(open_bus):
+    bus = open_bus(max_delivery_count=None)
+    await bus.send([letter("a")])
+    async with receiving(bus) as receiver:
+        for count in range(30):
+            [delivery] = await receiver.receive(1, 0)
+            assert delivery.delivery_count == count
+            await settle(receiver, delivery, ABANDON)
+
+
+@pytest.mark.parametrize("setting", [{"max_delivery_count": 1}, {"time_to_live": 0.01}], ids=["too often", "too old"])
+async def test_a_dead_letter_queue_never_dead_letters(tmp_path, start_program, setting):
+    program = start_program(
+        """
+import asyncio, json, sys, time
+from boilermaker import *
+from boilermaker import Disposition, Outgoing, Settlement
+
+async def receive(bus):
+    receiver = await bus.open_receiver(lambda delivery: None, 60)
+    try:
+        return await receiver.receive(1, 0)
+    finally:
+        await receiver.close()
+
+async def main():
+    setting = json.loads(sys.argv[1])
+    bus = LocalServiceBus("queue.db", lock_duration=0.05, **setting)
+    await bus.send([Outgoing("a", "a", "tasks")])
+    while not await bus.peek(dead_letter=True):
+        await receive(bus)
+        await asyncio.sleep(0.06)
+    await bus.close()
+    dead_letters = LocalServiceBus("queue.db", "tasks/$DeadLetterQueue", lock_duration=0.05, **setting)
+    for _ in range(3):
+        assert len(await receive(dead_letters)) == 1
+        await asyncio.sleep(0.06)
+    await dead_letters.close()
+
+asyncio.run(asyncio.wait_for(main(), 30))
+""",
+        json.dumps(setting),
+    )
+    process, output = program
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(20)
+    assert process.returncode == 0, output.read_text() or "it hangs"
+
+
+# ======================================================================================================================
+# Local bus: time
+# ======================================================================================================================
+
+
+async def test_a_scheduled_message_is_received_when_it_is_due(open_bus):
+    with moved_clock() as clock:
+        bus = open_bus(lock_duration=3600)
+        await bus.send([letter("later", due=time.time() + 100), letter("now")])
+        async with receiving(bus) as receiver:
+            assert [delivery.body for delivery in await receiver.receive(5, 0)] == ["now"]
+            clock.tick(99)
+            assert await receiver.receive(5, 0) == []
+            clock.tick(2)
+            assert [delivery.body for delivery in await receiver.receive(5, 0)] == ["later"]
+
+
+async def test_a_waiting_receive_gets_a_scheduled_message_when_it_is_due(open_bus):
+    bus = open_bus()
+    due = time.time() + 0.2
+    await bus.send([letter("a", due=due)])
+    async with receiving(bus) as receiver:
+        [_] = await asyncio.wait_for(receiver.receive(1, 2 * PATIENCE), PATIENCE)
+    assert time.time() >= due
+
+
+async def test_a_scheduled_message_can_be_cancelled(open_bus):
+    with moved_clock():
+        bus = open_bus()
+        [number] = await bus.send([letter("a", due=time.time() + 100)])
+        await bus.cancel(number)
+        assert await bus.peek() == []
+        with pytest.raises(MessageNotFound, match=f"tasks has no scheduled message with sequence number {number}"):
+            await bus.cancel(number)
+
+
+@pytest.mark.parametrize("number", [0, -1, 99, 2**62, 2**70])
+async def test_cancelling_a_number_that_is_not_there_says_so(open_bus, number):
+    with pytest.raises(MessageNotFound, match=str(number)):
+        await open_bus().cancel(number)
+
+
+async def test_what_is_due_or_received_cannot_be_cancelled(open_bus):
+    with moved_clock() as clock:
+        bus = open_bus()
+        numbers = await bus.send([letter("plain"), letter("due", due=time.time() + 1)])
+        clock.tick(2)
+        for number in numbers:
+            with pytest.raises(MessageNotFound):
+                await bus.cancel(number)
+        async with receiving(bus) as receiver:
+            assert len(await receiver.receive(5, 0)) == 2
+            with pytest.raises(MessageNotFound):
+                await bus.cancel(numbers[0])
+
+
+async def test_a_bus_cancels_only_in_its_own_queue(open_bus):
+    bus, other = open_bus(), open_bus("other")
+    [number] = await other.send([letter("a", queue="other", due=time.time() + 100)])
+    with pytest.raises(MessageNotFound):
+        await bus.cancel(number)
+    assert await ids_of(other) == ["a"]
+
+
+async def test_a_message_whose_time_to_live_has_passed_is_dead_lettered(open_bus):
+    with moved_clock() as clock:
+        bus = open_bus(time_to_live=60)
+        await bus.send([letter("old"), letter("scheduled", due=time.time() + 30)])
+        clock.tick(61)
+        async with receiving(bus) as receiver:
+            assert [delivery.body for delivery in await receiver.receive(5, 0)] == ["scheduled"]
+        [dead] = await bus.peek(dead_letter=True)
+        assert (dead.body, dead.dead_letter_reason) == ("old", "TTLExpiredException")
+        assert dead.dead_letter_error_description
+        assert dead.delivery_count == 0
+
+
+async def test_what_was_received_in_time_may_be_settled_after_its_time_to_live(open_bus):
+    with moved_clock() as clock:
+        bus = open_bus(time_to_live=60, lock_duration=600)
+        await bus.send([letter("a")])
+        async with receiving(bus) as receiver:
+            [delivery] = await receiver.receive(1, 0)
+            clock.tick(61)
+            assert await settle(receiver, delivery) == []
+        assert await bus.peek(dead_letter=True) == []
+
+
+@pytest.mark.parametrize("scheduled", [False, True])
+async def test_a_second_message_of_the_same_id_is_dropped_within_the_window(open_bus, scheduled):
+    with moved_clock() as clock:
+        bus = open_bus(duplicate_detection=60)
+        original = letter("first", message_id="id", due=time.time() + 10 if scheduled else None)
+        [number] = await bus.send([original])
+        async with receiving(bus) as receiver:
+            clock.tick(30)
+            [delivery] = await receiver.receive(1, 0)
+            await settle(receiver, delivery)
+            assert await bus.send([letter("second", message_id="id")]) == [number]
+            assert await bus.send([letter("third", message_id="id", due=time.time() + 10)]) == [number]
+            assert await receiver.receive(5, 0) == []
+            clock.tick(31)
+            await bus.send([letter("fourth", message_id="id")])
+            assert [delivery.body for delivery in await receiver.receive(5, 0)] == ["fourth"]
+
+
+async def test_duplicates_within_one_send_and_among_follow_ups_are_dropped(open_bus):
+    bus = open_bus(duplicate_detection=60)
+    await bus.send([letter("a"), letter("a"), letter("b")])
+    async with receiving(bus) as receiver:
+        for delivery in await receiver.receive(5, 0):
+            assert await settle(receiver, delivery, follow_up=letter("c")) == []
+    assert await ids_of(bus) == ["c"]
+
+
+async def test_ids_are_compared_within_one_queue(open_bus):
+    bus, other = open_bus(duplicate_detection=60), open_bus("other", duplicate_detection=60)
+    await other.peek()
+    await bus.send([letter("a"), letter("a", queue="other")])
+    assert await ids_of(bus) == await ids_of(other) == ["a"]
+
+
+async def test_without_duplicate_detection_an_id_may_be_used_again(open_bus):
+    bus = open_bus()
+    await bus.send([letter("a"), letter("a")])
+    assert await ids_of(bus) == ["a", "a"]
+
+
+# ======================================================================================================================
+# Local bus: queues, peeking, the file
+# ======================================================================================================================
+
+
+async def test_queues_of_one_file_do_not_mix(open_bus):
+    bus, other = open_bus(), open_bus("other")
+    await bus.send([letter("a"), letter("b", queue="other"), letter("c")])
+    assert await ids_of(bus) == ["a", "c"]
+    assert await ids_of(other) == ["b"]
+    async with receiving(other) as receiver:
+        assert [delivery.body for delivery in await receiver.receive(5, 0)] == ["b"]
+
+
+async def test_settings_belong_to_the_queue_not_to_who_sends(open_bus):
+    bus, other = open_bus(), open_bus("other", duplicate_detection=60)
+    await other.peek()
+    await bus.send([letter("a", queue="other"), letter("a", queue="other")])
+    assert await ids_of(other) == ["a"]
+
+
+async def test_the_last_to_open_a_queue_decides_on_its_settings(open_bus):
+    strict = open_bus(duplicate_detection=60)
+    await strict.send([letter("a"), letter("a")])
+    await strict.close()
+    await open_bus().send([letter("b"), letter("b")])
+    assert await ids_of(strict) == ["a", "b", "b"]
+
+
+async def test_sequence_numbers_are_never_used_again(open_bus):
+    bus = open_bus()
+    numbers = await bus.send([letter("a"), letter("b")])
+    async with receiving(bus) as receiver:
+        for delivery in await receiver.receive(5, 0):
+            await settle(receiver, delivery)
+    assert await bus.peek() == []
+    await bus.close()
+    numbers += await bus.send([letter("c")])
+    assert numbers == [1, 2, 3]
+
+
+async def test_a_message_over_the_limit_is_refused_with_its_size_and_the_limit(open_bus):
+    app = Boilermaker(None, open_bus(max_message_bytes=1000))
+
+    @app.task
+    async def store(state, text): ...
+
+    await store.delay("x" * 100)
+    with pytest.raises(MessageTooLarge, match=r"makes a message of \d{4} bytes, the limit is 1000"):
+        await store.delay("x" * 1000)
+    with pytest.raises(MessageTooLarge, match="callbacks"):
+        await app.publish_task(store.si("x" * 100) | store.si("x" * 100) | store.si("x" * 100) | store.si("x" * 100))
+    assert len(await app.service_bus_client.peek()) == 1
+
+
+async def test_peek_shows_what_waits_is_locked_or_scheduled_without_locking(open_bus):
+    bus = open_bus()
+    before = time.time()
+    await bus.send([letter("locked"), letter("waiting"), letter("scheduled", due=before + 100)])
+    async with receiving(bus) as receiver:
+        await receiver.receive(1, 0)
+        locked, waiting, scheduled = await bus.peek()
+        assert await bus.peek() == [locked, waiting, scheduled]
+        assert len(await receiver.receive(5, 0)) == 1
+    assert [message.body for message in (locked, waiting, scheduled)] == ["locked", "waiting", "scheduled"]
+    assert [message.message_id for message in (locked, waiting)] == ["locked", "waiting"]
+    assert [message.sequence_number for message in (locked, waiting, scheduled)] == [1, 2, 3]
+    assert [message.delivery_count for message in (locked, waiting, scheduled)] == [1, 0, 0]
+    assert before <= waiting.enqueued_time_utc.timestamp() <= time.time()
+    assert waiting.enqueued_time_utc.tzinfo is datetime.UTC
+    assert waiting.scheduled_enqueue_time_utc is None
+    assert scheduled.scheduled_enqueue_time_utc.timestamp() == pytest.approx(before + 100, abs=0.001)
+    assert (waiting.dead_letter_reason, waiting.dead_letter_error_description) == (None, None)
+
+
+async def test_peek_shows_as_many_as_asked_for_the_first_ones(open_bus):
+    bus = open_bus()
+    await bus.send([letter(str(number)) for number in range(150)])
+    assert await bus.peek(3) == (await bus.peek())[:3]
+    assert [message.body for message in await bus.peek()] == [str(number) for number in range(100)]
+
+
+async def test_peek_shows_text_whatever_the_body_is(open_bus):
+    bus = open_bus()
+    await bus.send(
+        [letter(b"caf\xc3\xa9", message_id="1"), letter(b"\xff", message_id="2"), letter("", message_id="3")]
+    )
+    assert [message.body for message in await bus.peek()] == ["caf\N{LATIN SMALL LETTER E WITH ACUTE}", "\ufffd", ""]
+
+
+async def test_application_properties_travel_with_the_message(open_bus):
+    bus = open_bus()
+    await bus.send([boilermaker.Outgoing("a", "a", "tasks", None, {"traceparent": "00-1"})])
+    [seen] = await bus.peek()
+    async with receiving(bus) as receiver:
+        [delivery] = await receiver.receive(1, 0)
+    assert seen.application_properties == delivery.application_properties == {"traceparent": "00-1"}
+
+
+async def test_a_cancelled_receive_leaves_nothing_locked(open_bus):
+    bus = open_bus(lock_duration=3600, max_delivery_count=None)
+    async with receiving(bus) as receiver:
+        for turn in range(60):
+            waiting = asyncio.create_task(receiver.receive(1, PATIENCE))
+            for _ in range(turn % 6):
+                await asyncio.sleep(0)
+            sending = asyncio.create_task(bus.send([letter("a")]))
+            for _ in range(turn % 10):
+                await asyncio.sleep(0)
+            waiting.cancel()
+            await asyncio.wait([waiting, sending])
+            received = [] if waiting.cancelled() else waiting.result()
+            received += await receiver.receive(5, 0)
+            assert [delivery.body for delivery in received] == ["a"]
+            await settle(receiver, received[0])
+
+
+@pytest.mark.parametrize("turns", range(8))
+async def test_a_receive_that_is_cancelled_with_messages_there_gives_them_back(open_bus, turns):
+    bus = open_bus(lock_duration=3600)
+    await bus.send([letter("a"), letter("b")])
+    async with receiving(bus) as receiver:
+        waiting = asyncio.create_task(receiver.receive(2, PATIENCE))
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        waiting.cancel()
+        await asyncio.wait([waiting])
+        received = [] if waiting.cancelled() else waiting.result()
+        received += await receiver.receive(2, 0)
+    assert [delivery.body for delivery in received] == ["a", "b"]
+
+
+@pytest.mark.parametrize("turns", range(8))
+async def test_a_cancelled_receive_ends_whatever_is_committed_at_that_moment(open_bus, turns):
+    bus = open_bus()
+    async with receiving(bus) as receiver:
+        waiting = asyncio.create_task(receiver.receive(1, PATIENCE))
+        await asyncio.sleep(0.02)
+        sending = asyncio.create_task(bus.send([letter("a", queue="other")]))
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        waiting.cancel()
+        await sending
+        done, _ = await asyncio.wait([waiting], timeout=5)
+        assert done, "receive() goes on"
+    assert waiting.cancelled()
+
+
+async def test_a_bus_can_be_used_again_after_closing(open_bus):
+    bus = open_bus()
+    await bus.send([letter("a")])
+    await bus.close()
+    await bus.close()
+    await bus.send([letter("b")])
+    assert await ids_of(bus) == ["a", "b"]
+
+
+def test_a_bus_can_be_used_by_one_event_loop_after_the_other(tmp_path):
+    bus = LocalServiceBus(tmp_path / "queue.db")
+    assert asyncio.run(bus.send([letter("a")])) == [1]
+    assert asyncio.run(bus.send([letter("b")])) == [2]
+    assert asyncio.run(ids_of(bus)) == ["a", "b"]
+    asyncio.run(bus.close())
+
+
+@pytest.mark.parametrize("turns", range(6))
+async def test_closing_while_something_is_sent_leaves_nobody_waiting(open_bus, turns):
+    bus = open_bus()
+    await bus.send([letter("a")])
+    sending = asyncio.create_task(bus.send([letter("b")]))
+    for _ in range(turns):
+        await asyncio.sleep(0)
+    await bus.close()
+    done, _ = await asyncio.wait([sending], timeout=5)
+    assert done, "send() hangs"
+    if sending.exception() is None:
+        assert await ids_of(bus) == ["a", "b"]
+    else:
+        assert isinstance(sending.exception(), BoilermakerError)
+
+
+async def test_a_queue_in_memory_has_it_all_and_is_its_own(open_bus):
+    bus, other = open_bus(path=":memory:"), open_bus(path=":memory:")
+    await bus.send([letter("a"), letter("b", due=time.time() + 0.1)])
+    async with receiving(bus) as receiver:
+        [first] = await receiver.receive(5, 0)
+        assert await settle(receiver, first, follow_up=letter("c")) == []
+        later = [(await receiver.receive(1, PATIENCE))[0].body for _ in range(2)]
+    assert later == ["c", "b"]
+    assert await other.peek() == []
+
+
+async def test_a_queue_in_memory_leaves_no_file(open_bus, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    await open_bus(path=":memory:").send([letter("a")])
+    assert os.listdir(tmp_path) == []
+
+
+async def test_a_queue_file_may_be_a_symbolic_link(open_bus, tmp_path):
+    (tmp_path / "link.db").symlink_to(tmp_path / "queue.db")
+    linked = open_bus(path=tmp_path / "link.db")
+    await linked.send([letter("a")])
+    assert await ids_of(open_bus()) == ["a"]
+
+
+async def test_a_bus_stays_with_its_file_when_the_working_directory_changes(open_bus, tmp_path, monkeypatch):
+    monkeypatch.setattr(boilermaker, "CHECKPOINT_ROWS", 1)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    bus = open_bus(path="queue.db")
+    await bus.send([letter("a")])
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    for _ in range(20):
+        await bus.send([letter("b")])
+        await asyncio.sleep(0.005)
+    await bus.close()
+    assert await ids_of(open_bus(path=tmp_path / "queue.db")) == ["a"] + 20 * ["b"]
+    assert os.listdir(tmp_path / "elsewhere") == []
+    assert bus.path == "queue.db"
+
+
+def test_path_and_queue_name_can_be_read(tmp_path):
+    bus = LocalServiceBus(tmp_path / "queue.db", "orders")
+    assert (bus.path, bus.queue_name) == (str(tmp_path / "queue.db"), "orders")
+    assert (LocalServiceBus().path, LocalServiceBus().queue_name) == (":memory:", "tasks")
+    assert not (tmp_path / "queue.db").exists()
+
+
+# ======================================================================================================================
+# Local bus: transactions
+# ======================================================================================================================
+
+
+@pytest.fixture
+def transactions(monkeypatch):
+    """The numbers of requests that were tried in one transaction."""
+    sizes = []
+    attempt = boilermaker.Store.attempt
+
+    def counted(store, works):
+        sizes.append(len(works))
+        return attempt(store, works)
+
+    monkeypatch.setattr(boilermaker.Store, "attempt", counted)
+    return sizes
+
+
+async def test_what_is_sent_at_the_same_time_is_committed_together(open_bus, transactions):
+    bus = open_bus()
+    await bus.peek()
+    transactions.clear()
+    numbers = await asyncio.gather(*[bus.send([letter(str(number))]) for number in range(100)])
+    assert numbers == [[number] for number in range(1, 101)]
+    assert sum(transactions) == 100
+    assert len(transactions) < 10
+
+
+async def test_a_request_that_fails_does_not_take_its_neighbours_with_it(open_bus, transactions):
+    bus = open_bus()
+    await bus.peek()
+    transactions.clear()
+    letters = [letter("a"), letter("bad", message_id="\ud800"), letter("c")]
+    results = await asyncio.gather(*[bus.send([one]) for one in letters], return_exceptions=True)
+    assert transactions == [3]
+    assert [isinstance(result, Exception) for result in results] == [False, True, False]
+    assert await ids_of(bus) == ["a", "c"]
+
+
+async def test_a_message_that_fails_takes_all_of_its_send_with_it(open_bus):
+    bus = open_bus()
+    with pytest.raises(ValueError, match="surrogates"):
+        await bus.send([letter("a"), letter("bad", message_id="\ud800")])
+    assert await bus.peek() == []
+
+
+async def test_a_follow_up_that_fails_leaves_its_parent_unsettled(open_bus):
+    bus = open_bus(lock_duration=0.2)
+    await bus.send([letter("a"), letter("b")])
+    async with receiving(bus) as receiver:
+        parent, neighbour = await receiver.receive(2, 0)
+        good = asyncio.ensure_future(settle(receiver, neighbour, follow_up=letter("c")))
+        with contextlib.suppress(ValueError):
+            assert await settle(receiver, parent, follow_up=letter("bad", message_id="\ud800"))
+        assert await good == []
+        assert await ids_of(bus) == ["a", "c"]
+        bodies = [(await receiver.receive(1, PATIENCE))[0].body for _ in range(2)]
+    assert sorted(bodies) == ["a", "c"]
+
+
+@pytest.mark.parametrize("statement", ["complete", "insert"])
+async def test_a_kill_between_publishing_and_settling_leaves_nothing_half_done(open_bus, start_program, statement):
+    bus = open_bus(lock_duration=0.2)
+    await bus.send([letter("parent")])
+    program = start_program(
+        """
+import asyncio, os, signal, sys
+import boilermaker
+from boilermaker import Disposition, LocalServiceBus, Outgoing, Settlement, Store
+
+original = getattr(Store, sys.argv[1])
+
+def killing(*arguments):
+    original(*arguments)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+async def main():
+    bus = LocalServiceBus("queue.db", lock_duration=0.2)
+    receiver = await bus.open_receiver(lambda delivery: None, 60)
+    [delivery] = await receiver.receive(1, 30)
+    setattr(Store, sys.argv[1], killing)
+    await receiver.settle([Settlement(delivery, Disposition.COMPLETE, "", "", Outgoing("child", "child", "tasks"))])
+
+asyncio.run(main())
+""",
+        statement,
+    )
+    assert await exit_code(program) == -signal.SIGKILL
+    assert await ids_of(bus) == ["parent"]
+    async with receiving(bus) as receiver:
+        [delivery] = await receiver.receive(2, PATIENCE)
+        assert delivery.delivery_count == 1
+        assert await settle(receiver, delivery, follow_up=letter("child")) == []
+    assert await ids_of(bus) == ["child"]
+
+
+async def test_a_send_is_answered_when_it_is_on_the_disk_and_the_event_loop_does_not_wait(open_bus, monkeypatch):
+    bus = open_bus()
+    await bus.peek()
+    slow_disk = threading.Event()
+    synced = []
+    monkeypatch.setattr(os, "fdatasync", lambda file: synced.append(slow_disk.wait(PATIENCE)), raising=False)
+    sending = asyncio.create_task(bus.send([letter("a")]))
+    for _ in range(20):
+        await asyncio.sleep(0.005)
+        assert await ids_of(bus) in ([], ["a"])
+    assert not sending.done()
+    slow_disk.set()
+    assert await asyncio.wait_for(sending, PATIENCE) == [1]
+    assert synced == [True]
+
+
+async def test_a_disk_that_cannot_sync_fails_the_send(open_bus, monkeypatch):
+    def broken(file):
+        raise OSError(5, "Input/output error")
+
+    bus = open_bus()
+    await bus.peek()
+    monkeypatch.setattr(os, "fdatasync", broken, raising=False)
+    with pytest.raises(ServiceBusUnavailable, match=r"queue\.db .*Input/output error"):
+        await bus.send([letter("a")])
+
+
+async def test_closing_lets_go_of_the_file_even_if_the_disk_fails(open_bus, monkeypatch):
+    def broken(file):
+        raise OSError(5, "Input/output error")
+
+    before = set(threading.enumerate())
+    bus = open_bus()
+    await bus.send([letter("a")])
+    assert set(threading.enumerate()) - before
+    monkeypatch.setattr(os, "fdatasync", broken, raising=False)
+    with contextlib.suppress(ServiceBusUnavailable):
+        await bus.close()
+    assert not [thread for thread in set(threading.enumerate()) - before if thread.name.startswith("boilermaker")]
+
+
+async def test_the_log_is_moved_to_the_file_and_emptied_while_the_queue_is_in_use(open_bus, tmp_path, monkeypatch):
+    monkeypatch.setattr(boilermaker, "CHECKPOINT_ROWS", 100)
+    monkeypatch.setattr(boilermaker, "MAX_LOG_BYTES", 0)
+    bus = open_bus()
+    sent = []
+
+    async def use():
+        sent.extend(await bus.send([letter(str(number)) for number in range(40)]))
+        await asyncio.sleep(0.02)
+        return (tmp_path / "queue.db-wal").stat().st_size == 0
+
+    await until(use)
+    assert len(sent) >= 100
+    assert [message.sequence_number for message in await bus.peek(len(sent) + 1)] == sent
+    async with receiving(bus) as receiver:
+        assert len(await receiver.receive(len(sent) + 1, 0)) == len(sent)
+
+
+def test_two_threads_with_an_event_loop_each_share_a_bus(tmp_path):
+    bus = LocalServiceBus(tmp_path / "queue.db")
+    app = Boilermaker([], bus)
+    finished = threading.Event()
+
+    @app.task
+    async def collect(state, number):
+        state.append((threading.current_thread().name, number))
+        if len(state) == 200:
+            finished.set()
+
+    async def publish():
+        for number in range(100):
+            await asyncio.gather(collect.delay(number), collect.delay(-number))
+
+    async def work():
+        async with working(app):
+            await until(finished.is_set)
+
+    threads = [
+        threading.Thread(target=lambda: asyncio.run(work()), name="worker"),
+        threading.Thread(target=lambda: asyncio.run(publish()), name="publisher"),
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(PATIENCE)
+    assert {name for name, _ in app.state} == {"worker"}
+    assert sorted(number for _, number in app.state) == sorted([*range(100), *range(0, -100, -1)])
+    assert asyncio.run(bus.peek()) == []
+    asyncio.run(bus.close())
+
+
+@pytest.mark.parametrize("closes", [False, True], ids=["stays open", "closes"])
+async def test_a_forked_child_loses_nothing_whatever_its_parent_does(open_bus, start_program, closes):
+    program = start_program(
+        """
+import asyncio, multiprocessing, sys
+from boilermaker import LocalServiceBus, Outgoing
+
+bus = LocalServiceBus("queue.db")
+
+def send(name):
+    asyncio.run(bus.send([Outgoing("x", name, "tasks")]))
+
+def child(sent, go):
+    send("child")
+    sent.set()
+    assert go.wait(30)
+    send("child again")
+
+send("parent")
+context = multiprocessing.get_context("fork")
+sent, go = context.Event(), context.Event()
+process = context.Process(target=child, args=(sent, go))
+process.start()
+assert sent.wait(30)
+if sys.argv[1] == "True":
+    asyncio.run(bus.close())
+else:
+    send("parent again")
+go.set()
+process.join(30)
+sys.exit(process.exitcode)
+""",
+        closes,
+    )
+    assert await exit_code(program) == 0, program[1].read_text()
+    expected = ["parent", "child", "child again"] + ["parent again"] * (not closes)
+    assert sorted(await ids_of(open_bus())) == sorted(expected)
+
+
+async def test_processes_that_open_and_close_the_file_all_the_time_never_see_it_locked(open_bus, start_program):
+    source = """
+import asyncio, sys
+from boilermaker import LocalServiceBus, Outgoing
+
+async def main():
+    for number in range(60):
+        bus = LocalServiceBus("queue.db")
+        await bus.send([Outgoing("x", f"{sys.argv[1]}-{number}", "tasks")])
+        await bus.close()
+
+asyncio.run(main())
+"""
+    programs = [start_program(source, number) for number in range(4)]
+    for program in programs:
+        assert await exit_code(program) == 0, program[1].read_text()
+    assert len(await open_bus().peek(1000)) == 240
+
+
+# ======================================================================================================================
+# Local bus: what is wrong with a file
+# ======================================================================================================================
+
+
+def not_a_database(path):
+    path.write_text("This is a letter to my aunt, and not a database at all. " * 100)
+
+
+def another_programs_database(path):
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        connection.executescript("CREATE TABLE recipe (name); INSERT INTO recipe VALUES ('soup')")
+
+
+def a_newer_schema(path):
+    asyncio.run(make_queue_file(path))
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        connection.execute("PRAGMA user_version = 99")
+
+
+def a_directory(path):
+    path.mkdir()
+
+
+def a_missing_directory(path):
+    path.parent.rmdir()
+
+
+async def make_queue_file(path, *bodies):
+    bus = LocalServiceBus(path)
+    await bus.send([letter(body) for body in bodies])
+    await bus.close()
+
+
+FILE_ERRORS = [
+    (not_a_database, r"is not a SQLite database: choose another path"),
+    (another_programs_database, r"is the database of another program: choose another path"),
+    (a_newer_schema, r"has schema version 99, .* newer one. Update boilermaker, or choose another path"),
+    (a_directory, r"cannot be opened: the directory has to exist and be writable"),
+    (a_missing_directory, r"cannot be opened: the directory has to exist and be writable"),
+]
+
+
+@pytest.mark.parametrize(("damage", "message"), FILE_ERRORS, ids=[damage.__name__ for damage, _ in FILE_ERRORS])
+def test_a_file_that_cannot_hold_a_queue_is_an_error_that_names_it_and_the_way_out(tmp_path, damage, message):
+    path = tmp_path / "folder" / "queue.db"
+    path.parent.mkdir()
+    damage(path)
+    before = path.read_bytes() if path.is_file() else None
+    app = Boilermaker(None, LocalServiceBus(path))
+
+    @app.task
+    async def work(state): ...
+
+    with pytest.raises(ConfigurationError, match=re.escape(str(path)) + " " + message):
+        asyncio.run(app.service_bus_client.peek())
+    with pytest.raises(ConfigurationError, match=message):
+        asyncio.run(app.run(burst=True))
+    with pytest.raises(BoilermakerAppException, match=message):
+        asyncio.run(work.delay())
+    asyncio.run(app.close())
+    assert before is None or path.read_bytes() == before
+
+
+@contextlib.contextmanager
+def unprivileged():
+    """Without root's right to write everywhere."""
+    root = hasattr(os, "geteuid") and os.geteuid() == 0
+    if root:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if root:
+            os.seteuid(0)
+
+
+@pytest.fixture
+def open_folder():
+    """A folder that everybody may look into, other than tmp_path."""
+    with tempfile.TemporaryDirectory() as name:
+        os.chmod(name, 0o755)
+        yield pathlib.Path(name)
+        os.chmod(name, 0o755)
+
+
+async def test_a_read_only_file_is_an_error_that_names_it_and_the_way_out(open_folder):
+    path = open_folder / "queue.db"
+    await make_queue_file(path, "a")
+    path.chmod(0o444)
+    open_folder.chmod(0o555)
+    bus = LocalServiceBus(path)
+    with unprivileged(), pytest.raises(ConfigurationError, match=re.escape(str(path)) + " .*writable"):
+        await bus.send([letter("b")])
+    open_folder.chmod(0o755)
+    path.chmod(0o644)
+    assert await ids_of(bus) == ["a"]
+    await bus.close()
+
+
+async def test_a_full_disk_is_an_error_and_nothing_is_lost(open_bus, connections):
+    bus = open_bus()
+    await bus.send([letter("a")])
+    fill_the_disk(connections)
+    with pytest.raises(ServiceBusUnavailable, match=re.escape(bus.path) + ": the disk is full.* free some space"):
+        await send_for_ever(bus, "accepted")
+    accepted = await ids_of(bus)
+    with pytest.raises(ServiceBusUnavailable):
+        await bus.send([letter("small"), letter("x" * 10_000, message_id="large")])
+    assert await ids_of(bus) == accepted
+    empty_the_disk(connections)
+    await bus.send([letter("b")])
+    assert await ids_of(bus) == [*accepted, "b"]
+
+
+@pytest.fixture
+def connections(monkeypatch):
+    """The connections that are opened to queue files."""
+    opened = []
+    connect = boilermaker.connect
+
+    def remembered(path):
+        opened.append(connect(path))
+        return opened[-1]
+
+    monkeypatch.setattr(boilermaker, "connect", remembered)
+    return opened
+
+
+async def send_for_ever(bus, name):
+    while True:
+        await bus.send([letter("x" * 1000, message_id=name)])
+
+
+def fill_the_disk(connections):
+    (pages,) = connections[0].execute("PRAGMA page_count").fetchone()
+    connections[0].execute(f"PRAGMA max_page_count = {pages + 3}")
+
+
+def empty_the_disk(connections):
+    connections[0].execute("PRAGMA max_page_count = 1000000")
+
+
+@pytest.mark.parametrize("acks_late", [True, False])
+async def test_a_worker_survives_a_full_disk_and_what_follows_is_published_later(
+    open_bus, connections, monkeypatch, caplog, acks_late
+):
+    monkeypatch.setattr(boilermaker, "MAX_WAIT", 0.05)
+    app = Boilermaker([], open_bus(lock_duration=0.3, max_delivery_count=None))
+
+    @app.task(acks_late=acks_late)
+    async def produce(state):
+        if not state:
+            fill_the_disk(connections)
+        state.append("produced")
+        return "x" * 100_000
+
+    @app.task
+    async def consume(state, text):
+        state.append(len(text))
+
+    task = produce.si()
+    task.on_success = consume.s()
+    await app.publish_task(task)
+    async with working(app):
+        await until(lambda: "disk is full" in caplog.text)
+        assert 100_000 not in app.state
+        empty_the_disk(connections)
+        await until(lambda: 100_000 in app.state)
+        await until(lambda: nothing_is_left(app.service_bus_client))
+    assert acks_late or app.state.count("produced") == 1
+    assert "never retrieved" not in caplog.text
+
+
+async def nothing_is_left(bus):
+    return await bus.peek() == []
+
+
+HOLD_THE_WRITE_LOCK = """
+import os, pathlib, sqlite3, time
+connection = sqlite3.connect("queue.db", isolation_level=None, timeout=30)
+connection.execute("BEGIN IMMEDIATE")
+pathlib.Path("locked").touch()
+while not os.path.exists("release"):
+    time.sleep(0.01)
+connection.execute("ROLLBACK")
+"""
+
+
+@pytest.mark.parametrize("notified", [True, False], ids=["notified", "polling"])
+async def test_a_process_that_holds_the_write_lock_does_not_stall_the_event_loop(
+    open_bus, start_program, tmp_path, monkeypatch, caplog, notified
+):
+    if not notified:
+        monkeypatch.setattr(boilermaker, "_inotify", lambda path: None)
+    monkeypatch.setattr(boilermaker, "LOCK_PATIENCE", 10)
+    app = Boilermaker([], open_bus(lock_duration=0.2, max_delivery_count=None))
+
+    @app.task
+    async def work(state, number):
+        state.append(number)
+
+    async with working(app):
+        await work.delay(0)
+        await until(lambda: app.state == [0])
+        program = start_program(HOLD_THE_WRITE_LOCK)
+        await until((tmp_path / "locked").exists)
+        publishing = [asyncio.create_task(work.delay(number)) for number in range(1, 4)]
+        for _ in range(60):
+            await asyncio.sleep(0.01)
+        assert app.state == [0]
+        assert not any(publish.done() for publish in publishing)
+        (tmp_path / "release").touch()
+        await asyncio.gather(*publishing)
+        await until(lambda: len(app.state) == 4)
+    assert await exit_code(program) == 0
+    assert sorted(app.state) == [0, 1, 2, 3]
+    assert "locked" not in caplog.text
+
+
+async def test_a_write_lock_that_is_never_released_is_an_error_after_a_while(
+    open_bus, start_program, tmp_path, monkeypatch
+):
+    bus = open_bus()
+    await bus.peek()
+    monkeypatch.setattr(boilermaker, "LOCK_PATIENCE", 1)
+    start_program(HOLD_THE_WRITE_LOCK)
+    await until((tmp_path / "locked").exists)
+    with pytest.raises(ServiceBusUnavailable, match="locked the queue file"):
+        await bus.send([letter("a")])
+    monkeypatch.setattr(boilermaker, "LOCK_PATIENCE", PATIENCE)
+    (tmp_path / "release").touch()
+    await bus.send([letter("b")])
+    assert await ids_of(bus) == ["b"]
+
+
+async def test_publish_attempts_end_in_an_error_that_holds_each_error(tmp_path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    await make_queue_file(folder / "queue.db")
+    shutil.rmtree(folder)
+    app = Boilermaker(None, LocalServiceBus(folder / "queue.db"))
+
+    @app.task
+    async def work(state): ...
+
+    with pytest.raises(BoilermakerAppException, match=re.escape(str(folder))) as caught:
+        await app.apply_async(work, publish_attempts=3)
+    assert [type(error) for error in caught.value.errors] == [ConfigurationError] * 3
+
+
+async def test_publish_attempts_go_on_until_one_works(tmp_path, caplog):
+    folder = tmp_path / "folder"
+    app = Boilermaker(None, LocalServiceBus(folder / "queue.db"))
+
+    @app.task
+    async def work(state): ...
+
+    publishing = asyncio.create_task(app.apply_async(work, publish_attempts=10))
+    await until(lambda: "attempt 1 of 10" in caplog.text)
+    folder.mkdir()
+    task = await publishing
+    assert await ids_of(app.service_bus_client) == [task.task_id]
+    await app.close()
+
+
+async def test_publishing_into_a_file_that_was_deleted_is_an_error(tmp_path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    app = Boilermaker(None, LocalServiceBus(folder / "queue.db"))
+
+    @app.task
+    async def work(state): ...
+
+    await work.delay()
+    shutil.rmtree(folder)
+    with pytest.raises(BoilermakerAppException, match=re.escape(str(folder / "queue.db"))):
+        await work.delay()
+    await app.close()
+
+
+# ======================================================================================================================
+# Worker: what happens to a message
+# ======================================================================================================================
+
+
+def table_app(bus):
+    """An application with a task for each row of the table; its state is what ran."""
+    app = Boilermaker([], bus)
+
+    @app.task
+    async def note(state, *values):
+        state.append((current_task().message_id, *values))
+
+    async def returns(state):
+        state.append("ran")
+        return 42
+
+    async def gives_up(state):
+        state.append("ran")
+        return TaskFailureResult
+
+    async def raises(state):
+        state.append("ran")
+        raise ValueError("it is broken")
+
+    async def asks_again(state):
+        state.append("ran")
+        raise RetryException("come back later")
+
+    app.register_many_async([returns, gives_up, raises, asks_again])
+    functions = {function.__name__: function for function in (returns, gives_up, raises, asks_again)}
+    return app, functions, note
+
+
+TABLE = [
+    ("returns", {}, None, None, "success"),
+    ("gives_up", {}, "TaskFailed", "TaskFailureResult", "failure"),
+    ("raises", {}, "TaskFailed", "ValueError: it is broken", "failure"),
+    ("asks_again", {"policy": NoRetry()}, "RetriesExhausted", "come back later", "failure"),
+    ("returns", {"should_dead_letter": False}, None, None, "success"),
+    ("gives_up", {"should_dead_letter": False}, None, None, "failure"),
+    ("raises", {"should_dead_letter": False}, None, None, "failure"),
+    ("asks_again", {"should_dead_letter": False, "policy": NoRetry()}, None, None, "failure"),
+    ("returns", {"acks_late": False}, None, None, "success"),
+    ("gives_up", {"acks_late": False}, None, None, "failure"),
+    ("raises", {"acks_late": False}, None, None, "failure"),
+    ("asks_again", {"acks_late": False, "policy": NoRetry()}, None, None, "failure"),
+]
+
+
+@pytest.mark.parametrize(("function", "options", "reason", "description", "follows"), TABLE)
+async def test_a_worker_settles_and_publishes_as_the_table_says(
+    open_bus, function, options, reason, description, follows
+):
+    app, functions, note = table_app(open_bus())
+    task = Task.si(functions[function], **options)
+    task.on_success, task.on_failure = note.si("success"), note.si("failure")
+    await app.publish_task(task)
+    await work_off(app)
+    first, (message_id, followed) = app.state
+    assert (first, followed) == ("ran", follows)
+    assert message_id not in (task.task_id, task.on_success.task_id, task.on_failure.task_id)
+    assert await ids_of(app.service_bus_client) == []
+    dead = await app.service_bus_client.peek(dead_letter=True)
+    assert [letter.dead_letter_reason for letter in dead] == ([reason] if reason else [])
+    assert [letter.message_id for letter in dead] == ([task.task_id] if reason else [])
+    assert all(description in letter.dead_letter_error_description for letter in dead)
+
+
+async def test_what_follows_has_one_id_by_its_parents_for_success_and_failure_alike(open_bus, tmp_path):
+    ids = []
+    for number, function in enumerate(["returns", "raises", "gives_up"]):
+        app, functions, note = table_app(open_bus(path=tmp_path / f"{number}.db"))
+        task = Task.si(functions[function])
+        task.task_id = "the-same"
+        task.on_success, task.on_failure = note.si(), note.si()
+        await app.publish_task(task)
+        await work_off(app)
+        ids.append(app.state[1][0])
+    assert len(set(ids)) == 1
+    assert "the-same" not in ids
+
+
+async def test_one_callback_under_two_parents_is_enqueued_twice(open_bus):
+    app, functions, note = table_app(open_bus(duplicate_detection=60))
+    callback = note.si()
+    for _ in range(2):
+        task = Task.si(functions["returns"])
+        task.on_success = callback
+        await app.publish_task(task)
+    await work_off(app)
+    assert len({entry for entry in app.state if entry != "ran"}) == 2
+
+
+async def test_a_message_id_is_never_longer_than_128_characters(open_bus):
+    app = Boilermaker([], open_bus())
+
+    @app.task(policy=RetryPolicy(max_tries=12, delay=0))
+    async def again(state):
+        task = current_task()
+        state.append(task.message_id)
+        if task.attempts.attempts < 11:
+            raise RetryException("again")
+
+    task = again.si()
+    task.task_id = "i" * 128
+    task.on_success = again.si()
+    await app.publish_task(task)
+    await work_off(app)
+    assert len(set(app.state)) == 24
+    assert max(map(len, app.state)) <= 128
+
+
+async def test_a_retry_is_a_copy_with_one_attempt_more_scheduled_after_the_delay(open_bus):
+    app, functions, note = table_app(open_bus())
+    task = Task.si(functions["asks_again"], policy=RetryPolicy(max_tries=3, delay=30))
+    task.on_success, task.on_failure = note.si("success"), note.si("failure")
+    await app.publish_task(task)
+    before = time.time()
+    await work_off(app)
+    [message] = await app.service_bus_client.peek()
+    assert before + 30 <= message.scheduled_enqueue_time_utc.timestamp() + 0.001 <= time.time() + 30.002
+    assert message.message_id == f"{task.task_id}:1"
+    document = json.loads(message.body)
+    assert (document["task_id"], document["attempts"]["attempts"]) == (task.task_id, 1)
+    assert document["on_failure"]["payload"]["args"] == ["failure"]
+    assert app.state == ["ran"]
+    assert await ids_of(app.service_bus_client, dead_letter=True) == []
+
+
+@pytest.mark.parametrize("acks_late", [True, False])
+async def test_retries_end_after_max_tries_runs_and_then_on_failure_follows_at_once(open_bus, acks_late):
+    with moved_clock() as clock:
+        app = Boilermaker([], open_bus())
+
+        @app.task(policy=RetryPolicy(max_tries=3, delay=30), acks_late=acks_late)
+        async def again(state):
+            task = current_task()
+            state.append((task.message_id, task.attempts.attempts))
+            raise RetryException("not yet")
+
+        @app.task
+        async def mourn(state, failure):
+            state.append(failure["attempts"])
+
+        task = again.si()
+        task.on_failure = mourn.s()
+        await app.publish_task(task)
+        for runs in (1, 2, 4, 4):
+            await work_off(app)
+            assert len(app.state) == runs
+            clock.tick(31)
+        name = task.task_id
+        assert app.state == [(name, 0), (f"{name}:1", 1), (f"{name}:2", 2), 3]
+        dead = await app.service_bus_client.peek(dead_letter=True)
+        assert [(letter.message_id, letter.dead_letter_reason) for letter in dead] == (
+            [(f"{name}:2", "RetriesExhausted")] if acks_late else []
+        )
+
+
+async def test_a_task_that_may_not_run_even_once_does_not(open_bus):
+    app, functions, note = table_app(open_bus())
+    task = Task.si(functions["returns"], policy=RetryPolicy(max_tries=0))
+    task.on_failure = note.si("failure")
+    await app.publish_task(task)
+    await work_off(app)
+    assert [entry[1] for entry in app.state] == ["failure"]
+    [dead] = await app.service_bus_client.peek(dead_letter=True)
+    assert dead.dead_letter_reason == "RetriesExhausted"
+
+
+@pytest.mark.parametrize("by_name", [False, True], ids=["by function", "by name"])
+@pytest.mark.parametrize(
+    ("scheduled", "raised", "runs"),
+    [(None, None, 2), (3, None, 3), (None, 4, 4), (3, 4, 4), (4, 1, 1)],
+)
+async def test_the_exceptions_policy_comes_before_schedulings_before_registrations(
+    open_bus, scheduled, raised, runs, by_name
+):
+    app = Boilermaker([], open_bus())
+    policies = {tries: RetryPolicy(max_tries=tries, delay=0) for tries in range(1, 6)} | {None: None}
+
+    @app.task(policy=policies[2])
+    async def again(state):
+        state.append("ran")
+        raise RetryException("again", policy=policies[raised])
+
+    if by_name:
+        await app.send_task("again", policy=policies[scheduled])
+    else:
+        await app.apply_async(again, policy=policies[scheduled])
+    await work_off(app)
+    assert len(app.state) == runs
+    [dead] = await app.service_bus_client.peek(dead_letter=True)
+    assert dead.dead_letter_reason == "RetriesExhausted"
+
+
+async def test_with_acks_late_off_the_message_is_gone_before_the_function_runs(open_bus):
+    app = Boilermaker([], open_bus())
+
+    @app.task(acks_late=False)
+    async def look(state):
+        state.append(await ids_of(app.service_bus_client))
+
+    @app.task
+    async def look_late(state):
+        state.append(await ids_of(app.service_bus_client))
+
+    await look.delay()
+    await work_off(app)
+    task = await look_late.delay()
+    await work_off(app)
+    assert app.state == [[], [task.task_id]]
+
+
+@pytest.mark.parametrize("acks_late", [True, False])
+async def test_an_unregistered_function_is_dead_lettered_and_on_failure_follows(open_bus, acks_late):
+    app = Boilermaker([], open_bus())
+
+    @app.task
+    async def mourn(state, failure):
+        state.append(failure)
+
+    task = Task(function_name="nobody_knows", acks_late=acks_late)
+    task.on_success, task.on_failure = mourn.s(), mourn.s()
+    await app.publish_task(task)
+    await work_off(app)
+    [failure] = app.state
+    assert (failure["task_id"], failure["function_name"], failure["attempts"]) == (task.task_id, "nobody_knows", 0)
+    assert "nobody_knows" in failure["message"]
+    [dead] = await app.service_bus_client.peek(dead_letter=True)
+    assert dead.dead_letter_reason == "UnregisteredFunction"
+    assert "nobody_knows" in dead.dead_letter_error_description
+
+
+HOSTILE_BODIES = {
+    "empty": "",
+    "empty bytes": b"",
+    "not JSON": "hello",
+    "half": '{"task_id": "1", "function_name": "neighbour"',
+    "invalid UTF-8": b'{"task_id": "\xff", "function_name": "neighbour"}',
+    "an array": "[]",
+    "null": "null",
+    "a number": "7",
+    "a string": '"neighbour"',
+    "100,000 brackets": "[" * 100_000,
+    "100,000 objects": '{"on_success":' * 100_000,
+    "a number of 10,000 digits": '{"task_id": "1", "function_name": "neighbour", "x": ' + "9" * 10_000 + "}",
+    "no function_name": '{"task_id": "1"}',
+    "no task_id": '{"function_name": "neighbour"}',
+} | {
+    f"{name} = {value}": json.dumps({"task_id": "1", "function_name": "neighbour", name: value})
+    for name, value in [
+        ("task_id", 7),
+        ("function_name", ["neighbour"]),
+        ("function_name", {}),
+        ("payload", []),
+        ("payload", "x"),
+        ("payload", {"args": {}}),
+        ("payload", {"kwargs": []}),
+        ("payload", {"args": [float("nan")]}),
+        ("attempts", 3),
+        ("attempts", {"attempts": -1}),
+        ("attempts", {"attempts": 10**30}),
+        ("attempts", {"attempts": "1"}),
+        ("attempts", {"attempts": 1.5}),
+        ("attempts", {"attempts": True}),
+        ("attempts", {"attempts": 0, "last_retry": "yesterday"}),
+        ("attempts", {"attempts": 0, "last_retry": 7}),
+        ("policy", "often"),
+        ("policy", {}),
+        ("policy", {"max_tries": 101, "delay": 0, "delay_max": 0, "retry_mode": 0}),
+        ("policy", {"max_tries": -1, "delay": 0, "delay_max": 0, "retry_mode": 0}),
+        ("policy", {"max_tries": [], "delay": 0, "delay_max": 0, "retry_mode": 0}),
+        ("policy", {"max_tries": 1, "delay": 10**30, "delay_max": 0, "retry_mode": 0}),
+        ("policy", {"max_tries": 1, "delay": 0, "delay_max": 1.5, "retry_mode": 0}),
+        ("policy", {"max_tries": 1, "delay": 0, "delay_max": 0, "retry_mode": 9}),
+        ("should_dead_letter", "yes"),
+        ("acks_late", 0),
+        ("on_success", "neighbour"),
+        ("on_failure", []),
+        ("on_failure", {"task_id": "2", "function_name": 7}),
+        ("graph_id", 7),
+    ]
+}
+
+
+async def test_bodies_that_are_no_task_are_dead_lettered_while_their_neighbours_run(open_bus):
+    app = Boilermaker([], open_bus())
+
+    @app.task
+    async def neighbour(state, name):
+        state.append(name)
+
+    for name, body in HOSTILE_BODIES.items():
+        await app.service_bus_client.send([letter(body, message_id=name)])
+        await neighbour.delay(name)
+    await work_off(app, concurrency=3)
+    assert sorted(app.state) == sorted(HOSTILE_BODIES)
+    dead = await app.service_bus_client.peek(1000, dead_letter=True)
+    assert [letter.message_id for letter in dead] == list(HOSTILE_BODIES)
+    assert {letter.dead_letter_reason for letter in dead} == {"InvalidTaskFormat"}
+    assert all(10 < len(letter.dead_letter_error_description) <= 4096 for letter in dead)
+    assert await ids_of(app.service_bus_client) == []
+
+
+@pytest.mark.parametrize("payload", [{"args": [1, 2, 3]}, {"kwargs": {"colour": "red"}}, {"kwargs": {"state": 1}}])
+async def test_arguments_that_do_not_fit_fail_the_task(open_bus, payload):
+    app = Boilermaker([], open_bus())
+
+    @app.task
+    async def work(state, number=0): ...
+
+    await app.publish_task(Task.default("work", payload=payload))
+    await work_off(app)
+    [dead] = await app.service_bus_client.peek(dead_letter=True)
+    assert dead.dead_letter_reason == "TaskFailed"
+    assert "TypeError" in dead.dead_letter_error_description
+
+
+class Rude(BaseException):
+    """What derives from no Exception."""
+
+    def __str__(self):
+        raise ValueError("no text either")
+
+
+@pytest.mark.parametrize("error", [SystemExit(3), asyncio.CancelledError("by myself"), Rude(), StopAsyncIteration()])
+async def test_whatever_a_task_raises_the_worker_goes_on(open_bus, error):
+    app = Boilermaker([], open_bus())
+
+    @app.task
+    async def explode(state):
+        raise error
+
+    @app.task
+    async def neighbour(state, failure=None):
+        state.append(failure and failure["error"])
+
+    task = explode.si()
+    task.on_failure = neighbour.s()
+    await app.publish_many([task, neighbour.si()])
+    await work_off(app, concurrency=1)
+    assert app.state == [None, type(error).__name__]
+    [dead] = await app.service_bus_client.peek(dead_letter=True)
+    assert dead.dead_letter_reason == "TaskFailed"
+    assert type(error).__name__ in dead.dead_letter_error_description
+
+
+async def test_a_task_that_raises_keyboard_interrupt_does_not_end_the_worker(open_bus, start_program):
+    bus = open_bus()
+    program = start_program("""
+import asyncio
+from boilermaker import Boilermaker, LocalServiceBus
+
+app = Boilermaker(None, LocalServiceBus("queue.db"))
+
+@app.task
+async def interrupt(state):
+    raise KeyboardInterrupt
+
+@app.task
+async def neighbour(state):
+    print("the neighbour ran")
+
+async def main():
+    async with app:
+        await app.publish_many([interrupt.si(), neighbour.si()])
+        await app.run(burst=True, concurrency=1)
+
+asyncio.run(main())
+""")
+    assert await exit_code(program) == 0, program[1].read_text()
+    assert "the neighbour ran" in program[1].read_text()
+    [dead] = await bus.peek(dead_letter=True)
+    assert "KeyboardInterrupt" in dead.dead_letter_error_description
+
+
+async def test_a_task_that_cancels_itself_has_failed(open_bus):
+    app = Boilermaker([], open_bus())
+
+    @app.task
+    async def suicidal(state, then_wait):
+        asyncio.current_task().cancel()
+        if then_wait:
+            await asyncio.sleep(0)
+
+    await suicidal.delay(True)
+    await suicidal.delay(False)
+    await work_off(app)
+    assert await ids_of(app.service_bus_client) == []
+    [dead] = await app.service_bus_client.peek(dead_letter=True)
+    assert "CancelledError" in dead.dead_letter_error_description
+
+
+async def test_boilermaker_servicebuss_debug_task_completes(open_bus):
+    app = Boilermaker(None, open_bus())
+    body = {
+        "task_id": "1",
+        "should_dead_letter": True,
+        "acks_late": True,
+        "function_name": "debug_task",
+        "attempts": {"attempts": 0, "last_retry": "2025-01-01T00:00:00Z"},
+        "payload": {"args": [], "kwargs": {}},
+        "policy": {"max_tries": 1, "delay": 5, "delay_max": 5, "retry_mode": 0},
+        "on_success": None,
+        "on_failure": None,
+        "graph_id": None,
+    }
+    await app.service_bus_client.send([letter(json.dumps(body))])
+    await work_off(app)
+    assert await ids_of(app.service_bus_client) == await ids_of(app.service_bus_client, dead_letter=True) == []
+
+
+async def test_current_task_is_the_one_that_runs_and_an_error_elsewhere(open_bus):
+    app = Boilermaker({}, open_bus())
+
+    @app.task
+    async def look(state, number):
+        await asyncio.sleep(0)
+        state[number] = current_task()
+
+    tasks = [await look.delay(number) for number in range(5)]
+    await work_off(app)
+    for number, task in enumerate(tasks):
+        seen = app.state[number]
+        assert (seen.task_id, seen.args) == (task.task_id, [number])
+        assert (seen.sequence_number, seen.message_id) == (task.sequence_number, task.task_id)
+    with pytest.raises(UsageError, match="outside of a running task"):
+        current_task()
+
+
+async def test_a_task_can_publish_tasks_and_read_its_state(open_bus):
+    app = Boilermaker({"seen": []}, open_bus())
+
+    @app.task
+    async def count_down(state, number):
+        state["seen"].append(number)
+        if number:
+            await count_down.delay(number - 1)
+
+    await count_down.delay(5)
+    await work_off(app)
+    assert app.state["seen"] == [5, 4, 3, 2, 1, 0]
+
+
+# ======================================================================================================================
+# Worker: callbacks, chains, routing
+# ======================================================================================================================
+
+
+async def test_s_receives_the_result_and_si_does_not(open_bus):
+    app = Boilermaker([], open_bus())
+
+    @app.task
+    async def add(state, x, y=0):
+        state.append((x, y))
+        return {"sum": x + y} if y else x
+
+    await app.publish_task(add.si(1, 2) | add.si(5) | add.s(7) | add.s())
+    await work_off(app)
+    assert app.state == [(1, 2), (5, 0), (5, 7), ({"sum": 12}, 0)]
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "error", "message"),
+    [("raises", "ValueError", "it is broken"), ("gives_up", "TaskFailureResult", "")],
+)
+async def test_on_failure_by_s_receives_the_failure(open_bus, behaviour, error, message):
+    app, functions, note = table_app(open_bus())
+    task = Task.si(functions[behaviour])
+    task.on_failure = note.s("more")
+    await app.publish_task(task)
+    await work_off(app)
+    _, (_, failure, more) = app.state
+    assert more == "more"
+    assert set(failure) == {"task_id", "function_name", "error", "message", "traceback", "attempts"}
+    assert (failure["task_id"], failure["function_name"]) == (task.task_id, behaviour)
+    assert (failure["error"], failure["message"], failure["attempts"]) == (error, message, 1)
+    assert ("raise ValueError" in failure["traceback"]) == (behaviour == "raises")
+
+
+async def test_a_chain_stops_at_its_first_failure_and_its_on_failure_runs_once(open_bus):
+    app, functions, note = table_app(open_bus())
+    chain = app.chain(note.si(1), note.si(2), Task.si(functions["raises"]), note.si(4), on_failure=note.si("failed"))
+    await app.publish_task(chain)
+    await work_off(app)
+    assert [entry if entry == "ran" else entry[1] for entry in app.state] == [1, 2, "ran", "failed"]
+
+
+async def test_a_failed_callback_has_its_own_on_failure(open_bus):
+    app, functions, note = table_app(open_bus())
+    first, second = note.si(1), Task.si(functions["raises"])
+    first.on_failure, second.on_failure = note.si("of the first"), note.si("of the second")
+    first >> second
+    await app.publish_task(first)
+    await work_off(app)
+    assert [entry if entry == "ran" else entry[1] for entry in app.state] == [1, "ran", "of the second"]
+
+
+async def test_a_returned_task_takes_over_and_what_would_have_followed_comes_after_it(open_bus):
+    app = Boilermaker([], open_bus())
+
+    @app.task
+    async def step(state, name, result=None):
+        state.append(name)
+        return name
+
+    @app.task
+    async def report(state, result, name):
+        state.append((name, result))
+
+    @app.task
+    async def route(state, way):
+        state.append("route")
+        return step.si(f"{way} 1") | step.si(f"{way} 2")
+
+    task = route.si("left")
+    task.on_success, task.on_failure = report.s("success"), report.s("failure")
+    await app.publish_task(task)
+    await work_off(app)
+    assert app.state == ["route", "left 1", "left 2", ("success", "left 2")]
+
+
+@pytest.mark.parametrize("own", [False, True])
+async def test_a_returned_task_has_the_returners_on_failure_where_it_has_none(open_bus, own):
+    app, functions, note = table_app(open_bus())
+
+    @app.task
+    async def route(state):
+        last = Task.si(functions["raises"])
+        last.on_failure = note.si("its own") if own else None
+        return note.si("first") | last
+
+    task = route.si()
+    task.on_success, task.on_failure = note.si("success"), note.si("the returner's")
+    await app.publish_task(task)
+    await work_off(app)
+    assert [entry if entry == "ran" else entry[1] for entry in app.state] == [
+        *("first", "ran", "its own" if own else "the returner's")
+    ]
+
+
+async def test_a_decorated_function_may_be_returned_too(open_bus):
+    app, _, note = table_app(open_bus())
+
+    @app.task
+    async def route(state):
+        return note
+
+    await route.delay()
+    await work_off(app)
+    assert len(app.state) == 1
+
+
+async def test_a_task_for_another_queue_runs_there_and_its_callbacks_come_home(open_bus):
+    home, abroad = Boilermaker([], open_bus("home")), Boilermaker([], open_bus("abroad"))
+    await home.service_bus_client.peek()
+
+    @abroad.task
+    async def double(state, number):
+        state.append(number)
+        return 2 * number
+
+    @home.task
+    async def store(state, number):
+        state.append(number)
+        return number
+
+    @home.task
+    async def mourn(state, failure):
+        state.append(failure["function_name"])
+
+    await home.send_task("double", 21, queue="abroad", on_success=store.s() | store.s(), on_failure=mourn.s())
+    await home.send_task("missing", queue="abroad", on_success=store.s(), on_failure=mourn.s())
+    await work_off(home)
+    assert home.state == []
+    await work_off(abroad)
+    assert abroad.state == [21]
+    assert await ids_of(abroad.service_bus_client) == []
+    await work_off(home)
+    assert sorted(home.state, key=str) == [42, 42, "missing"]
+    [dead] = await abroad.service_bus_client.peek(dead_letter=True)
+    assert dead.dead_letter_reason == "UnregisteredFunction"
+
+
+async def test_a_retry_abroad_still_sends_its_callbacks_home(open_bus):
+    home, abroad = Boilermaker([], open_bus("home")), Boilermaker([], open_bus("abroad"))
+
+    @abroad.task(policy=RetryPolicy(max_tries=2, delay=0))
+    async def stubborn(state):
+        if current_task().attempts.attempts == 0:
+            raise RetryException("once more")
+        return "done"
+
+    @home.task
+    async def store(state, result):
+        state.append(result)
+
+    await home.send_task("stubborn", queue="abroad", on_success=store.s())
+    await work_off(abroad)
+    await work_off(home)
+    assert home.state == ["done"]
+
+
+@pytest.mark.parametrize(
+    ("result", "cause"),
+    [
+        (object(), "JSON cannot carry"),
+        (float("nan"), "JSON cannot carry"),
+        ("x" * 2000, r"makes a message of \d+ bytes, the limit is 2000"),
+    ],
+    ids=["not JSON", "NaN", "too large"],
+)
+@pytest.mark.parametrize("should_dead_letter", [True, False])
+async def test_a_follow_up_that_can_never_be_published_dead_letters_its_parent(
+    open_bus, result, cause, should_dead_letter
+):
+    app = Boilermaker([], open_bus(max_message_bytes=2000))
+
+    @app.task(should_dead_letter=should_dead_letter)
+    async def produce(state):
+        state.append("produced")
+        return result
+
+    @app.task
+    async def consume(state, value):
+        state.append("consumed")
+
+    task = produce.si()
+    task.on_success = consume.s()
+    await app.publish_task(task)
+    await work_off(app)
+    assert app.state == ["produced"]
+    [dead] = await app.service_bus_client.peek(dead_letter=True)
+    assert (dead.message_id, dead.dead_letter_reason) == (task.task_id, "FollowUpRejected")
+    assert re.search(cause, dead.dead_letter_error_description)
+    assert "consume" in dead.dead_letter_error_description
+    assert await ids_of(app.service_bus_client) == []
+
+
+async def test_a_result_that_nobody_takes_may_be_anything(open_bus):
+    app, _, note = table_app(open_bus())
+
+    @app.task
+    async def produce(state):
+        return object()
+
+    await app.publish_task(produce.si() | note.si("next"))
+    await work_off(app)
+    assert [entry[1] for entry in app.state] == ["next"]
+
+
+# ======================================================================================================================
+# Worker: publishing many, bursts, concurrency, the log
+# ======================================================================================================================
+
+
+async def test_many_tasks_are_published_in_order_in_one_transaction(open_bus, transactions):
+    app, _, note = table_app(open_bus())
+    await app.service_bus_client.peek()
+    transactions.clear()
+    tasks = await app.publish_many(note.si(number) for number in range(200))
+    assert transactions == [1]
+    assert [task.sequence_number for task in tasks] == list(range(1, 201))
+    await work_off(app, concurrency=1)
+    assert [entry[1] for entry in app.state] == list(range(200))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error"),
+    [(lambda note: note.si("x" * 2000), MessageTooLarge), (lambda note: note.si(1) >> note.si(2), UsageError)],
+    ids=["too large", "not the head"],
+)
+async def test_many_tasks_are_all_checked_before_the_first_is_sent(open_bus, wrong, error):
+    app, _, note = table_app(open_bus(max_message_bytes=2000))
+    with pytest.raises(error):
+        await app.publish_many([note.si(1), note.si(2), wrong(note)])
+    assert await app.service_bus_client.peek() == []
+
+
+async def test_a_burst_does_not_wait_for_what_is_scheduled(open_bus):
+    app, _, note = table_app(open_bus())
+    await app.apply_async(note, "later", delay=3600)
+    await note.delay("now")
+    await work_off(app)
+    assert [entry[1] for entry in app.state] == ["now"]
+    assert len(await app.service_bus_client.peek()) == 1
+
+
+async def test_a_burst_does_not_wait_for_what_another_worker_holds(open_bus):
+    app, _, note = table_app(open_bus(lock_duration=3600))
+    await note.delay("held")
+    async with receiving(app.service_bus_client) as receiver:
+        [delivery] = await receiver.receive(1, 0)
+        await note.delay("free")
+        await work_off(app)
+        assert [entry[1] for entry in app.state] == ["free"]
+        assert await settle(receiver, delivery) == []
+
+
+async def test_a_burst_waits_for_what_its_own_tasks_publish(open_bus):
+    app, _, note = table_app(open_bus())
+
+    @app.task
+    async def slow(state):
+        await asyncio.sleep(0.2)
+        await note.delay("published")
+
+    await app.publish_task(slow.si() | note.si("followed"))
+    await work_off(app)
+    assert sorted(entry[1] for entry in app.state) == ["followed", "published"]
+
+
+async def test_as_many_tasks_run_at_once_as_asked_for_and_no_more(open_bus):
+    app = Boilermaker([], open_bus())
+    together = asyncio.Barrier(3)
+
+    @app.task
+    async def meet(state):
+        state.append(1)
+        assert sum(state) <= 3
+        await together.wait()
+        await asyncio.sleep(0.01)
+        state.append(-1)
+
+    await app.publish_many(meet.si() for _ in range(12))
+    await work_off(app, concurrency=3)
+    assert len(app.state) == 24
+    assert await app.service_bus_client.peek(dead_letter=True) == []
+
+
+async def test_a_worker_holds_only_what_it_runs(open_bus):
+    app = Boilermaker(asyncio.Event(), open_bus())
+
+    @app.task
+    async def wait(state):
+        await state.wait()
+
+    await app.publish_many(wait.si() for _ in range(5))
+    bus = app.service_bus_client
+    async with working(app, concurrency=2), receiving(bus) as receiver:
+        await until(lambda: locked_count_is(bus, 2))
+        assert len(await receiver.receive(5, 0)) == 3
+        app.state.set()
+
+
+async def locked_count_is(bus, count):
+    return sum(message.delivery_count for message in await bus.peek()) == count
+
+
+async def test_the_log_tells_of_begin_and_completion(open_bus, caplog):
+    caplog.set_level(logging.INFO, "boilermaker.app")
+    app, functions, _ = table_app(open_bus())
+    assert "Registered background function fn=returns" in caplog.messages
+    task = await app.apply_async(functions["returns"])
+    await work_off(app)
+    number = task.sequence_number
+    assert f"[returns] Begin Task sequence_number={number}" in caplog.messages
+    pattern = rf"\[returns\] Completed Task sequence_number={number} in \d+\.\d{{5}}s"
+    assert [record.levelname for record in caplog.records if re.fullmatch(pattern, record.getMessage())] == ["INFO"]
+    assert {record.name for record in caplog.records} == {"boilermaker.app"} | {"asyncio"} & {
+        record.name for record in caplog.records
+    }
+    assert not [record for record in caplog.records if record.levelno > logging.INFO]
+
+
+async def test_the_log_tells_of_retries_as_warnings(open_bus, caplog):
+    app, functions, _ = table_app(open_bus())
+    await app.apply_async(functions["asks_again"], policy=RetryPolicy(max_tries=7, delay=33))
+    await work_off(app)
+    [record] = [record for record in caplog.records if record.levelno >= logging.WARNING]
+    assert record.levelname == "WARNING"
+    assert record.getMessage().startswith("[asks_again] ")
+    assert re.search(r"attempt 1 of 7.* 33 s.*come back later", record.getMessage())
+
+
+async def test_the_log_tells_of_failures_as_errors_with_the_traceback(open_bus, caplog):
+    app, functions, _ = table_app(open_bus())
+    task = await app.apply_async(functions["raises"])
+    await work_off(app)
+    [record] = [record for record in caplog.records if record.levelno >= logging.WARNING]
+    assert record.levelname == "ERROR"
+    assert record.getMessage().startswith("[raises] ")
+    assert f"sequence_number={task.sequence_number}" in record.getMessage()
+    assert 'raise ValueError("it is broken")' in caplog.text
+
+
+@pytest.mark.parametrize("concurrency", [0, -1, 1.5, "2", None, True])
+async def test_a_concurrency_that_is_no_number_over_zero_is_refused(open_bus, concurrency):
+    with pytest.raises(UsageError, match=f"concurrency={concurrency!r}"):
+        await Boilermaker(None, open_bus()).run(concurrency, burst=True)
+
+
+async def test_a_task_that_runs_for_too_long_is_cancelled_and_delivered_again(open_bus, caplog):
+    app = Boilermaker([], open_bus(lock_duration=0.2, max_delivery_count=2))
+
+    @app.task
+    async def never_ends(state):
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            state.append("cancelled")
+            return "as if nothing had been"
+
+    @app.task
+    async def after(state):
+        state.append("after")
+
+    await app.publish_task(never_ends.si() | after.si())
+    async with working(app, max_lock_renewal=0.1):
+        [dead] = await until(lambda: app.service_bus_client.peek(dead_letter=True))
+    assert dead.dead_letter_reason == "MaxDeliveryCountExceeded"
+    assert app.state == ["cancelled", "cancelled"]
+    assert "[never_ends] Lock lost" in caplog.text
+
+
+# ======================================================================================================================
+# Worker: shutdown
+# ======================================================================================================================
+
+WORKER_PROGRAM = """
+import asyncio, json, logging, os, sys
+from boilermaker import Boilermaker, LocalServiceBus, current_task
+
+settings, options = map(json.loads, sys.argv[1:])
+logging.basicConfig(level=logging.INFO)
+app = Boilermaker(None, LocalServiceBus("queue.db", **settings))
+journal = os.open("journal", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+
+def note(*words):
+    os.write(journal, (" ".join(map(str, words)) + "\\n").encode())
+
+@app.task
+async def hold(state):
+    note("begun", os.getpid())
+    try:
+        while not os.path.exists("release"):
+            await asyncio.sleep(0.01)
+    except asyncio.CancelledError:
+        note("cancelled", os.getpid())
+        raise
+    note("ended", os.getpid())
+
+@app.task
+async def tidy_up(state):
+    note("begun", os.getpid())
+    try:
+        await asyncio.Event().wait()
+    except asyncio.CancelledError:
+        note("cancelled", os.getpid())
+        while not os.path.exists("release"):
+            await asyncio.sleep(0.01)
+        raise
+
+@app.task
+async def step(state, chain, number):
+    task = current_task()
+    note("step", chain, number, task.message_id, task.sequence_number)
+    await asyncio.sleep(0.01)
+
+async def main():
+    async with app:
+        await app.run(**options)
+
+asyncio.run(main())
+"""
+
+
+@pytest.fixture
+def start_worker(start_program):
+    def start(settings, **options):
+        return start_program(WORKER_PROGRAM, json.dumps(settings), json.dumps(options))
+
+    return start
+
+
+@pytest.fixture
+def journal(tmp_path):
+    """Gives the words of the lines that worker programs wrote, those that begin with one word."""
+
+    def read(first):
+        with contextlib.suppress(FileNotFoundError):
+            lines = [line.split() for line in (tmp_path / "journal").read_text().splitlines()]
+            return [words for words in lines if words[0] == first]
+        return []
+
+    return read
+
+
+SIGNALS = [signal.SIGTERM, signal.SIGINT]
+
+
+@pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
+async def test_a_signal_lets_running_tasks_finish_and_takes_no_more(open_bus, start_worker, journal, tmp_path, number):
+    app = Boilermaker(None, open_bus(lock_duration=3600))
+    await app.send_task("hold")
+    process, output = start_worker({"lock_duration": 3600}, grace_period=PATIENCE)
+    await until(lambda: journal("begun"))
+    process.send_signal(number)
+    await until(lambda: "shutting down" in output.read_text())
+    waiting = await app.send_task("hold")
+    (tmp_path / "release").touch()
+    assert await exit_code((process, output)) == 0
+    assert len(journal("begun")) == len(journal("ended")) == 1
+    assert await ids_of(app.service_bus_client) == [waiting.task_id]
+    async with receiving(app.service_bus_client) as receiver:
+        [_] = await receiver.receive(1, 0)
+
+
+@pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
+async def test_after_the_grace_period_messages_are_given_back_at_once(open_bus, start_worker, journal, number):
+    app = Boilermaker(None, open_bus(lock_duration=3600))
+    task = await app.send_task("hold")
+    process, output = start_worker({"lock_duration": 3600}, grace_period=0.2)
+    await until(lambda: journal("begun"))
+    process.send_signal(number)
+    assert await exit_code((process, output)) == 0
+    assert len(journal("cancelled")) == 1
+    assert "given back" in output.read_text()
+    async with receiving(app.service_bus_client) as receiver:
+        [delivery] = await receiver.receive(1, 0)
+    assert (delivery.message_id, delivery.delivery_count) == (task.task_id, 1)
+
+
+@pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
+async def test_a_second_signal_ends_at_once_and_messages_are_given_back(open_bus, start_worker, journal, number):
+    app = Boilermaker(None, open_bus(lock_duration=3600))
+    await app.send_task("hold")
+    process, output = start_worker({"lock_duration": 3600}, grace_period=3600)
+    await until(lambda: journal("begun"))
+    process.send_signal(number)
+    await until(lambda: "shutting down" in output.read_text())
+    assert process.poll() is None
+    process.send_signal(number)
+    assert await exit_code((process, output)) == 0
+    async with receiving(app.service_bus_client) as receiver:
+        [delivery] = await receiver.receive(1, 0)
+    assert delivery.delivery_count == 1
+
+
+@pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
+async def test_a_signal_while_messages_are_given_back_does_not_keep_them_from_it(
+    open_bus, start_worker, journal, tmp_path, number
+):
+    app = Boilermaker(None, open_bus(lock_duration=3600))
+    await app.send_task("tidy_up")
+    process, output = start_worker({"lock_duration": 3600}, grace_period=0.1)
+    await until(lambda: journal("begun"))
+    process.send_signal(number)
+    await until(lambda: journal("cancelled"))
+    process.send_signal(number)
+    (tmp_path / "release").touch()
+    assert await exit_code((process, output)) == 0
+    async with receiving(app.service_bus_client) as receiver:
+        [_] = await receiver.receive(1, 0)
+
+
+@pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
+async def test_an_idle_worker_ends_at_a_signal(open_bus, start_worker, journal, number):
+    app = Boilermaker(None, open_bus())
+    await app.send_task("step", 0, 0)
+    process, output = start_worker({})
+    await until(lambda: journal("step"))
+    await until(lambda: nothing_is_left(app.service_bus_client))
+    process.send_signal(number)
+    assert await exit_code((process, output)) == 0
+
+
+async def test_cancelling_the_run_gives_messages_back_at_once(open_bus):
+    app = Boilermaker([], open_bus(lock_duration=3600))
+
+    @app.task
+    async def hold(state):
+        state.append("begun")
+        await asyncio.Event().wait()
+
+    await app.publish_many([hold.si(), hold.si()])
+    worker = asyncio.create_task(app.run(concurrency=1))
+    await until(lambda: app.state)
+    worker.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await worker
+    async with receiving(app.service_bus_client) as receiver:
+        assert [delivery.delivery_count for delivery in await receiver.receive(5, 0)] == [1, 0]
+
+
+async def test_a_task_that_will_not_end_is_given_back_all_the_same(open_bus, monkeypatch):
+    monkeypatch.setattr(boilermaker, "STOP_PATIENCE", 0.1)
+    app = Boilermaker([], open_bus(lock_duration=3600))
+    release = asyncio.Event()
+
+    @app.task
+    async def stubborn(state):
+        state.append("begun")
+        while not release.is_set():
+            with contextlib.suppress(asyncio.CancelledError):
+                await release.wait()
+        state.append("ended")
+
+    await stubborn.delay()
+    worker = asyncio.create_task(app.run())
+    await until(lambda: app.state)
+    worker.cancel()
+    await asyncio.wait([worker])
+    async with receiving(app.service_bus_client) as receiver:
+        [_] = await receiver.receive(1, 0)
+    release.set()
+    await until(lambda: app.state[1:] == ["ended"])
+
+
+async def test_a_task_that_returns_when_it_is_stopped_counts_as_done(open_bus):
+    app = Boilermaker([], open_bus(lock_duration=3600))
+
+    @app.task
+    async def tidy(state):
+        state.append("begun")
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.Event().wait()
+
+    await tidy.delay()
+    worker = asyncio.create_task(app.run())
+    await until(lambda: app.state)
+    worker.cancel()
+    await asyncio.wait([worker])
+    assert await ids_of(app.service_bus_client) == await ids_of(app.service_bus_client, dead_letter=True) == []
+
+
+async def test_signal_handlers_are_as_before_after_the_run(open_bus):
+    app = Boilermaker([], open_bus())
+
+    @app.task
+    async def look(state):
+        state.append([signal.getsignal(number) for number in SIGNALS])
+
+    def mine(number, frame): ...
+
+    def also_mine(number, frame): ...
+
+    before = [signal.signal(number, handler) for number, handler in zip(SIGNALS, (mine, also_mine), strict=True)]
+    try:
+        await look.delay()
+        await work_off(app)
+        assert [signal.getsignal(number) for number in SIGNALS] == [mine, also_mine]
+        assert mine not in app.state[0]
+        assert also_mine not in app.state[0]
+    finally:
+        for number, handler in zip(SIGNALS, before, strict=True):
+            signal.signal(number, handler)
+
+
+# ======================================================================================================================
+# Worker: several processes
+# ======================================================================================================================
+
+
+async def test_workers_share_the_work_and_nothing_is_lost_or_run_twice(open_bus, start_worker, journal):
+    app = Boilermaker(None, open_bus(lock_duration=60))
+    workers = [start_worker({"lock_duration": 60}, concurrency=5) for _ in range(2)]
+    for _, output in workers:
+        await until(lambda output=output: "Worker started" in output.read_text())
+    for number in range(0, 200, 20):
+        await asyncio.gather(*[app.send_task("step", 0, number + offset) for offset in range(20)])
+    await until(lambda: nothing_is_left(app.service_bus_client))
+    assert sorted(int(words[2]) for words in journal("step")) == list(range(200))
+    for process, output in workers:
+        assert "Completed Task" in output.read_text()
+        process.terminate()
+        assert await exit_code((process, output)) == 0
+    assert await ids_of(app.service_bus_client, dead_letter=True) == []
+
+
+async def test_killing_workers_loses_no_step_of_a_chain_and_publishes_none_twice(open_bus, start_worker, journal):
+    chains, steps = 20, 8
+    settings = {"lock_duration": 0.5, "max_delivery_count": None}
+    bus = open_bus(**settings)
+    app = Boilermaker(None, bus)
+    for chain in range(chains):
+        tasks = [Task.default("step", payload={"args": [chain, number]}) for number in range(steps)]
+        await app.publish_task(app.chain(*tasks))
+    workers = [start_worker(settings, concurrency=5) for _ in range(2)]
+    for kill in range(4):
+        enough = 25 * (kill + 1)
+        await until(lambda enough=enough: len(journal("step")) >= enough)
+        victim, _ = workers.pop(0)
+        victim.kill()
+        victim.wait()
+        workers.append(start_worker(settings, concurrency=5))
+    await until(lambda: nothing_is_left(bus))
+    for process, output in workers:
+        process.terminate()
+        await exit_code((process, output))
+    messages = {}
+    for _, chain, number, message_id, sequence_number in journal("step"):
+        messages.setdefault((int(chain), int(number)), set()).add((message_id, sequence_number))
+    assert set(messages) == {(chain, number) for chain in range(chains) for number in range(steps)}
+    assert [found for found in messages.values() if len(found) > 1] == []
+    assert await bus.peek(dead_letter=True) == []
+
+
+async def test_a_worker_that_slept_over_its_lock_settles_nothing_and_says_so(open_bus, start_worker, journal, tmp_path):
+    bus = open_bus(lock_duration=0.3)
+    app = Boilermaker(None, bus)
+    task, following = Task.default("hold"), Task.default("step", payload={"args": [0, 0]})
+    task.on_success = following
+    await app.publish_task(task)
+    process, output = start_worker({"lock_duration": 0.3})
+    await until(lambda: journal("begun"))
+    process.send_signal(signal.SIGSTOP)
+    bus.lock_duration = 3600
+    async with receiving(bus) as receiver:
+        [delivery] = await receiver.receive(1, PATIENCE)
+        assert (delivery.message_id, delivery.delivery_count) == (task.task_id, 1)
+        process.send_signal(signal.SIGCONT)
+        await until(lambda: journal("cancelled"))
+        await until(lambda: "[hold] Lock lost" in output.read_text())
+        assert await ids_of(bus) == [task.task_id]
+        assert await settle(receiver, delivery) == []
+    process.terminate()
+    assert await exit_code((process, output)) == 0
+    assert journal("step") == journal("ended") == []
+    assert await ids_of(bus) == await ids_of(bus, dead_letter=True) == []
+
+
+# ======================================================================================================================
+# Helpers of the buses
+# ======================================================================================================================
+
+
+LOCK_DURATION = 5
+QUEUES = [f"queue{number}" for number in range(200)]
+_fresh_queues = iter(QUEUES)
+
+
+@pytest.fixture(scope="session")
+def emulator():
+    """A Service Bus on loopback, with more queues than there are tests."""
+    with ServiceBusEmulator(queues=QUEUES, lock_duration=LOCK_DURATION, duplicate_detection=600) as emulator:
+        yield emulator
+
+
+@pytest.fixture(scope="session")
+def quick_emulator():
+    """Another, whose locks are the shortest there can be on Azure but for a factor."""
+    with ServiceBusEmulator(queues=QUEUES, lock_duration=2, duplicate_detection=600) as emulator:
+        yield emulator
+
+
+@contextlib.asynccontextmanager
+async def azure_buses(emulator):
+    """Makes buses on a fresh queue, or on the one that is named; that one of them leaves a connection is an error."""
+    buses = []
+
+    def make(queue_name=None):
+        buses.append(AzureServiceBus.from_connection_string(emulator.connection_string, queue_name or fresh_queue()))
+        return buses[-1]
+
+    yield make
+    for bus in buses:
+        await bus.close()
+    await until(lambda: emulator.control("stats")["connections"] == 0, "the end of all connections")
+
+
+def fresh_queue():
+    return next(_fresh_queues)
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    """Loopback is quick: so are receives that have to be waited for at the end of a worker."""
+    monkeypatch.setattr(boilermaker, "MAX_WAIT", 0.2)
+    monkeypatch.setattr(boilermaker, "EMPTY_WAIT", 0.5)
+
+
+@pytest.fixture
+async def azure_bus(emulator, impatient):
+    """Makes Azure buses over the wire."""
+    async with azure_buses(emulator) as make:
+        yield make
+
+
+@pytest.fixture
+async def quick_azure_bus(quick_emulator, impatient):
+    async with azure_buses(quick_emulator) as make:
+        yield make
+
+
+@pytest.fixture
+async def local_bus(tmp_path):
+    """Makes local buses on `queue.db`."""
+    buses = []
+
+    def make(queue_name=None):
+        queue_name = queue_name or fresh_queue()
+        settings = {"lock_duration": LOCK_DURATION, "duplicate_detection": 600}
+        buses.append(LocalServiceBus(tmp_path / "queue.db", queue_name, **settings))
+        return buses[-1]
+
+    yield make
+    for bus in buses:
+        await bus.close()
+
+
+@pytest.fixture(params=["local", "azure"])
+async def new_bus(request, local_bus, impatient):
+    """Makes buses of either kind: what holds on one holds on the other."""
+    if request.param == "local":
+        yield local_bus
+    else:
+        async with azure_buses(request.getfixturevalue("emulator")) as make:
+            yield make
+
+
+async def is_empty(bus):
+    return await bus.peek() == []
+
+
+# ======================================================================================================================
+# The contract, on both buses
+# ======================================================================================================================
+
+
+async def test_a_published_task_runs_once_and_leaves_nothing(new_bus):
+    app = Boilermaker("state", new_bus())
+    ran = []
+
+    @app.task
+    async def work(state, *args, **kwargs):
+        task = current_task()
+        ran.append((state, args, kwargs, task.task_id, task.message_id))
+
+    task = await work.delay(1, "é", flag=None)
+    await work_off(app)
+    assert ran == [("state", (1, "é"), {"flag": None}, task.task_id, task.task_id)]
+    assert await is_empty(app.service_bus_client)
+
+
+async def test_peek_shows_what_waits_without_locking_it(new_bus):
+    app = Boilermaker(None, new_bus())
+
+    @app.task
+    async def work(state, text): ...
+
+    now, later = (await work.delay("é"), await app.apply_async(work, "later", delay=3600))
+    [first, second] = await app.service_bus_client.peek()
+    assert [first] == await app.service_bus_client.peek(1)
+    assert (first.message_id, second.message_id) == (now.task_id, later.task_id)
+    assert json.loads(first.body)["payload"] == {"args": ["é"], "kwargs": {}}
+    assert first.sequence_number < second.sequence_number == later.sequence_number
+    assert (first.delivery_count, first.dead_letter_reason, first.dead_letter_error_description) == (0, None, None)
+    now_utc = datetime.datetime.now(datetime.UTC)
+    assert abs(now_utc - first.enqueued_time_utc) < datetime.timedelta(minutes=5)
+    assert first.scheduled_enqueue_time_utc is None
+    expected = datetime.timedelta(minutes=55), datetime.timedelta(minutes=60)
+    assert expected[0] < second.scheduled_enqueue_time_utc - now_utc < expected[1]
+
+
+async def test_results_and_failures_are_passed_along(new_bus):
+    app = Boilermaker(None, new_bus())
+    seen = []
+
+    @app.task
+    async def double(state, x):
+        return 2 * x
+
+    @app.task
+    async def store(state, x):
+        seen.append(x)
+        raise ValueError(f"no room for {x}")
+
+    @app.task
+    async def clean_up(state, failure):
+        seen.append((failure["error"], failure["message"], failure["function_name"], failure["attempts"]))
+
+    await app.publish_task(app.chain(double.si(3), double.s(), store.s(), on_failure=clean_up.s()))
+    await work_off(app)
+    assert seen == [12, ("ValueError", "no room for 12", "store", 1)]
+
+
+async def test_a_retry_waits_as_its_policy_says(new_bus):
+    app = Boilermaker(None, new_bus())
+    runs = []
+
+    @app.task(policy=RetryPolicy(max_tries=2, delay=1))
+    async def flaky(state):
+        runs.append((time.monotonic(), current_task().attempts.attempts, current_task().message_id))
+        if len(runs) == 1:
+            raise RetryException("not yet")
+
+    task = await flaky.delay()
+    async with working(app):
+        await until(lambda: len(runs) == 2)
+    (first, *facts), (second, *retry_facts) = runs
+    assert (facts, retry_facts) == ([0, task.task_id], [1, f"{task.task_id}:1"])
+    assert second - first > 0.9
+    await until(lambda: is_empty(app.service_bus_client))
+
+
+async def test_what_fails_is_dead_lettered_with_its_reason(new_bus):
+    app = Boilermaker(None, new_bus())
+
+    @app.task
+    async def fails(state):
+        raise ValueError("the disk is full")
+
+    @app.task(policy=RetryPolicy(max_tries=1))
+    async def gives_up(state):
+        raise RetryException("still no answer")
+
+    @app.task
+    async def returns_failure(state):
+        return TaskFailureResult
+
+    @app.task(should_dead_letter=False)
+    async def is_completed(state):
+        raise ValueError
+
+    bus = app.service_bus_client
+    for task in (fails, gives_up, returns_failure, is_completed):
+        await task.delay()
+    await app.send_task("unheard_of")
+    await bus.send([boilermaker.Outgoing("{", "not a task", bus.queue_name)])
+    await work_off(app)
+    dead = {m.dead_letter_reason: m.dead_letter_error_description for m in await bus.peek(dead_letter=True)}
+    assert await is_empty(bus)
+    assert set(dead) == {"TaskFailed", "RetriesExhausted", "UnregisteredFunction", "InvalidTaskFormat"}
+    assert "still no answer" in dead["RetriesExhausted"]
+    assert "'unheard_of'" in dead["UnregisteredFunction"]
+    assert len(await bus.peek(dead_letter=True)) == 5
+
+
+async def test_a_scheduled_task_can_be_taken_back_once(new_bus):
+    app = Boilermaker(None, new_bus())
+
+    @app.task
+    async def work(state): ...
+
+    task = await app.apply_async(work, delay=3600)
+    await app.service_bus_client.cancel(task.sequence_number)
+    assert await is_empty(app.service_bus_client)
+    with pytest.raises(MessageNotFound, match=app.service_bus_client.queue_name):
+        await app.service_bus_client.cancel(task.sequence_number)
+
+
+async def test_many_tasks_are_sent_in_order_in_full_batches(new_bus):
+    app = Boilermaker(None, new_bus())
+
+    @app.task
+    async def work(state, number, filling): ...
+
+    tasks = [work.si(number, "x" * 4000) for number in range(300)]
+    assert await app.publish_many(tasks) == tasks
+    peeked = await app.service_bus_client.peek(1000)
+    assert sum(len(message.body) for message in peeked) > 4 * boilermaker.DEFAULT_MAX_MESSAGE_BYTES
+    assert [message.message_id for message in peeked] == [task.task_id for task in tasks]
+    assert sorted(peeked, key=lambda message: message.sequence_number) == peeked
+
+
+async def test_what_is_too_large_is_refused_before_anything_is_sent(new_bus):
+    app = Boilermaker(None, new_bus())
+
+    @app.task
+    async def work(state, data): ...
+
+    with pytest.raises(MessageTooLarge, match="limit is 262144"):
+        await app.publish_many([work.si("small"), work.si("x" * 262_144)])
+    with pytest.raises(MessageTooLarge, match="with its callbacks"):
+        await app.publish_task(work.si("x" * 140_000) | work.si("y" * 140_000))
+    assert await is_empty(app.service_bus_client)
+    await work.delay("x" * 261_000)
+    assert len(await app.service_bus_client.peek()) == 1
+
+
+async def test_a_message_id_is_taken_once(new_bus):
+    app = Boilermaker(None, new_bus())
+    ran = []
+
+    @app.task
+    async def work(state):
+        ran.append(current_task().task_id)
+
+    task = await work.delay()
+    await app.publish_task(task)
+    other = await app.publish_task(task.copy())
+    await work_off(app)
+    assert ran == [task.task_id, other.task_id]
+
+
+async def test_a_task_of_another_queue_sends_its_callbacks_home(new_bus):
+    home, away = Boilermaker("home", new_bus()), Boilermaker("away", new_bus())
+    ran = []
+
+    @away.task
+    async def resize(state, width):
+        ran.append((state, current_task().queue, width))
+        return width // 2
+
+    @home.task
+    async def resized(state, width):
+        ran.append((state, current_task().queue, width))
+
+    queues = home.service_bus_client.queue_name, away.service_bus_client.queue_name
+    await home.send_task("resize", 800, queue=queues[1], on_success=resized.s())
+    async with working(home), working(away):
+        await until(lambda: len(ran) == 2)
+    assert ran == [("away", queues[1], 800), ("home", queues[0], 400)]
+
+
+async def test_what_is_acknowledged_early_is_gone_while_it_runs(new_bus):
+    app = Boilermaker(None, new_bus())
+    seen = []
+
+    @app.task(acks_late=False)
+    async def work(state):
+        seen.append(await app.service_bus_client.peek())
+
+    @app.task
+    async def after(state):
+        seen.append("after")
+
+    await app.publish_task(work.si() | after)
+    await work_off(app)
+    assert seen == [[], "after"]
+
+
+async def test_a_burst_ends_without_what_is_due_later_or_held_elsewhere(new_bus):
+    bus = new_bus()
+    app, other = Boilermaker(None, bus), Boilermaker(None, new_bus(bus.queue_name))
+    held = asyncio.Event()
+
+    @other.task
+    async def work(state, name):
+        held.set()
+        await asyncio.sleep(PATIENCE)
+
+    @app.task(name="work")
+    async def here(state, name):
+        raise AssertionError(name)
+
+    await app.apply_async(here, "later", delay=3600)
+    await here.delay("elsewhere")
+    async with working(other):
+        await held.wait()
+        await work_off(app)
+    assert len(await bus.peek()) == 2
+
+
+async def test_a_worker_that_stops_gives_its_messages_back(new_bus):
+    bus = new_bus()
+    app = Boilermaker(None, bus)
+    started = asyncio.Event()
+
+    @app.task
+    async def endless(state):
+        started.set()
+        await asyncio.sleep(PATIENCE)
+
+    await endless.delay()
+    async with working(app):
+        await started.wait()
+    [message] = await bus.peek()
+    assert message.delivery_count == 1
+    started.clear()
+    async with working(app):
+        await asyncio.wait_for(started.wait(), PATIENCE)
+
+
+# ======================================================================================================================
+# Azure bus: over the wire, by the real SDK
+# ======================================================================================================================
+
+
+async def test_only_what_is_scheduled_has_a_sequence_number(azure_bus):
+    app = Boilermaker(None, azure_bus())
+
+    @app.task
+    async def work(state): ...
+
+    [now, both] = await app.publish_many([work.si(), work.si()])
+    [first, second] = await app.publish_many([work.si(), work.si()], delay=60)
+    assert (now.sequence_number, both.sequence_number) == (None, None)
+    assert 0 < first.sequence_number < second.sequence_number
+
+
+async def test_application_properties_arrive_as_text(azure_bus):
+    bus = azure_bus()
+    properties = {"traceparent": "00-1-2-01", "é": "ü"}
+    await bus.send([boilermaker.Outgoing("{}", "a", bus.queue_name, None, properties)])
+    [peeked] = await bus.peek()
+    receiver = await bus.open_receiver(lambda delivery: None, 60)
+    [received] = await receiver.receive(1, PATIENCE)
+    await receiver.close()
+    assert peeked.application_properties == received.application_properties == properties
+    assert (received.body, received.message_id, received.delivery_count) == (b"{}", "a", 0)
+
+
+async def test_many_publishers_share_one_link(azure_bus, emulator):
+    app = Boilermaker(None, azure_bus())
+
+    @app.task
+    async def work(state, number): ...
+
+    await asyncio.gather(*[app.apply_async(work, number, delay=number % 2 * 3600) for number in range(200)])
+    assert emulator.control("stats")["connections"] == 1
+    assert len({message.message_id for message in await app.service_bus_client.peek(1000)}) == 200
+
+
+async def test_a_thousand_tasks_leave_no_more_behind_than_a_hundred(azure_bus, emulator):
+    app = Boilermaker(None, azure_bus())
+    done = []
+
+    @app.task
+    async def work(state):
+        done.append(1)
+
+    def held():
+        stats = emulator.control("stats")
+        return len(asyncio.all_tasks()), stats["connections"], stats["links"], stats["locked"]
+
+    async def idle():
+        """What is held when nothing is under way: the least of some looks, since the SDK has tasks that come and go."""
+        return min([held() for _ in range(20) if not await asyncio.sleep(0.02)])
+
+    async with working(app, concurrency=50):
+        await app.publish_many([work.si() for _ in range(100)])
+        await until(lambda: len(done) == 100)
+        after_100 = await idle()
+        await app.publish_many([work.si() for _ in range(900)])
+        await until(lambda: len(done) == 1000)
+        assert await idle() <= after_100
+
+
+async def test_in_quiet_operation_nothing_is_logged_as_a_warning(azure_bus, caplog):
+    caplog.set_level(logging.WARNING)
+    app = Boilermaker(None, azure_bus())
+
+    @app.task
+    async def work(state): ...
+
+    await app.publish_many([work.si() | work.si() for _ in range(50)])
+    await work_off(app)
+    assert caplog.messages == []
+
+
+async def test_the_environment_says_where_the_queue_is(emulator, azure_bus, monkeypatch):
+    bus = azure_bus()
+    monkeypatch.setenv("SERVICEBUS_CONNECTION_STRING", emulator.connection_string)
+    monkeypatch.setenv("SERVICE_BUS_QUEUE_NAME", bus.queue_name)
+    ran = []
+    async with Boilermaker(None, AzureServiceBus.from_config(Config())) as app:
+
+        @app.task
+        async def work(state):
+            ran.append(current_task().queue)
+
+        await work.delay()
+        assert len(await bus.peek()) == 1
+        await work_off(app)
+    assert ran == [bus.queue_name]
+
+
+async def test_a_bus_that_was_closed_can_be_used_again(azure_bus):
+    app = Boilermaker(None, azure_bus())
+
+    @app.task
+    async def work(state): ...
+
+    for count in (1, 2):
+        await work.delay()
+        assert len(await app.service_bus_client.peek()) == count
+        await app.close()
+
+
+class SynchronousCredential:
+    """What azure-identity's credentials look like from the outside."""
+
+    closed = False
+
+    def get_token(self, *scopes, **options):
+        return scopes, options, threading.current_thread()
+
+    def close(self):
+        self.closed = True
+
+
+async def test_a_synchronous_credential_is_asked_in_a_thread():
+    credential = SynchronousCredential()
+    async with boilermaker.ThreadedCredential(credential) as threaded:
+        scopes, options, thread = await threaded.get_token("scope", tenant_id="t")
+    assert (scopes, options) == (("scope",), {"tenant_id": "t"})
+    assert thread is not threading.current_thread()
+    assert credential.closed
+
+
+# ======================================================================================================================
+# Azure bus: errors at the start
+# ======================================================================================================================
+
+
+@pytest.fixture
+def closed_port():
+    """A port that nobody listens on."""
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        yield unused.getsockname()[1]
+
+
+def wrong_key(connection_string):
+    return connection_string.replace("SharedAccessKey=", "SharedAccessKey=AAAA")
+
+
+@pytest.mark.parametrize("asks", ["a worker", "a publisher", "a look"])
+@pytest.mark.parametrize(
+    ("change", "queue", "error", "text"),
+    [
+        (wrong_key, QUEUES[0], ConfigurationError, "Access to queue 'queue0' of 127.0.0.1 was refused: check the key"),
+        (str, "no-such-queue", ConfigurationError, "There is no queue 'no-such-queue' of 127.0.0.1: create it"),
+        (None, "tasks", ServiceBusUnavailable, "queue 'tasks' of 127.0.0.1 cannot be reached: check the namespace"),
+    ],
+    ids=["a wrong key", "a missing queue", "an unreachable host"],
+)
+async def test_a_wrong_setting_is_an_error_that_says_what_to_do(
+    emulator, closed_port, monkeypatch, asks, change, queue, error, text
+):
+    monkeypatch.setattr(boilermaker, "SEND_PAUSES", (0.1,))
+    unreachable = f"Endpoint=sb://127.0.0.1:{closed_port};SharedAccessKeyName=n;SharedAccessKey=k;"
+    text_of_connection = change(emulator.connection_string) if change else f"{unreachable}UseDevelopmentEmulator=true;"
+    async with Boilermaker(None, AzureServiceBus.from_connection_string(text_of_connection, queue)) as app:
+        started = time.monotonic()
+        with pytest.raises((error, BoilermakerAppException), match=text) as caught:
+            if asks == "a worker":
+                await app.run()
+            elif asks == "a publisher":
+                await app.send_task("work")
+            else:
+                await app.service_bus_client.peek()
+        assert time.monotonic() - started < 20
+        assert asks == "a publisher" or caught.type is error
+        assert asks != "a publisher" or [type(one) for one in caught.value.errors] == [error]
+
+
+# ======================================================================================================================
+# Azure bus: faults
+# ======================================================================================================================
+
+
+def chains(app, run_for=0.01):
+    """A task `work` and its successor `step`; how often each ran, by the task's argument."""
+    runs, steps = Counter(), Counter()
+
+    @app.task
+    async def work(state, number):
+        await asyncio.sleep(run_for)
+        runs[number] += 1
+        return number
+
+    @app.task
+    async def step(state, number):
+        steps[number] += 1
+
+    return runs, steps, [work.si(number) | step.s() for number in range(100)]
+
+
+async def test_a_lock_is_renewed_for_as_long_as_its_task_runs(quick_azure_bus):
+    app = Boilermaker(None, quick_azure_bus())
+    runs = []
+
+    @app.task
+    async def slow(state):
+        runs.append(current_task().sequence_number)
+        await asyncio.sleep(5)
+
+    await slow.delay()
+    await work_off(app)
+    assert len(runs) == 1
+    assert await is_empty(app.service_bus_client)
+
+
+async def test_a_task_whose_lock_is_taken_away_is_cancelled_and_runs_again(quick_azure_bus, quick_emulator, caplog):
+    bus = quick_azure_bus()
+    app = Boilermaker(None, bus)
+    events = []
+
+    @app.task
+    async def work(state):
+        number = current_task().sequence_number
+        events.append("begin")
+        if len(events) > 1:
+            return number
+        try:
+            quick_emulator.control(f"steal {number}")
+            await asyncio.sleep(PATIENCE)
+        except asyncio.CancelledError:
+            events.append("cancelled")
+            raise
+
+    @app.task
+    async def step(state, number):
+        events.append("step")
+
+    await app.publish_task(work.si() | step.s())
+    async with working(app, concurrency=1):  # so that the message waits until the first run has been cancelled
+        await until(lambda: "step" in events)
+    assert events == ["begin", "cancelled", "begin", "step"]
+    assert "[work] Lock lost, cancelled" in caplog.text
+    await until(lambda: is_empty(bus))
+    assert await bus.peek(dead_letter=True) == []
+
+
+async def test_connections_dropped_again_and_again_lose_nothing(azure_bus, emulator):
+    app = Boilermaker(None, azure_bus())
+    runs, steps, tasks = chains(app, run_for=0.1)
+    await app.publish_many(tasks)
+    async with working(app, concurrency=10):
+        for count in (5, 25, 45, 65, 85):
+            await until(lambda count=count: len(steps) + len(runs) >= 2 * count)
+            emulator.control("drop")
+        await until(lambda: len(steps) == 100)
+        await until(lambda: is_empty(app.service_bus_client))
+    assert len(runs) == 100
+    assert runs.total() < 200, "only what was in flight may run again"
+
+
+async def test_the_service_may_be_away_for_a_while(azure_bus, emulator):
+    app = Boilermaker(None, azure_bus())
+    runs, steps, tasks = chains(app)
+    async with working(app):
+        await app.publish_many(tasks[:20])
+        await until(lambda: runs)
+        emulator.control("refuse 2")
+        emulator.control("drop")
+        await asyncio.sleep(1)
+        publishing = asyncio.create_task(app.publish_many(tasks[20:], publish_attempts=3))
+        await until(lambda: len(steps) == 100)
+        await publishing
+
+
+async def test_links_detached_while_idle_are_opened_again(azure_bus, emulator, caplog):
+    app = Boilermaker(None, azure_bus())
+    runs, steps, tasks = chains(app)
+    async with working(app):
+        for task in tasks[:3]:
+            await app.publish_task(task)
+            await until(lambda task=task: steps[task.args[0]] == 1)
+            emulator.control("detach")
+    assert runs == {0: 1, 1: 1, 2: 1}
+    assert "was lost, reconnecting" in caplog.text
+
+
+async def test_follow_ups_are_sent_again_to_a_server_that_is_busy(azure_bus, emulator, caplog):
+    app = Boilermaker(None, azure_bus())
+    runs, steps, tasks = chains(app)
+    await app.publish_many(tasks)
+    emulator.control("busy 3")
+    async with working(app, concurrency=20):
+        await until(lambda: len(steps) == 100)
+        await until(lambda: is_empty(app.service_bus_client))
+    assert set(runs.values()) == set(steps.values()) == {1}
+    assert caplog.messages == []
+
+
+async def test_a_publisher_is_told_after_the_last_attempt(azure_bus, emulator, monkeypatch):
+    monkeypatch.setattr(boilermaker, "SEND_PAUSES", (0.01,))
+    app = Boilermaker(None, azure_bus())
+    _, _, [first, second, *_] = chains(app)
+    emulator.control("busy 3")
+    with pytest.raises(BoilermakerAppException, match="throttled") as caught:
+        await app.publish_task(first)
+    assert [type(error) for error in caught.value.errors] == [boilermaker.Throttled]
+    await app.publish_task(second, publish_attempts=2)
+    assert [message.message_id for message in await app.service_bus_client.peek()] == [second.task_id]
+
+
+async def test_a_settlement_whose_answer_is_lost_costs_no_second_run(azure_bus, emulator):
+    app = Boilermaker(None, azure_bus())
+    runs, steps, tasks = chains(app)
+    async with working(app, concurrency=1):
+        for task in tasks[:3]:
+            emulator.control("lose 1")
+            await app.publish_task(task)
+            await until(lambda task=task: steps[task.args[0]] == 1)
+        await until(lambda: is_empty(app.service_bus_client))
+    assert runs == steps == {0: 1, 1: 1, 2: 1}
+
+
+async def test_no_step_is_published_twice_whatever_happens(azure_bus, emulator):
+    app = Boilermaker(None, azure_bus())
+    _, _, tasks = chains(app)
+    published = Counter()
+
+    @app.task(name="counted")
+    async def counted(state, number):
+        published[current_task().message_id, number] += current_task().sequence_number not in seen
+        seen.add(current_task().sequence_number)
+
+    seen = set()
+    for task in tasks:
+        task.on_success = counted.s()
+    await app.publish_many(tasks)
+    async with working(app, concurrency=20):
+        for fault in itertools.cycle(["drop", "busy 3", "detach", "lose 2"]):
+            await asyncio.sleep(0.3)
+            emulator.control(fault)
+            if len(published) > 80:
+                break
+        await until(lambda: len(published) == 100)
+        await until(lambda: is_empty(app.service_bus_client))
+    assert set(published.values()) == {1}
+
+
+# ======================================================================================================================
+# Examples: each runs as its docstring says
+# ======================================================================================================================
+
+CHECKOUT = Path(boilermaker.__file__).parent
+BARE = ("-S", "-E")  # no site-packages, no PYTHONPATH: what is not in the checkout is the standard library's
+
+
+def example_environment(**settings: str) -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("SERVICE", "AZURE", "QUEUE"))}
+    return kept | {"PYTHONPATH": str(CHECKOUT), "PYTHONUNBUFFERED": "1"} | settings
+
+
+def run_example(name, *arguments, flags=(), **settings):
+    return subprocess.run(
+        [sys.executable, *flags, "-m", f"examples.{name}", *map(str, arguments)],
+        cwd=CHECKOUT,
+        env=example_environment(**settings),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def output_of_example(name, flags=()):
+    """What an example prints, when it works."""
+    ended = run_example(name, flags=flags)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    return ended.stdout
+
+
+def docstring_of_example(name):
+    return ast.get_docstring(ast.parse((CHECKOUT / "examples" / f"{name}.py").read_text()))
+
+
+def documented_output(name):
+    """The last indented block of an example's docstring."""
+    blocks = re.split(r"\n(?=\S)", docstring_of_example(name))
+    return textwrap.dedent(blocks[-1].split("\n\n", 1)[1]).strip() + "\n"
+
+
+def lines_of_worker(command, count, cwd=CHECKOUT, **settings):
+    """The first lines that a worker prints; then it gets SIGTERM, and has to end well."""
+    worker = subprocess.Popen(
+        [sys.executable, *map(str, command)],
+        cwd=cwd,
+        env=example_environment(**settings),
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    timer = threading.Timer(30, worker.kill)
+    timer.start()
+    try:
+        lines = [worker.stdout.readline() for _ in range(count)]
+        worker.terminate()
+        rest, _ = worker.communicate(timeout=30)
+    finally:
+        timer.cancel()
+        worker.kill()
+        worker.communicate()
+    assert (rest, worker.returncode) == ("", 0)
+    return "".join(lines)
+
+
+def test_every_example_says_what_it_shows_and_how_to_run_it():
+    for path in CHECKOUT.glob("examples/[!_]*.py"):
+        assert re.search(rf"examples[./]{path.stem}\b", docstring_of_example(path.stem)), path.name
+
+
+# -- quickstart
+
+
+class QuickstartOutput:
+    def __init__(self, text):
+        self.text = text
+        publisher, workers = re.match(r"Publisher (\d+), workers (.+?): ", text).groups()
+        self.publisher, self.workers = int(publisher), [int(pid) for pid in workers.split(", ")]
+        self.progress = re.findall(r"^(\d+\.\d) s: \d+ task runs; files: (.+)$", text, re.MULTILINE)
+        rows = re.findall(r"^(fetch|count|store|cleanup|report) +(\d+) +(\d+) +(\d+) +(\d+)$", text, re.MULTILINE)
+        self.runs = {task: int(runs) for task, runs, *_ in rows}
+        self.retries = {task: int(retries) for task, _, retries, *_ in rows}
+        self.by_worker = {task: [int(runs) for runs in where] for task, _, _, *where in rows}
+        self.exit_codes = re.search(r"^exit code +(.+)$", text, re.MULTILINE)[1].split()
+        self.failed = re.findall(r"^Failed: (.+?): (.+)$", text, re.MULTILINE)
+
+
+def make_folder(tmp_path):
+    folder = tmp_path / "folder"
+    (folder / "inner").mkdir(parents=True)
+    (folder / "one.txt").write_text("An apple, a Pear. APPLE!\n")
+    (folder / "inner" / "two.txt").write_text("apple")
+    (folder / "image.png").write_bytes(bytes(range(128, 256)))
+    (folder / ".hidden").write_text("apple")
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    return folder, temporary
+
+
+def test_the_quickstart_indexes_this_repository_with_nothing_installed(tmp_path):
+    ended = run_example("quickstart", flags=BARE, TMPDIR=str(tmp_path))
+    assert (ended.returncode, ended.stderr) == (0, "")
+    output = QuickstartOutput(ended.stdout)
+    files = int(re.search(r": (\d+) files of (.+), 2 added", output.text)[1]) + 2
+    assert f"files of {CHECKOUT}, 2 added" in output.text
+    assert len({output.publisher, *output.workers}) == 3
+    assert output.runs["fetch"] == files + 1
+    assert output.retries == {"fetch": 1, "count": 0, "store": 0, "cleanup": 0, "report": 0}
+    assert output.runs["store"] + output.runs["cleanup"] == output.runs["count"] == files
+    assert all(sum(where) == output.runs[task] for task, where in output.by_worker.items())
+    assert output.exit_codes == ["0", "0"]
+    assert len(re.findall(r"^  \w+ +\d+ times in \d+ files$", output.text, re.MULTILINE)) == 8
+    assert "not-text.bin" in dict(output.failed)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_quickstart_counts_the_words_of_a_folder_and_names_what_is_not_text(tmp_path):
+    folder, temporary = make_folder(tmp_path)
+    ended = run_example("quickstart", folder, TMPDIR=str(temporary))
+    assert (ended.returncode, ended.stderr) == (0, "")
+    output = QuickstartOutput(ended.stdout)
+    assert f": 3 files of {folder}, 2 added\n" in output.text
+    assert output.runs == {"fetch": 6, "count": 5, "store": 3, "cleanup": 2, "report": 1}
+    assert output.progress[-1][1] == "2 failed, 3 stored"
+    seconds = [float(second) for second, _ in output.progress]
+    assert seconds == sorted(seconds)
+    assert seconds[-1] >= 1, "the retry waits for a second"
+    assert "3 files stored, 8 words of four letters or more. The most frequent:\n  apple" in output.text
+    assert re.search(r"^  apple +3 times in 2 files\n  better +1 times in 1 files$", output.text, re.MULTILINE)
+    assert [name for name, _ in output.failed] == ["not-text.bin", "image.png"]
+    assert all(reason.startswith("count: UnicodeDecodeError: 'utf-8' codec") for _, reason in output.failed)
+    assert output.text.count("\nDead letter: TaskFailed: UnicodeDecodeError: ") == 2
+    assert list(temporary.iterdir()) == []
+
+
+def test_the_quickstart_shows_progress_on_one_line_of_a_terminal(tmp_path):
+    folder, temporary = make_folder(tmp_path)
+    terminal, its_end = pty.openpty()
+    command = [sys.executable, "-m", "examples.quickstart", str(folder)]
+    environment = example_environment(TMPDIR=str(temporary))
+    process = subprocess.Popen(command, cwd=CHECKOUT, env=environment, stdout=its_end)
+    os.close(its_end)
+    text = b""
+    try:
+        while part := os.read(terminal, 65536):
+            text += part
+    except OSError:  # how Linux tells that the other side has closed it
+        pass
+    finally:
+        os.close(terminal)
+    assert process.wait(30) == 0
+    progress = [line for line in text.decode().splitlines() if "\x1b[K" in line]
+    assert any("1 to be retried" in line for line in progress)
+    assert progress[-1].endswith("2 failed, 3 stored")
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("missing", "missing is not a folder"),
+        ("file.txt", "file.txt is not a folder"),
+        ("empty", "there are no files in"),
+        ("hidden", "there are no files in"),
+    ],
+)
+def test_the_quickstart_refuses_what_it_cannot_index(tmp_path, argument, message):
+    (tmp_path / "file.txt").touch()
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "hidden").mkdir()
+    (tmp_path / "hidden" / ".git").touch()
+    ended = run_example("quickstart", tmp_path / argument)
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert message in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_quickstart_leaves_neither_workers_nor_files(tmp_path, signal_number):
+    folder, temporary = make_folder(tmp_path)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "examples.quickstart", str(folder)],
+        cwd=CHECKOUT,
+        env=example_environment(TMPDIR=str(temporary)),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    first = process.stdout.readline()
+    send = os.killpg if signal_number == signal.SIGINT else os.kill  # Ctrl-C goes to all processes of a terminal
+    send(process.pid, signal_number)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "Interrupted." in errors
+    for pid in map(int, re.search(r"workers (\d+), (\d+)", first).groups()):
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+    assert list(temporary.iterdir()) == []
+
+
+# -- the others
+
+
+@pytest.mark.parametrize("name", ["chains", "two_apps"])
+def test_an_example_prints_what_its_docstring_says(name):
+    assert output_of_example(name, flags=BARE) == documented_output(name)
+
+
+def test_retries_come_when_they_are_due_and_failures_end_among_the_dead_letters():
+    time = re.compile(r"^(\d+) s  ", re.MULTILINE)
+    output = output_of_example("retries_and_routing", flags=BARE)
+    assert sorted(time.sub("", output).splitlines()) == sorted(
+        time.sub("", documented_output("retries_and_routing")).splitlines()
+    )
+    seconds = {line: int(second) for second, line in re.findall(r"^(\d+) s  (.+?):", output, re.MULTILINE)}
+    assert seconds["upload, attempt 2"] - seconds["upload, attempt 1"] >= 1
+    assert seconds["upload, attempt 3"] - seconds["upload, attempt 2"] >= 1
+    assert "call_partner: RetriesExhausted: " in output.partition("Dead letters:")[2]
+
+
+async def test_the_web_application_publishes_what_its_worker_runs(tmp_path, monkeypatch):
+    import httpx
+
+    queue_file = tmp_path / "web.db"
+    monkeypatch.setenv("QUEUE_FILE", str(queue_file))
+    sys.modules.pop("examples.web", None)
+    web = importlib.import_module("examples.web")
+    transport = httpx.ASGITransport(app=web.api)
+    async with web.lifespan(web.api), httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        refused = await client.post("/resize", params={"image": "cat.png", "width": "wide"})
+        response = await client.post("/resize", params={"image": "cat.png", "width": 200})
+        [waiting] = await web.app.service_bus_client.peek()
+    assert refused.status_code == 422
+    assert response.status_code == 202
+    assert response.json() == {"task_id": json.loads(waiting.body)["task_id"]}
+    printed = lines_of_worker(["-m", "examples.web"], 1, QUEUE_FILE=str(queue_file))
+    assert printed == "resized cat.png to 200 pixels\n"
+
+
+def test_the_azure_program_publishes_and_works_over_the_wire():
+    from examples.servicebus_emulator import ServiceBusEmulator
+
+    with ServiceBusEmulator(queues=["tasks"]) as emulator:
+        settings = {"SERVICEBUS_CONNECTION_STRING": emulator.connection_string, "SERVICE_BUS_QUEUE_NAME": "tasks"}
+        published = run_example("azure", "publish", "Ada", "Bob", **settings)
+        assert (published.returncode, published.stderr) == (0, "")
+        greeted = lines_of_worker(["-m", "examples.azure", "work"], 2, **settings)
+    assert f"{published.stdout}\n{greeted}" == documented_output("azure")
+
+
+def test_the_local_program_differs_from_the_azure_one_by_the_bus(tmp_path):
+    source = (CHECKOUT / "examples" / "azure.py").read_text()
+    program = source.partition('"""\n\n')[2]
+    changes = re.findall(r"^ +-(.+)\n +\+(.+)$", docstring_of_example("azure"), re.MULTILINE)
+    assert len(changes) == 2
+    for local, azure in changes:
+        assert program.count(azure) == 1
+        program = program.replace(azure, local)
+    (tmp_path / "local.py").write_text(program)
+    command = [sys.executable, "local.py", "publish", "Ada", "Bob"]
+    subprocess.run(command, cwd=tmp_path, env=example_environment(), check=True, timeout=30, stdout=subprocess.DEVNULL)
+    assert lines_of_worker(["local.py", "work"], 2, cwd=tmp_path) == "Hello, Ada!\nHello, Bob!\n"
+
+
+def test_the_azure_program_says_what_the_environment_lacks():
+    ended = run_example("azure", "publish")
+    assert ended.returncode == 1
+    assert "ConfigurationError: The Service Bus namespace is missing" in ended.stderr
+    ended = run_example("azure", "publish", SERVICE_BUS_NAMESPACE_URL="example.servicebus.windows.net")
+    assert "ConfigurationError: The queue is missing" in ended.stderr
+
+
+# ======================================================================================================================
+# Packaging, types, README
+# ======================================================================================================================
+
+CONSUMER = """\
+from MODULE import Boilermaker, LocalServiceBus, RetryPolicy, Task, TaskFailureResult, retries
+
+app = Boilermaker({"count": 0}, LocalServiceBus())
+
+
+@app.task
+async def resize(state: dict[str, int], image_id: str, width: int = 800) -> int:
+    return width
+
+
+@app.task(name="mail", policy=RetryPolicy(max_tries=3), acks_late=False)
+async def send_mail(state: dict[str, int], address: str) -> object:
+    return TaskFailureResult
+
+
+async def plain(state: dict[str, int]) -> None: ...
+
+
+app.register_async(plain, policy=retries.NoRetry())
+
+
+async def publish() -> None:
+    task: Task = await resize.delay("x", width=1)
+    await app.publish_task(resize.si("x") | send_mail.s() | resize)
+    await app.publish_many([task.copy(), resize.si("y")])
+    await app.apply_async(resize, "x", width=1, delay=60, publish_attempts=3)
+    width: int = await resize({}, "x")
+    print(width + 1)
+"""
+
+MISTAKES = {
+    "await resize.delay(1)": "a wrong type",
+    'await resize.delay("x", height=1)': "an unknown keyword",
+    "await resize.delay()": "a missing argument",
+    'resize.si("x", "y")': "a wrong type, positional",
+    'await send_mail.delay("x", "y")': "too many arguments",
+    "wrong: str = await resize({}, 'x')": "a wrong result",
+}
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    subprocess.run([sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", folder], cwd=CHECKOUT, check=True)
+    [path] = folder.glob("*.whl")
+    return path
+
+
+@pytest.fixture(scope="session")
+def clean_python(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Python that has this package from its wheel, and nothing else."""
+    folder = tmp_path_factory.mktemp("clean")
+    venv.create(folder, with_pip=False, symlinks=True)
+    [packages] = folder.glob("lib/python*/site-packages")
+    zipfile.ZipFile(wheel).extractall(packages)
+    return folder / "bin" / "python"
+
+
+def consumer(folder: Path, module: str, *extra: str) -> Path:
+    path = folder / "consumer.py"
+    path.write_text(CONSUMER.replace("MODULE", module) + "".join(f"    {line}\n" for line in extra))
+    return path
+
+
+def checked(tool: str, python: Path, folder: Path) -> tuple[int, str]:
+    """The exit code and the findings of a type checker, run in a folder as a user would."""
+    if tool == "mypy":
+        command = ["mypy", "--strict", "--python-executable", str(python), "."]
+    else:
+        (folder / "pyrightconfig.json").write_text('{"typeCheckingMode": "strict", "reportMissingTypeStubs": false}')
+        command = ["pyright", "--pythonpath", str(python), "."]
+    run = subprocess.run([sys.executable, "-m", *command], cwd=folder, capture_output=True, text=True)
+    return run.returncode, run.stdout + run.stderr
+
+
+def test_the_tests_test_this_checkout():
+    assert Path(boilermaker.__file__) == CHECKOUT / "boilermaker.py"
+
+
+def test_the_wheel_holds_the_module_and_its_types_and_nothing_else(wheel):
+    names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    assert names == {"boilermaker/__init__.py", "boilermaker/py.typed"}
+
+
+def test_the_wheel_names_what_it_needs(wheel):
+    archive = zipfile.ZipFile(wheel)
+    [metadata] = [archive.read(name).decode() for name in archive.namelist() if name.endswith("METADATA")]
+    assert "Requires-Dist: azure-servicebus>=7.15" in metadata
+    assert "Requires-Dist: azure-identity" in metadata
+    assert f"Version: {boilermaker.__version__}" in metadata
+
+
+def test_the_installed_package_runs_without_azure(clean_python, tmp_path):
+    code = "from boilermaker.app import Boilermaker; from boilermaker import retries; print('imported')"
+    run = subprocess.run([clean_python, "-I", "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert run.stdout == "imported\n", run.stderr
+
+
+def test_without_azure_the_azure_bus_says_what_to_install(clean_python, tmp_path):
+    code = "from boilermaker import AzureServiceBus; AzureServiceBus('example.servicebus.windows.net', 'tasks')"
+    run = subprocess.run([clean_python, "-I", "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert "ConfigurationError" in run.stderr
+    assert "pip install azure-servicebus azure-identity" in run.stderr
+
+
+@pytest.mark.parametrize("tool", ["mypy", "pyright"])
+def test_a_consumer_of_the_installed_package_type_checks(tool, clean_python, tmp_path):
+    consumer(tmp_path, "boilermaker")
+    code, findings = checked(tool, clean_python, tmp_path)
+    assert code == 0, findings
+
+
+@pytest.mark.parametrize("tool", ["mypy", "pyright"])
+def test_wrong_arguments_are_found_by_type_checkers(tool, clean_python, tmp_path):
+    path = consumer(tmp_path, "boilermaker", *MISTAKES)
+    code, findings = checked(tool, clean_python, tmp_path)
+    first = path.read_text().splitlines().index(f"    {next(iter(MISTAKES))}") + 1
+    found = {int(line) for line in re.findall(r"consumer\.py:(\d+)[:\d]*(?: -)? error", findings)}
+    assert code == 1
+    assert found == set(range(first, first + len(MISTAKES))), findings
+
+
+@pytest.mark.parametrize("tool", ["mypy", "pyright"])
+def test_a_vendored_copy_and_its_consumer_type_check(tool, clean_python, tmp_path):
+    (tmp_path / "vendor").mkdir()
+    (tmp_path / "vendor" / "__init__.py").touch()
+    shutil.copy(CHECKOUT / "boilermaker.py", tmp_path / "vendor" / "queueing.py")
+    consumer(tmp_path, "vendor.queueing")
+    bare = tmp_path.parent / f"{tmp_path.name}-python"
+    venv.create(bare, with_pip=False, symlinks=True)
+    code, findings = checked(tool, bare / "bin" / "python", tmp_path)
+    assert code == 0, findings
+
+
+def readme_programs() -> list[tuple[str, str]]:
+    """The README's programs, each with the output that is shown below it."""
+    blocks = re.findall(r"^```(\w+)\n(.*?)^```", (CHECKOUT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
+    following = [*blocks[1:], ("", "")]
+    return [
+        (code, output if kind == "text" else "")
+        for (language, code), (kind, output) in zip(blocks, following, strict=True)
+        if language == "python"
+    ]
+
+
+@pytest.mark.parametrize(("program", "output"), readme_programs())
+def test_a_program_of_the_readme_prints_what_it_shows(program, output, tmp_path):
+    (tmp_path / "program.py").write_text(program)
+    environment = {**os.environ, "PYTHONPATH": str(CHECKOUT)}
+    run = subprocess.run([sys.executable, "program.py"], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert run.stdout == output, run.stderr
+    assert run.returncode == 0
+
+
+def test_the_readme_shows_the_program_of_the_docstring():
+    program, _ = readme_programs()[0]
+    assert 'LocalServiceBus("tasks.db")' in program
+    assert 'LocalServiceBus("tasks.db")' in (boilermaker.__doc__ or "")
