@@ -82,6 +82,7 @@ from typing import (
 if TYPE_CHECKING:
     from azure.servicebus import ServiceBusMessage, ServiceBusReceivedMessage
     from azure.servicebus.aio import ServiceBusClient
+    from opentelemetry.trace import Span
 
 __version__ = "0.1.0"
 
@@ -348,6 +349,9 @@ class RetryException(BoilermakerError):
         policy: the policy for this retry; None for the task's own.
     """
 
+    msg: str = ""
+    policy: RetryPolicy | None = None
+
     def __init__(self, msg: str = "", policy: RetryPolicy | None = None) -> None:
         if policy is not None and not isinstance(policy, RetryPolicy):
             raise UsageError(f"{type(self).__name__}: policy={policy!r} must be a RetryPolicy.")
@@ -414,11 +418,12 @@ class Registration:
     acks_late: bool = True
 
     def apply_to(self, task: Task) -> None:
-        """Fill in what a task made by name alone could not know."""
+        """Fill in what a task made by name alone could not know, and was not given."""
         if task.policy_is_default:
             task.policy, task.policy_is_default = self.policy, False
-            task.should_dead_letter = task.should_dead_letter and self.should_dead_letter
-            task.acks_late = task.acks_late and self.acks_late
+        for option in task.default_options:
+            setattr(task, option, getattr(self, option))
+        task.default_options = ()
 
 
 @dataclass(slots=True, eq=False, repr=False, kw_only=True)
@@ -435,6 +440,7 @@ class Task:
         task_id: identifies the task through its retries; also the message id of the first publish.
         policy: when and how often to retry.
         policy_is_default: nobody gave a policy, so the registration at the receiver applies.
+        default_options: which of `should_dead_letter` and `acks_late` nobody gave, likewise.
         scheduled_policy: in a retry by an exception's own policy, the one that was given when scheduling.
         attempts: the runs so far.
         should_dead_letter: a failed message goes to the dead-letter queue; else it is completed.
@@ -452,6 +458,7 @@ class Task:
     task_id: str = field(default_factory=new_task_id)
     policy: RetryPolicy = DEFAULT_POLICY
     policy_is_default: bool = False
+    default_options: tuple[str, ...] = ()
     scheduled_policy: RetryPolicy | None = None
     attempts: RetryAttempts = field(default_factory=RetryAttempts.default)
     should_dead_letter: bool = True
@@ -485,6 +492,7 @@ class Task:
     def si(
         cls,
         fn: TaskFunction[..., Any] | TaskCallable[..., Any],
+        /,
         *args: Any,
         policy: RetryPolicy | None = None,
         should_dead_letter: bool | None = None,
@@ -508,6 +516,7 @@ class Task:
     def s(
         cls,
         fn: TaskFunction[..., Any] | TaskCallable[..., Any],
+        /,
         *args: Any,
         policy: RetryPolicy | None = None,
         should_dead_letter: bool | None = None,
@@ -585,20 +594,20 @@ class TaskFunction(Generic[P, R]):
     def __repr__(self) -> str:
         return f"<TaskFunction {self.registration.name}>"
 
-    def si(self, *args: P.args, **kwargs: P.kwargs) -> Task:
+    def si(self, /, *args: P.args, **kwargs: P.kwargs) -> Task:
         """An immutable signature, see `Task.si`."""
         task = self._call(args, kwargs)
         _check_arguments(task)
         return task
 
-    def s(self, *args: Any, **kwargs: Any) -> Task:
+    def s(self, /, *args: Any, **kwargs: Any) -> Task:
         """A signature with room for the parent's result, see `Task.s`."""
         task = self._call(args, kwargs)
         task.takes_result = True
         _check_arguments(task)
         return task
 
-    async def delay(self, *args: P.args, **kwargs: P.kwargs) -> Task:
+    async def delay(self, /, *args: P.args, **kwargs: P.kwargs) -> Task:
         """Publish a call of this function, to run as soon as a worker is free; the published `Task`.
 
         Raises:
@@ -658,15 +667,23 @@ def _signature_of(
     if isinstance(fn, TaskFunction):
         task = fn._call(args, kwargs)
     else:
-        task = Task(function_name=_function_name(fn), args=list(args), kwargs=kwargs, policy_is_default=True)
+        task = _task_by_name(_function_name(fn), args, kwargs)
         task._function = fn  # type: ignore[assignment]
     if policy is not None:
         _set_policy(task, policy)
-    if should_dead_letter is not None:
-        task.should_dead_letter = should_dead_letter
-    if acks_late is not None:
-        task.acks_late = acks_late
+    for option, value in (("should_dead_letter", should_dead_letter), ("acks_late", acks_late)):
+        if value is not None:
+            setattr(task, option, value)
+            task.default_options = tuple(name for name in task.default_options if name != option)
     return task
+
+
+def _task_by_name(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Task:
+    """A task for whose options the registration at the receiver has to be asked."""
+    return Task(function_name=name, args=list(args), kwargs=kwargs, policy_is_default=True, default_options=_OPTIONS)
+
+
+_OPTIONS = ("should_dead_letter", "acks_late")
 
 
 def _set_policy(task: Task, policy: object) -> None:
@@ -678,7 +695,7 @@ def _set_policy(task: Task, policy: object) -> None:
 def _function_name(fn: object) -> str:
     """The name of an `async def`; anything else is an error that says so."""
     name = getattr(fn, "__name__", repr(fn))
-    if not inspect.iscoroutinefunction(fn):
+    if not inspect.iscoroutinefunction(fn) or not hasattr(fn, "__name__"):
         raise UsageError(f"Function must be async: {name}. Declare it with `async def {name}(state, ...)`.")
     return str(name)
 
@@ -833,8 +850,8 @@ def current_task() -> Task:
 # 4. Wire format: a task as JSON, compatible with boilermaker-servicebus 1.x
 # ======================================================================================================================
 
-# What is new here is optional, and ignored by the other side: `takes_result`, `policy_is_default`, `scheduled_policy`,
-# and `queue`, in a callback that goes to another queue than the message which carries it.
+# What is new here is optional, and ignored by the other side: `takes_result`, `policy_is_default`, `default_options`,
+# `scheduled_policy`, and `queue`, in a callback that goes to another queue than the message which carries it.
 
 _to_json = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
 
@@ -921,6 +938,8 @@ def _encode_additions(task: Task, queue: str | None) -> str:
     additions: dict[str, Any] = {}
     if task.policy_is_default:
         additions["policy_is_default"] = True
+    if task.default_options:
+        additions["default_options"] = task.default_options
     if task.scheduled_policy is not None:
         additions["scheduled_policy"] = dataclasses.asdict(task.scheduled_policy)
     if task.takes_result:
@@ -980,6 +999,7 @@ _FIELDS: Mapping[str, type] = {
     "payload": dict,
     "policy": dict,
     "policy_is_default": bool,
+    "default_options": list,
     "scheduled_policy": dict,
     "attempts": dict,
     "should_dead_letter": bool,
@@ -1014,6 +1034,7 @@ def _decode_one(document: Any, queue: str, where: str) -> Task:
         task_id=task_id,
         policy=DEFAULT_POLICY if policy is None else _decode_policy(policy, "policy", where),
         policy_is_default=policy is None or get("policy_is_default") is True,
+        default_options=tuple(option for option in get("default_options") or () if option in _OPTIONS),
         scheduled_policy=None if scheduled is None else _decode_policy(scheduled, "scheduled_policy", where),
         attempts=_decode_attempts(get("attempts") or {}, where),
         should_dead_letter=get("should_dead_letter") is not False,
@@ -1059,7 +1080,8 @@ _cached_policy = functools.lru_cache(maxsize=1024)(RetryPolicy)
 
 
 def _decode_attempts(document: dict[str, Any], where: str) -> RetryAttempts:
-    attempts, last_retry = document.get("attempts", 0), document.get("last_retry")
+    attempts, last_retry = document.get("attempts"), document.get("last_retry")
+    attempts = 0 if attempts is None else attempts
     if type(attempts) is not int or not 0 <= attempts <= MAX_SECONDS:
         raise InvalidTaskFormat(f"attempts of {where}: {_short(attempts)} is no integer from 0 to {MAX_SECONDS}.")
     if last_retry is None:
@@ -1256,7 +1278,7 @@ def failure_of(task: Task, outcome: Outcome) -> dict[str, Any]:
         "task_id": task.task_id,
         "function_name": task.function_name,
         "error": type(error).__name__ if error is not None else "TaskFailureResult",
-        "message": _message_of(error) if error is not None else "",
+        "message": _message_of(error)[:MAX_DESCRIPTION_LENGTH] if error is not None else "",
         "traceback": "".join(traceback.format_exception(error))[-MAX_DESCRIPTION_LENGTH:] if error is not None else "",
         "attempts": task.attempts.attempts + outcome.ending.ran,
     }
@@ -1370,8 +1392,12 @@ class Receiver(Protocol):
         """
         ...
 
-    def settle(self, settlements: Sequence[Settlement]) -> asyncio.Future[list[Rejection]]:
-        """Begin to settle, follow-ups first or together with it; gives those that were not settled, and why."""
+    def settle(self, settlements: Sequence[Settlement], durable: bool = False) -> asyncio.Future[list[Rejection]]:
+        """Begin to settle, follow-ups first or together with it; gives those that were not settled, and why.
+
+        Args:
+            durable: answer when it would survive a power cut; else what is lost then is only delivered again.
+        """
         ...
 
     async def close(self) -> None:
@@ -1490,8 +1516,8 @@ class Store:
     def __init__(self, path: str) -> None:
         self.path = path
         self._mutex = threading.Lock()
+        self.checkpointing = threading.Lock()
         self._queues: dict[str, tuple[int, QueueSettings]] = {}
-        _stores.add(self)
         with _explained(path):
             self._connection = _patiently(lambda: connect(path))
             try:
@@ -1499,6 +1525,7 @@ class Store:
             except BaseException:
                 self._connection.close()
                 raise
+        _stores.add(self)
 
     def close(self) -> None:
         with self._mutex:
@@ -1508,14 +1535,16 @@ class Store:
     # closes its copy at once, while its parent still has the file open, and opens the file for itself.
 
     def before_fork(self) -> None:
+        self.checkpointing.acquire()
         self._mutex.acquire()
 
     def after_fork_in_parent(self) -> None:
         self._mutex.release()
+        self.checkpointing.release()
 
     def after_fork_in_child(self) -> None:
         self._connection.close()
-        self._mutex.release()
+        self.after_fork_in_parent()
 
     def _prepare(self) -> None:
         """Make sure that the file is ours before changing anything about it."""
@@ -1611,7 +1640,7 @@ class Store:
 
     def open_queue(self, name: str, settings: QueueSettings) -> None:
         """Create the queue, or give it other settings, in a transaction of its own."""
-        with self.transaction():
+        with _explained(self.path), self.transaction():
             self._save_queue(name, settings)
             opened = self._queue(name)
         self._queues[name] = opened
@@ -1761,10 +1790,6 @@ class Store:
             [(delivery.sequence_number, delivery.delivery_count + 1) for delivery in deliveries],
         ).rowcount
 
-    def exists(self, delivery: Delivery) -> bool:
-        """Whether the message is anywhere, whoever holds it."""
-        return self._one("SELECT 1 FROM message WHERE sequence_number = ?", (delivery.sequence_number,)) is not None
-
     def abandon(self, delivery: Delivery) -> bool:
         """Give a message back, to where it was in the queue; False if the lock was lost."""
         return self._changed(
@@ -1834,21 +1859,26 @@ class Store:
 
 
 _stores: weakref.WeakSet[Store] = weakref.WeakSet()
+_forking: list[Store] = []
 
 
-def _with_each_store(action: Callable[[Store], None]) -> Callable[[], None]:
-    def run() -> None:
-        for store in _stores:
-            action(store)
+def _before_fork() -> None:
+    _forking[:] = _stores
+    for store in _forking:
+        store.before_fork()
 
-    return run
+
+def _after_fork(action: Callable[[Store], None]) -> None:
+    for store in _forking:
+        action(store)
+    _forking.clear()
 
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(
-        before=_with_each_store(Store.before_fork),
-        after_in_parent=_with_each_store(Store.after_fork_in_parent),
-        after_in_child=_with_each_store(Store.after_fork_in_child),
+        before=_before_fork,
+        after_in_parent=functools.partial(_after_fork, Store.after_fork_in_parent),
+        after_in_child=functools.partial(_after_fork, Store.after_fork_in_child),
     )
 
 
@@ -1962,13 +1992,17 @@ class QueueFile:
 
     def __init__(self, path: str, queue: str, settings: QueueSettings) -> None:
         self.pid = os.getpid()
+        self.closed = False
         self.store = Store(path)
-        self.store.open_queue(queue, settings)
+        try:
+            self.store.open_queue(queue, settings)
+        except BaseException:
+            self.store.close()
+            raise
         self.threads = ThreadPoolExecutor(3, thread_name_prefix="boilermaker")
         self.log_path = None if path == ":memory:" else path + "-wal"
         self._log = None if self.log_path is None else os.open(self.log_path, os.O_RDWR)
         self._checkpointed = 0
-        self._checkpointing = threading.Lock()
 
     def in_a_thread(self, function: Callable[..., T], *arguments: Any) -> asyncio.Future[T]:
         """Call where waiting does no harm; the future fails if the file has been closed."""
@@ -1989,9 +2023,11 @@ class QueueFile:
 
     def checkpoint_soon(self) -> None:
         """Let a thread move the log's content to the file when there is much of it."""
-        if self._log is None or self.store.changes() - self._checkpointed < CHECKPOINT_ROWS:
+        if self._log is None or (
+            self.store.changes() - self._checkpointed < CHECKPOINT_ROWS and os.fstat(self._log).st_size < MAX_LOG_BYTES
+        ):
             return
-        if self._checkpointing.acquire(blocking=False):
+        if self.store.checkpointing.acquire(blocking=False):
             self._checkpointed = self.store.changes()
             self.threads.submit(self._checkpoint)
 
@@ -2004,12 +2040,14 @@ class QueueFile:
                 if os.fstat(self._log).st_size > MAX_LOG_BYTES:
                     connection.execute("PRAGMA busy_timeout = 1000")
                     connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+                connection.execute("UPDATE queue SET name = name")  # the first to write to an empty log has to sync it
         except sqlite3.Error as error:
             logger.warning("Checkpoint of %s failed, the next will try again: %s", self.store.path, error)
         finally:
-            self._checkpointing.release()
+            self.store.checkpointing.release()
 
     def close(self) -> None:
+        self.closed = True
         self.threads.shutdown(wait=True)
         self.store.close()
         if self._log is not None:
@@ -2020,7 +2058,7 @@ class _Request(NamedTuple):
     work: Callable[[], Any]
     future: asyncio.Future[Any]
     durable: bool
-    undo: Callable[[Any], object] | None
+    committed: Callable[[Any, bool], object] | None
 
 
 class GroupCommit:
@@ -2036,18 +2074,18 @@ class GroupCommit:
         self._syncing = False
 
     def submit(
-        self, work: Callable[[], T], durable: bool = False, undo: Callable[[T], object] | None = None
+        self, work: Callable[[], T], durable: bool = False, committed: Callable[[T, bool], object] | None = None
     ) -> asyncio.Future[T]:
         """Run statements in the next transaction.
 
         Args:
             work: the statements; run again from the start if the transaction has to be.
             durable: answer when the transaction is on the disk, not when it is committed.
-            undo: called with the result if the future was cancelled when it was too late to leave the work.
+            committed: called at once with the result, and whether the future was cancelled in the meantime.
         """
         loop = asyncio.get_running_loop()
         future: asyncio.Future[T] = loop.create_future()
-        self._requests.append(_Request(work, future, durable, undo))
+        self._requests.append(_Request(work, future, durable, committed))
         if not self._flushing:
             self._flushing = True
             loop.call_soon(self._flush)
@@ -2075,15 +2113,15 @@ class GroupCommit:
 
     def _answer(self, requests: Sequence[_Request], results: Sequence[Any]) -> None:
         for request, result in zip(requests, results, strict=True):
-            if request.undo is not None and request.future.cancelled() and not isinstance(result, Exception):
-                request.undo(result)
-            elif request.durable and not isinstance(result, Exception):
+            if request.committed is not None and not isinstance(result, Exception):
+                request.committed(result, request.future.cancelled())
+            if request.durable and not isinstance(result, Exception):
                 self._unsynced.append((request.future, result))
             else:
                 _resolve(request.future, result)
         if self._unsynced and not self._syncing:
             self._sync()
-        if self.file.store.changes() != self._seen_changes:
+        if not self.file.closed and self.file.store.changes() != self._seen_changes:
             self._seen_changes = self.file.store.changes()
             for listener in list(self.listeners):
                 listener()
@@ -2213,20 +2251,25 @@ class LocalServiceBus:
         """This event loop's transactions, on the file as this process has it open."""
         loop = asyncio.get_running_loop()
         commit = self._commits.get(loop)
-        if commit is None or commit.file is not self._file or commit.file.pid != os.getpid():
-            commit = self._commits[loop] = GroupCommit(await asyncio.to_thread(self._open))
+        if commit is not None and commit.file is self._file and commit.file.pid == os.getpid():
+            return commit
+        file = await asyncio.to_thread(self._open)
+        commit = self._commits.get(loop)  # somebody else may have been first
+        if commit is None or commit.file is not file:
+            commit = self._commits[loop] = GroupCommit(file)
         return commit
 
     def _open(self) -> QueueFile:
         """Open the file, anew after a fork: a connection must not be shared, nor closed, by a child."""
         with self._opening:
             if self._file is None or self._file.pid != os.getpid():
-                _inherited.append(self._file)
+                if self._file is not None:
+                    _inherited.append(self._file)  # a child must not even close what it inherited
                 self._file = QueueFile(self._real_path, self.queue_name, self._settings)
             return self._file
 
 
-_inherited: list[QueueFile | None] = []
+_inherited: list[QueueFile] = []
 
 
 def _positive(name: str, value: float) -> float:
@@ -2292,19 +2335,20 @@ class LocalReceiver:
     async def _claim(self, max_message_count: int) -> tuple[list[Delivery], float | None]:
         """Lock messages; none, and when to look again. What a cancelled claim locked is given back."""
         claim = functools.partial(self._claim_now, max_message_count)
-        claiming = self._commit.submit(claim, undo=self._give_back)
+        claiming = self._commit.submit(claim, committed=self._claimed)
         try:
-            deliveries, next_due = await claiming
+            return await claiming
         except asyncio.CancelledError:
             if not claiming.cancelled() and claiming.exception() is None:
-                self._give_back(claiming.result())
+                self._claimed(claiming.result(), True)
             raise
-        for delivery in deliveries:
-            self._held[delivery.sequence_number] = delivery
-        return deliveries, next_due
 
-    def _give_back(self, claimed: tuple[list[Delivery], float | None]) -> None:
-        self.settle([Settlement(delivery, Disposition.ABANDON) for delivery in claimed[0]])
+    def _claimed(self, claim: tuple[list[Delivery], float | None], cancelled: bool) -> None:
+        """Keep the locks from now on, before any task can block the event loop; or give them back."""
+        if cancelled:
+            self.settle([Settlement(delivery, Disposition.ABANDON) for delivery in claim[0]])
+        else:
+            self._held.update((delivery.sequence_number, delivery) for delivery in claim[0])
 
     def _claim_now(self, max_message_count: int) -> tuple[list[Delivery], float | None]:
         deliveries = self._store.claim(self._queue, max_message_count, self._lock_duration, time.time())
@@ -2321,10 +2365,10 @@ class LocalReceiver:
             self._watcher.stop()
             self._commit.listeners.discard(changed)
 
-    def settle(self, settlements: Sequence[Settlement]) -> asyncio.Future[list[Rejection]]:
+    def settle(self, settlements: Sequence[Settlement], durable: bool = False) -> asyncio.Future[list[Rejection]]:
         for settlement in settlements:
             self._held.pop(settlement.delivery.sequence_number, None)
-        return self._commit.submit(functools.partial(self._settle_now, settlements))
+        return self._commit.submit(functools.partial(self._settle_now, settlements), durable=durable)
 
     def _settle_now(self, settlements: Sequence[Settlement]) -> list[Rejection]:
         """All in the one transaction; those that only delete, together."""
@@ -2334,10 +2378,21 @@ class LocalReceiver:
         for one in settlements:
             only_deletes = one.disposition is Disposition.COMPLETE and one.follow_up is None
             (plain if only_deletes else others).append(one)
-        rejections = [rejection for one in others if (rejection := self._settle_one(one, now)) is not None]
-        if plain and self._store.complete([one.delivery for one in plain]) < len(plain):
-            rejections += [_lock_lost(one) for one in plain if self._store.exists(one.delivery)]
-        return rejections
+        if not self._complete_all(plain):
+            others += plain  # one by one, to know which
+        return [rejection for one in others if (rejection := self._settle_one(one, now)) is not None]
+
+    def _complete_all(self, settlements: Sequence[Settlement]) -> bool:
+        """Complete, all or none; False if one was not held any more."""
+        if not settlements:
+            return True
+        try:
+            with self._store.savepoint():
+                if self._store.complete([one.delivery for one in settlements]) < len(settlements):
+                    raise MessageLockLost
+        except MessageLockLost:
+            return False
+        return True
 
     def _settle_one(self, settlement: Settlement, now: float) -> Rejection | None:
         """Settle and publish what follows, both or, if the lock was lost or something is wrong with them, neither."""
@@ -2378,11 +2433,11 @@ class LocalReceiver:
 
     def _renew(self, held: Sequence[Delivery]) -> list[Delivery]:
         """Renew locks; those that are lost, or were renewed for long enough."""
-        now = time.time()
         latest = time.monotonic() - self._max_renewal
         if not held:
             return []
         with _explained(self._store.path), self._store.transaction():
+            now = time.time()
             return [d for d in held if d.received < latest or not self._store.renew(d, self._lock_duration, now)]
 
     def _lose(self, delivery: Delivery) -> None:
@@ -2392,13 +2447,17 @@ class LocalReceiver:
 
     async def close(self) -> None:
         self._closed.set()
-        await self._commit.submit(lambda: None)  # what was given back just now comes before
-        await asyncio.to_thread(self._renewer.join)
-        self._watcher.close()
+        try:
+            with contextlib.suppress(ServiceBusUnavailable):
+                await self._commit.submit(lambda: None)  # what was given back just now comes before
+        finally:
+            await asyncio.to_thread(self._renewer.join)
+            self._watcher.close()
 
 
 def _lock_lost(settlement: Settlement) -> Rejection:
-    return Rejection(settlement, MessageLockLost("another receiver has the message"))
+    number = settlement.delivery.sequence_number
+    return Rejection(settlement, MessageLockLost(f"the lock of message {number} ran out, and another receiver had it"))
 
 
 class FileWatcher:
@@ -2879,7 +2938,11 @@ class AzureLink:
     and a settlement under way opens again what was closed. So here a failure only marks the link as lost, and its user
     opens another. Requests to the management node go one at a time, since at once they may get the same delivery
     number, for which the service cuts the connection.
+
+    All this changes internals of the SDK. A release that has not got them is used as it is.
     """
+
+    INTERNALS = ("_mgmt_request_response", "_close_handler", "_open", "_handler", "_running")
 
     def __init__(self, bus: AzureServiceBus, queue: str, sdk: Any) -> None:
         self.sdk = sdk
@@ -2891,9 +2954,11 @@ class AzureLink:
         self._answered = False
         self._opened = 0.0
         self._turn = asyncio.Lock()
-        self._request = sdk._mgmt_request_response
-        sdk._mgmt_request_response = self._request_in_turn
-        sdk._close_handler = self._mark_as_lost
+        self._tamed = all(hasattr(sdk, name) for name in self.INTERNALS)
+        if self._tamed:
+            self._request = sdk._mgmt_request_response
+            sdk._mgmt_request_response = self._request_in_turn
+            sdk._close_handler = self._mark_as_lost
 
     async def __aenter__(self) -> AzureLink:
         try:
@@ -2902,7 +2967,8 @@ class AzureLink:
         except BaseException:
             await self.close()
             raise
-        self.sdk._open = self._check_open
+        if self._tamed:
+            self.sdk._open = self._check_open
         self._opened = time.monotonic()
         return self
 
@@ -2914,10 +2980,9 @@ class AzureLink:
         opening = asyncio.ensure_future(self.sdk.__aenter__())
         try:
             while not opening.done():
-                handler = self.sdk._handler
-                if handler and handler._session:
-                    with contextlib.suppress(Exception):  # the SDK meets it too
-                        await handler._connection.listen(wait=OPENING_TICK)
+                with contextlib.suppress(Exception):  # the SDK meets it too
+                    if self.sdk._handler._session:
+                        await self.sdk._handler._connection.listen(wait=OPENING_TICK)
                 await asyncio.wait([opening], timeout=OPENING_TICK)
             await opening
         finally:
@@ -2925,7 +2990,7 @@ class AzureLink:
 
     @property
     def works(self) -> bool:
-        return self.error is None and self.sdk._running
+        return self.error is None and (not self._tamed or self.sdk._running)
 
     @property
     def has_worked(self) -> bool:
@@ -2957,18 +3022,19 @@ class AzureLink:
         while self._calls and time.monotonic() < deadline:
             await asyncio.sleep(SOCKET_TIMEOUT)
         vars(self.sdk).pop("_close_handler", None)
-        handler = self.sdk._handler
-        connection = handler and handler._connection
-        if handler and handler._keep_alive_thread:  # closing would wait for its next round
-            handler._keep_alive_thread.cancel()
+        handler = getattr(self.sdk, "_handler", None)
+        keep_alive = getattr(handler, "_keep_alive_thread", None)
+        transport = getattr(getattr(handler, "_connection", None), "_transport", None)
+        if keep_alive is not None:  # closing would wait for its next round
+            keep_alive.cancel()
             handler._keep_alive_thread = None
         try:
             await asyncio.wait_for(self.sdk.close(), CLOSE_TIMEOUT)
         except Exception as error:
             logger.debug("Closing a link to %r failed: %s", self._queue, error)
         finally:  # the SDK leaves the socket open where the connection was lost
-            if connection and connection._transport.writer:
-                connection._transport.writer.transport.abort()
+            if (writer := getattr(transport, "writer", None)) is not None:
+                writer.transport.abort()
 
     async def _mark_as_lost(self) -> None:
         self.sdk._running = False
@@ -3239,7 +3305,7 @@ class AzureReceiver:
 
     # -- settling
 
-    def settle(self, settlements: Sequence[Settlement]) -> asyncio.Future[list[Rejection]]:
+    def settle(self, settlements: Sequence[Settlement], durable: bool = False) -> asyncio.Future[list[Rejection]]:
         settling = asyncio.ensure_future(self._settle_all(settlements))
         self._settling.add(settling)
         settling.add_done_callback(self._settling.discard)
@@ -3278,8 +3344,8 @@ class AzureReceiver:
         delivery, disposition, reason, description, _ = settlement
         link = await self._working_link()
         if delivery.raw._receiver is not link.sdk:
-            # Its number may be that of another message on this link: settle by a management request. This is how the
-            # SDK is told to; the service is not.
+            # Its delivery number may be another message's on this link. What the SDK takes for deferred it settles by
+            # the lock token, in a management request.
             delivery.raw._is_deferred_message = True
         match disposition:
             case Disposition.COMPLETE:
@@ -3352,17 +3418,16 @@ class Tracing:
         self._tracer = trace.get_tracer("boilermaker", __version__)
         self._propagator = TraceContextTextMapPropagator()
 
-    @contextlib.contextmanager
-    def publishing(self, task: Task, queue: str, message_id: str) -> Iterator[dict[str, str]]:
-        """A PRODUCER span; gives the properties that carry it."""
-        properties: dict[str, str] = {}
-        with self._tracer.start_as_current_span(
+    def publishing(self, task: Task, queue: str, message_id: str) -> tuple[Span, Mapping[str, str]]:
+        """A PRODUCER span, to be ended when the message is sent, and the properties that carry it."""
+        span = self._tracer.start_span(
             f"publish {queue}",
             kind=self._trace.SpanKind.PRODUCER,
             attributes=self._attributes("publish", "send", task, queue, message_id),
-        ):
-            self._propagator.inject(properties)
-            yield properties
+        )
+        properties: dict[str, str] = {}
+        self._propagator.inject(properties, self._trace.set_span_in_context(span))
+        return span, properties
 
     @contextlib.contextmanager
     def processing(self, task: Task, delivery: Delivery) -> Iterator[Callable[[BaseException], None]]:
@@ -3392,6 +3457,12 @@ class Tracing:
             "boilermaker.task_id": task.task_id,
             "boilermaker.attempts": task.attempts.attempts,
         }
+
+
+def _end_span(span: Span, kind: object, error: BaseException | None, trace: object) -> None:
+    if error is not None:
+        span.record_exception(error)
+    span.end()
 
 
 # ======================================================================================================================
@@ -3540,7 +3611,7 @@ class Worker:
         except Exception:
             logger.exception("[%s] Internal error sequence_number=%s", task.function_name, task.sequence_number)
             self._running.pop(delivery, None)
-            self._finished.append(Settlement(delivery, Disposition.ABANDON))
+            self._finished.append(Settlement(delivery, Disposition.LEAVE))  # again when its lock has run out
         self._wake.set()
 
     async def _outcome(self, delivery: Delivery, task: Task) -> Outcome:
@@ -3565,7 +3636,7 @@ class Worker:
 
     async def _complete_early(self, delivery: Delivery) -> bool:
         settlements = [Settlement(delivery, Disposition.COMPLETE)]
-        settling = self._receiver.settle(settlements)
+        settling = self._receiver.settle(settlements, durable=True)
         await asyncio.wait([settling])
         return not _rejections(settlements, settling)
 
@@ -3579,21 +3650,36 @@ class Worker:
         try:
             result = await registration.function(self._app.state, *task.args, **task.kwargs)
             if isinstance(result, (Task, TaskFunction)):
-                result = self._app.bound(_as_task(result))
+                result = self._returned(_as_task(result), task)
         except BaseException as error:
             return Outcome(ending_of(task, error), error=error)
+        if result is TaskFailureResult:
+            return Outcome(Ending.FAILED, result)
         if verbose:
             seconds = time.perf_counter() - started
             logger.info(
                 "[%s] Completed Task sequence_number=%s in %.5fs", task.function_name, task.sequence_number, seconds
             )
-        return Outcome(Ending.FAILED if result is TaskFailureResult else Ending.RETURNED, result)
+        return Outcome(Ending.RETURNED, result)
+
+    def _returned(self, returned: Task, task: Task) -> Task:
+        """A task that a task returned, checked; one that is published already has its own life, and no say here."""
+        if returned.message_id is None:
+            return self._app.bound(returned)
+        if task.on_success is not None and task.on_success.takes_result:
+            raise UsageError(
+                f"{returned!r} is published already and cannot take over: return {returned.function_name}.si(...)."
+            )
+        return returned
 
     def _settlement(self, delivery: Delivery, task: Task, outcome: Outcome) -> Settlement:
         """What to do with the message, its follow-up ready to be sent."""
         message_id = delivery.message_id or f"{self._bus.queue_name}:{delivery.sequence_number}"
         follow_up = None
         try:
+            if outcome.ending is Ending.RETRY:  # with the arguments as they came, whatever the function did to them
+                original = decode(delivery.body, self._bus.queue_name)
+                task.args, task.kwargs = original.args, original.kwargs
             decision = decide(task, outcome, message_id)
             if decision.follow_up is not None:
                 due = time.time() + decision.delay if decision.delay else None
@@ -3698,7 +3784,8 @@ def _log_ending(task: Task, outcome: Outcome, decision: Decision) -> None:
                 *(name, number, task.attempts.attempts + 1, tries, decision.delay, error),
             )
         case Ending.STOPPED:
-            logger.warning("[%s] Stopped with the worker, given back sequence_number=%s", name, number)
+            fate = "given back" if task.acks_late else "not to run again, as acks_late=False"
+            logger.warning("[%s] Stopped with the worker, %s sequence_number=%s", name, fate, number)
         case Ending.LOCK_LOST:
             logger.error("[%s] Lock lost, cancelled: it will run again sequence_number=%s", name, number)
         case _:
@@ -3709,22 +3796,40 @@ def _log_ending(task: Task, outcome: Outcome, decision: Decision) -> None:
             )
 
 
+_listeners: dict[asyncio.AbstractEventLoop, tuple[list[Callable[[int], None]], dict[int, Any]]] = {}
+
+
 @contextlib.contextmanager
-def _on_signals(handler: Callable[[int], None]) -> Iterator[None]:
-    """Have SIGINT and SIGTERM call the handler in the event loop, where that is possible: in the main thread."""
+def _on_signals(listener: Callable[[int], None]) -> Iterator[None]:
+    """Tell a worker of SIGINT and SIGTERM; all the workers of the event loop are told."""
     loop = asyncio.get_running_loop()
-    previous: dict[int, Any] = {}
-    for number in (signal.SIGINT, signal.SIGTERM):
-        with contextlib.suppress(NotImplementedError, RuntimeError, ValueError):
-            before = signal.getsignal(number)
-            loop.add_signal_handler(number, handler, number)
-            previous[number] = before
+    listeners, previous = _listeners.setdefault(loop, ([], {}))
+    listeners.append(listener)
+    if len(listeners) == 1:
+        _listen(loop, listeners, previous)
     try:
         yield
     finally:
-        for handled, before in previous.items():
-            loop.remove_signal_handler(handled)
-            signal.signal(handled, before if before is not None else signal.SIG_DFL)
+        listeners.remove(listener)
+        if not listeners:
+            del _listeners[loop]
+            for number, handler in previous.items():
+                loop.remove_signal_handler(number)
+                signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+
+
+def _listen(loop: asyncio.AbstractEventLoop, listeners: list[Callable[[int], None]], previous: dict[int, Any]) -> None:
+    """Take over the signals where that is possible: in the main thread, on Unix. Keep the handlers there were."""
+
+    def tell(number: int) -> None:
+        for listener in list(listeners):
+            listener(number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        with contextlib.suppress(NotImplementedError, RuntimeError, ValueError):
+            before = signal.getsignal(number)
+            loop.add_signal_handler(number, tell, number)
+            previous[number] = before
 
 
 # ======================================================================================================================
@@ -3832,8 +3937,14 @@ class Boilermaker:
         should_dead_letter: bool = True,
         acks_late: bool = True,
     ) -> Registration:
-        name = name or _function_name(function)
-        _function_name(function)
+        function_name = _function_name(function)
+        name = function_name if name is None else name
+        if not isinstance(name, str) or not name:
+            raise UsageError(f"name={name!r} of {function_name} must be a string that is not empty.")
+        if _arity(function)[1] < 0:
+            raise UsageError(
+                f"{name} must take the application's state as its first argument: async def {name}(state)."
+            )
         if name in self._registry:
             raise UsageError(f"Function already registered: {name}. Give one of the two another name with name='...'.")
         if policy is not None and not isinstance(policy, RetryPolicy):
@@ -3858,7 +3969,7 @@ class Boilermaker:
 
     # -- making tasks
 
-    def create_task(self, fn: Any, *args: Any, policy: RetryPolicy | None = None, **kwargs: Any) -> Task:
+    def create_task(self, fn: Any, /, *args: Any, policy: RetryPolicy | None = None, **kwargs: Any) -> Task:
         """A task that is not sent yet.
 
         Args:
@@ -3895,6 +4006,8 @@ class Boilermaker:
         members = [_as_task(task) for task in tasks]
         failure = None if on_failure is None else _as_task(on_failure, "on_failure")
         for member, following in itertools.pairwise(members):
+            if following is member:
+                raise UsageError(f"{member!r} is in the chain twice in a row: use copy().")
             if following not in _chain_of(member):
                 _last(member).on_success = following
         for step in _chain_of(members[0]):
@@ -3907,6 +4020,7 @@ class Boilermaker:
     async def apply_async(
         self,
         fn: Any,
+        /,
         *args: Any,
         delay: float | datetime.timedelta | None = None,
         eta: datetime.datetime | None = None,
@@ -3921,6 +4035,7 @@ class Boilermaker:
     async def send_task(
         self,
         name: str,
+        /,
         *args: Any,
         queue: str | None = None,
         on_success: TaskLike | None = None,
@@ -3941,7 +4056,7 @@ class Boilermaker:
         """
         if not isinstance(name, str) or not name:
             raise UsageError(f"send_task: name={_short(name)} must be the name a task is registered under.")
-        task = Task(function_name=name, args=list(args), kwargs=kwargs, policy_is_default=True)
+        task = _task_by_name(name, args, kwargs)
         task.queue = None if queue is None else _checked_queue_name(queue)
         task.on_success = None if on_success is None else _as_task(on_success, "on_success")
         task.on_failure = None if on_failure is None else _as_task(on_failure, "on_failure")
@@ -4006,8 +4121,6 @@ class Boilermaker:
         Raises:
             UsageError: the task is not the head, or a function is not registered.
         """
-        if head.message_id is not None and head._predecessor is None:
-            return head
         _check_head(head)
         single = head.on_success is None and head.on_failure is None
         for task in [head] if single else _workflow(head):
@@ -4044,8 +4157,12 @@ class Boilermaker:
 
     def _traced(self, task: Task, queue: str, message_id: str, spans: contextlib.ExitStack | None) -> Mapping[str, str]:
         assert self.tracing is not None
-        with contextlib.ExitStack() if spans is None else contextlib.nullcontext(spans) as stack:
-            return stack.enter_context(self.tracing.publishing(task, queue, message_id))
+        span, properties = self.tracing.publishing(task, queue, message_id)
+        if spans is None:
+            span.end()
+        else:
+            spans.push(functools.partial(_end_span, span))
+        return properties
 
     async def _send(self, messages: Sequence[Outgoing], attempts: int) -> list[int | None]:
         errors: list[Exception] = []
@@ -4089,6 +4206,8 @@ class Boilermaker:
         if type(concurrency) is not int or concurrency < 1:
             raise UsageError(f"concurrency={concurrency!r} must be an int of at least 1.")
         _positive("max_lock_renewal", max_lock_renewal)
+        if grace_period != 0:
+            _positive("grace_period", grace_period)
         await Worker(self, concurrency, burst, grace_period, max_lock_renewal).run()
 
 
