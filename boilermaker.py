@@ -3022,7 +3022,7 @@ class AzureLink:
         while self._calls and time.monotonic() < deadline:
             await asyncio.sleep(SOCKET_TIMEOUT)
         vars(self.sdk).pop("_close_handler", None)
-        handler = getattr(self.sdk, "_handler", None)
+        handler: Any = getattr(self.sdk, "_handler", None)
         keep_alive = getattr(handler, "_keep_alive_thread", None)
         transport = getattr(getattr(handler, "_connection", None), "_transport", None)
         if keep_alive is not None:  # closing would wait for its next round
