@@ -1034,7 +1034,7 @@ def _decode_one(document: Any, queue: str, where: str) -> Task:
         task_id=task_id,
         policy=DEFAULT_POLICY if policy is None else _decode_policy(policy, "policy", where),
         policy_is_default=policy is None or get("policy_is_default") is True,
-        default_options=tuple(option for option in get("default_options") or () if option in _OPTIONS),
+        default_options=() if get("default_options") is None else _decode_options(get("default_options")),
         scheduled_policy=None if scheduled is None else _decode_policy(scheduled, "scheduled_policy", where),
         attempts=_decode_attempts(get("attempts") or {}, where),
         should_dead_letter=get("should_dead_letter") is not False,
@@ -1047,6 +1047,10 @@ def _decode_one(document: Any, queue: str, where: str) -> Task:
 
 def _wrong_type(name: str, kind: type, value: object, where: str) -> InvalidTaskFormat:
     return InvalidTaskFormat(f"{name} of {where} must be {_JSON_NAMES[kind]}, not {_short(value)}.")
+
+
+def _decode_options(names: Any) -> tuple[str, ...]:
+    return tuple(option for option in _OPTIONS if option in names)
 
 
 def _decode_queue(name: object, where: str) -> str:
@@ -2036,11 +2040,13 @@ class QueueFile:
         assert self._log is not None
         try:
             with contextlib.closing(connect(self.store.path)) as connection:
-                connection.execute("PRAGMA wal_checkpoint(PASSIVE)")
+                connection.execute("PRAGMA busy_timeout = 1000")
+                _, pages, copied = connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
                 if os.fstat(self._log).st_size > MAX_LOG_BYTES:
-                    connection.execute("PRAGMA busy_timeout = 1000")
                     connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-                connection.execute("UPDATE queue SET name = name")  # the first to write to an empty log has to sync it
+                    copied = pages
+                if copied == pages:  # the log begins anew, and the first to write to it has to sync it: here, not there
+                    connection.execute("UPDATE queue SET name = name")
         except sqlite3.Error as error:
             logger.warning("Checkpoint of %s failed, the next will try again: %s", self.store.path, error)
         finally:
