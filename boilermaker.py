@@ -1016,10 +1016,8 @@ def _decode_one(document: Any, queue: str, where: str) -> Task:
     """One task without its callbacks. A field that is absent or null has its default."""
     if type(document) is not dict:
         raise InvalidTaskFormat(f"{where} must be an object, not {_short(document)}.")
-    for name, value in document.items():
-        kind = _FIELDS.get(name)
-        if kind is not None and type(value) is not kind and value is not None:
-            raise _wrong_type(name, kind, value, where)
+    if tuple(document) != _USUAL_NAMES or tuple(map(type, document.values())) != _USUAL_TYPES:
+        _check_types(document, where)
     get = document.get
     task_id: Any = get("task_id")
     function_name: Any = get("function_name")
@@ -1043,6 +1041,29 @@ def _decode_one(document: Any, queue: str, where: str) -> Task:
         queue=queue if get("queue") is None else _decode_queue(get("queue"), where),
         takes_result=get("takes_result") is True,
     )
+
+
+# A plain task as `encode` writes it, which needs no closer look.
+_USUAL: Mapping[str, type] = {
+    "task_id": str,
+    "function_name": str,
+    "payload": dict,
+    "policy": dict,
+    "attempts": dict,
+    "should_dead_letter": bool,
+    "acks_late": bool,
+    "graph_id": type(None),
+    "on_success": type(None),
+    "on_failure": type(None),
+}
+_USUAL_NAMES, _USUAL_TYPES = tuple(_USUAL), tuple(_USUAL.values())
+
+
+def _check_types(document: dict[str, Any], where: str) -> None:
+    for name, value in document.items():
+        kind = _FIELDS.get(name)
+        if kind is not None and type(value) is not kind and value is not None:
+            raise _wrong_type(name, kind, value, where)
 
 
 def _wrong_type(name: str, kind: type, value: object, where: str) -> InvalidTaskFormat:
@@ -3626,7 +3647,8 @@ class Worker:
         if registration is None:
             unknown = UsageError(f"Function {task.function_name!r} is not registered with this worker.")
             return Outcome(Ending.UNREGISTERED, error=unknown)
-        registration.apply_to(task)
+        if task.policy_is_default or task.default_options:
+            registration.apply_to(task)
         if not may_run(task):
             exhausted = RetryException(f"no try left: {task.attempts.attempts} made, {task.policy}")
             return Outcome(Ending.NO_TRY_LEFT, error=exhausted)
