@@ -1212,26 +1212,30 @@ def decide(task: Task, outcome: Outcome, message_id: str) -> Decision:
         and not isinstance(outcome.result, Task)
     ):
         return _COMPLETED  # most messages
-    first_id = first_try_id(message_id, task.attempts.attempts)
-    disposition = ending.disposition
-    if not task.should_dead_letter and ending in (Ending.FAILED, Ending.EXHAUSTED, Ending.NO_TRY_LEFT):
-        disposition = Disposition.COMPLETE
-    if not task.acks_late and ending.ran:
-        disposition = Disposition.LEAVE
-    decision = Decision(disposition, ending.reason, describe(outcome.error) if ending.reason else "")
+    retried = task.attempts.attempts
+    first_id = first_try_id(message_id, retried)
+    description = describe(outcome.error) if ending.reason else ""
+    decision = Decision(_disposition(task, ending), ending.reason, description)
     match ending.follow_up:
         case FollowUp.RETRY:
-            attempt = task.attempts.attempts + 1
-            delay = policy_in_force(task, outcome.error).get_delay_interval(attempt - 1)
-            return decision._replace(
-                follow_up=_retry_of(task, outcome.error), follow_up_id=retry_id(first_id, attempt), delay=delay
-            )
+            delay = policy_in_force(task, outcome.error).get_delay_interval(retried)
+            retry = _retry_of(task, outcome.error)
+            return decision._replace(follow_up=retry, follow_up_id=retry_id(first_id, retried + 1), delay=delay)
         case FollowUp.ON_SUCCESS if (following := _successor(task, outcome.result)) is not None:
             return decision._replace(follow_up=following, follow_up_id=continuation_id(first_id))
         case FollowUp.ON_FAILURE if task.on_failure is not None:
             following = _given(task.on_failure, lambda: failure_of(task, outcome))
             return decision._replace(follow_up=following, follow_up_id=continuation_id(first_id))
     return decision
+
+
+def _disposition(task: Task, ending: Ending) -> Disposition:
+    """The table's, but for the task's own wishes."""
+    if not task.acks_late and ending.ran:
+        return Disposition.LEAVE  # completed before it ran
+    if not task.should_dead_letter and ending in (Ending.FAILED, Ending.EXHAUSTED, Ending.NO_TRY_LEFT):
+        return Disposition.COMPLETE
+    return ending.disposition
 
 
 def reject(error: Exception) -> Decision:
@@ -1480,7 +1484,7 @@ class ServiceBus(Protocol):
 
 SCHEMA_VERSION = 1
 APPLICATION_ID = 0x424F494C  # "BOIL"
-LOCKED, READY, DEFERRED = 0, 1, 2
+LOCKED, READY, DEFERRED = 0, 1, 2  # the SQL below has the numbers; nothing here defers a message, the emulator does
 DEAD_LETTER_SUFFIX = "/$DeadLetterQueue"
 
 SCHEMA = f"""
@@ -1612,7 +1616,7 @@ class Store:
                 self._connection.execute("ROLLBACK")
             raise
         finally:
-            self._mutex.release()
+            self._mutex.release()  # which `_begin` acquired
 
     def _begin(self, wait: bool) -> None:
         """Begin, and keep other threads away; they are not while this one waits for another process."""
@@ -2256,9 +2260,9 @@ class LocalServiceBus:
         """
         commit = await self._commit()
         store = commit.file.store
-        if abs(sequence_number) >= 2**63:
-            raise MessageNotFound(f"{self.queue_name} has no scheduled message with sequence number {sequence_number}.")
-        if not await commit.submit(lambda: store.cancel(self.queue_name, sequence_number, time.time()), durable=True):
+        cancel = functools.partial(store.cancel, self.queue_name, sequence_number)
+        fits = abs(sequence_number) < 2**63  # what SQLite can hold
+        if not fits or not await commit.submit(lambda: cancel(time.time()), durable=True):
             raise MessageNotFound(f"{self.queue_name} has no scheduled message with sequence number {sequence_number}.")
 
     async def open_receiver(self, on_lock_lost: Callable[[Delivery], None], max_renewal: float) -> LocalReceiver:
