@@ -6,6 +6,7 @@ import ast
 import asyncio
 import contextlib
 import copy
+import dataclasses
 import datetime
 import decimal
 import importlib
@@ -980,6 +981,57 @@ def test_a_field_that_is_null_has_its_default_as_if_it_were_absent(name):
     )
     assert (with_null.attempts.attempts, with_null.queue, with_null.takes_result) == (0, "q", False)
     assert with_null.policy_is_default
+
+
+SURPRISING_ARGUMENTS = [
+    [],
+    [None, True, 1.5, -1, "text"],
+    [{"payload": {"args": [1]}}],
+    ['},"policy":{"max_tries":1,"delay":0,"delay_max":0,"retry_mode":0}'],
+    ['"},"policy":{},"attempts":{"attempts":9,"last_retry":"x"}'],
+    ['Zoë ☃\n\x00"\\\ud800'],
+    [[[[{}]]], {"": {"args": [], "kwargs": {}}}],
+]
+
+
+@pytest.mark.parametrize("arguments", SURPRISING_ARGUMENTS, ids=ascii)
+@pytest.mark.parametrize(
+    "options", [{}, {"should_dead_letter": False}, {"acks_late": False, "policy": NoRetry()}], ids=str
+)
+def test_a_plain_task_reads_the_same_by_the_short_and_by_the_long_way(arguments, options):
+    task = named("f", args=arguments, kwargs={"k": arguments}, **options)
+    body = encode(task, "q", "q")
+    short, long = decode(body, "q"), decode(f" {body}", "q")
+    assert boilermaker._PLAIN.fullmatch(body)
+    assert not boilermaker._PLAIN.fullmatch(f" {body}")
+    assert dataclasses.asdict(short) == dataclasses.asdict(long)
+    assert (short.args, short.kwargs, short.attempts) == (task.args, task.kwargs, task.attempts)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ('"args":[]', '"args":{}'),
+        ('"args":[]', '"args":[NaN]'),
+        ('"args":[]', '"args":[' + "[" * 100_000),
+        ('"kwargs":{}', '"kwargs":[]'),
+        ('{"args":[]', '{"args":[]},"payload":{"args":7'),
+        ('"max_tries":5', '"max_tries":101'),
+        ('"max_tries":5', '"max_tries":true'),
+        ('"max_tries":5,', ""),
+        ('"attempts":0', '"attempts":999999999999'),
+        ('"last_retry":"', '"last_retry":"never '),
+    ],
+)
+def test_a_plain_task_with_something_wrong_is_the_same_error_by_either_way(old, new):
+    body = encode(named("f"), "q", "q")
+    assert old in body
+    errors = []
+    for text in (body.replace(old, new), f" {body.replace(old, new)}"):
+        with pytest.raises(boilermaker.InvalidTaskFormat) as caught:
+            decode(text, "q")
+        errors.append(re.sub(r"\(char \d+\)|column \d+", "", str(caught.value)))
+    assert errors[0] == errors[1]
 
 
 NOT_A_TASK = {
@@ -3028,7 +3080,7 @@ async def test_a_queue_file_may_be_a_symbolic_link(open_bus, tmp_path):
 
 
 async def test_a_bus_stays_with_its_file_when_the_working_directory_changes(open_bus, tmp_path, monkeypatch):
-    monkeypatch.setattr(boilermaker, "CHECKPOINT_ROWS", 1)
+    monkeypatch.setattr(boilermaker, "CHECKPOINT_PAGES", 1)
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path)
     bus = open_bus(path="queue.db")
@@ -3163,6 +3215,25 @@ async def test_a_send_is_answered_when_it_is_on_the_disk_and_the_event_loop_does
     assert synced == [True]
 
 
+async def test_the_event_loop_waits_itself_for_a_disk_that_is_quick_until_it_is_slow_once(open_bus, monkeypatch):
+    bus = open_bus()
+    await bus.peek()
+    threads = []
+    clock = itertools.count()
+    monkeypatch.setattr(time, "perf_counter", lambda: next(clock) * seconds)
+    monkeypatch.setattr(os, "fdatasync", lambda file: threads.append(threading.current_thread()), raising=False)
+
+    async def loop_waited():
+        await bus.send([letter()])
+        return threads[-1] is threading.main_thread()
+
+    seconds = boilermaker.QUICK_SYNC / 2
+    quick = [await loop_waited() for _ in range(boilermaker.QUICK_SYNCS + 3)]
+    assert quick == [False] * boilermaker.QUICK_SYNCS + [True] * 3
+    seconds = boilermaker.QUICK_SYNC * 2
+    assert [await loop_waited() for _ in range(3)] == [True, False, False]
+
+
 async def test_a_disk_that_cannot_sync_fails_the_send(open_bus, monkeypatch):
     def broken(file):
         raise OSError(5, "Input/output error")
@@ -3189,7 +3260,7 @@ async def test_closing_lets_go_of_the_file_even_if_the_disk_fails(open_bus, monk
 
 
 async def test_the_log_is_moved_to_the_file_and_emptied_while_the_queue_is_in_use(open_bus, tmp_path, monkeypatch):
-    monkeypatch.setattr(boilermaker, "CHECKPOINT_ROWS", 100)
+    monkeypatch.setattr(boilermaker, "CHECKPOINT_PAGES", 20)
     monkeypatch.setattr(boilermaker, "MAX_LOG_BYTES", 0)
     bus = open_bus()
     sent = []
