@@ -2644,6 +2644,9 @@ SEND_PAUSES = (0.25, 1.0, 4.0)
 RETRY_PAUSE = 0.25
 """Seconds between two attempts to settle."""
 
+START_PATIENCE = 2
+"""Seconds for which a worker that starts tries to connect."""
+
 OPENING_TICK = 0.005
 """Seconds between two looks at a link that is being opened."""
 
@@ -3233,9 +3236,12 @@ class AzureSender:
             await link.call(link.sdk.send_messages, _sdk_message(messages[0]), timeout=ATTEMPT_TIMEOUT)
             return [None]
         batch = await link.call(link.sdk.create_message_batch)
-        with contextlib.suppress(ValueError):  # the batch is full
-            for message in messages:
-                batch.add_message(_sdk_message(message))
+        for message in messages:
+            if (
+                batch.size_in_bytes + self._bus.size(message) > batch.max_size_in_bytes
+            ):  # the SDK's sum is a little short
+                break
+            batch.add_message(_sdk_message(message))
         if not len(batch):
             return await self._send_some(messages[:1])
         await link.call(link.sdk.send_messages, batch, timeout=ATTEMPT_TIMEOUT)
@@ -3293,8 +3299,16 @@ class AzureReceiver:
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def open(self) -> None:
-        """Connect, so that what is wrong with the settings shows at the start."""
-        self._link = await self._bus.receiver_link().__aenter__()
+        """Connect, so that what is wrong with the settings shows at the start; a failure that may pass, soon after."""
+        deadline = time.monotonic() + START_PATIENCE
+        while True:
+            try:
+                self._link = await self._bus.receiver_link().__aenter__()
+                break
+            except ServiceBusUnavailable:
+                if time.monotonic() > deadline:
+                    raise
+            await asyncio.sleep(RETRY_PAUSE)
         self._spawn(self._keep_locks())
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:

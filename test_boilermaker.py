@@ -9,6 +9,7 @@ import copy
 import dataclasses
 import datetime
 import decimal
+import gc
 import importlib
 import itertools
 import json
@@ -5197,6 +5198,14 @@ async def test_application_properties_arrive_as_text(azure_bus):
     assert (received.body, received.message_id, received.delivery_count) == (b"{}", "a", 0)
 
 
+@pytest.mark.parametrize("size", [417, 423, 464])
+async def test_a_batch_of_the_sdk_that_is_full_to_the_last_bytes_is_not_too_large_for_the_service(azure_bus, size):
+    bus = azure_bus()
+    messages = [boilermaker.Outgoing("x" * size, boilermaker.new_task_id(), bus.queue_name) for _ in range(600)]
+    await bus.send(messages)
+    assert [message.message_id for message in await bus.peek(1000)] == [message.message_id for message in messages]
+
+
 async def test_many_publishers_share_one_link(azure_bus, emulator):
     app = Boilermaker(None, azure_bus())
 
@@ -5222,15 +5231,21 @@ async def test_a_thousand_tasks_leave_no_more_behind_than_a_hundred(azure_bus, e
 
     async def idle():
         """What is held when nothing is under way: the least of some looks, since the SDK has tasks that come and go."""
-        return min([held() for _ in range(20) if not await asyncio.sleep(0.02)])
+        return min([held() for _ in range(20) if not await asyncio.sleep(0.02)]), objects()
+
+    def objects():
+        gc.collect()
+        return len(gc.get_objects())
 
     async with working(app, concurrency=50):
         await app.publish_many([work.si() for _ in range(100)])
         await until(lambda: len(done) == 100)
-        after_100 = await idle()
+        after_100, objects_after_100 = await idle()
         await app.publish_many([work.si() for _ in range(900)])
         await until(lambda: len(done) == 1000)
-        assert await idle() <= after_100
+        after_1000, objects_after_1000 = await idle()
+    assert after_1000 <= after_100
+    assert objects_after_1000 - objects_after_100 < 450, "half an object for each task more"
 
 
 async def test_in_quiet_operation_nothing_is_logged_as_a_warning(azure_bus, caplog):
@@ -5441,6 +5456,16 @@ async def test_the_service_may_be_away_for_a_while(azure_bus, emulator):
         await publishing
 
 
+async def test_a_worker_may_start_while_the_service_is_away_for_a_moment(azure_bus, emulator):
+    app = Boilermaker(None, azure_bus())
+    runs, _, [task, *_] = chains(app)
+    await app.publish_task(task)
+    await app.close()
+    emulator.control("refuse 0.5")
+    await work_off(app)
+    assert runs == {0: 1}
+
+
 async def test_links_detached_while_idle_are_opened_again(azure_bus, emulator, caplog):
     app = Boilermaker(None, azure_bus())
     runs, steps, tasks = chains(app)
@@ -5508,6 +5533,161 @@ async def test_no_step_is_published_twice_whatever_happens(azure_bus, emulator):
         await until(lambda: len(messages) == 100)
         await until(lambda: is_empty(app.service_bus_client))
     assert {len(numbers) for numbers in messages.values()} == {1}
+
+
+def test_random_kills_and_idle_connections_lose_nothing(tmp_path):
+    ended = run_example("fault_runs", "kill", "kill-local", "idle", "--chains", "40", "--seconds", "3")
+    heading, *rows = [re.split(r"  +", line.strip()) for line in ended.stdout.splitlines()]
+    figures = {name: dict(zip(heading, map(int, numbers), strict=True)) for name, *numbers in rows}
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert list(figures) == ["kill", "kill-local", "idle"]
+    assert min(figures["kill"]["killed"], figures["kill-local"]["killed"]) >= 1
+    for run in figures.values():
+        assert run["chains"] == 40
+        assert run["never ran"] == run["published twice"] == run["left"] == run["ended"] == 0
+
+
+# ======================================================================================================================
+# boilermaker-servicebus: messages in both directions, by its own code
+# ======================================================================================================================
+
+ORIGINAL = "boilermaker-servicebus==1.4.1"
+
+READ_AND_WRITE_AGAIN = """
+import json, sys
+from boilermaker.task import Task
+
+def summary(task):
+    return task and {
+        "function_name": task.function_name,
+        "payload": task.payload,
+        "attempts": task.attempts.attempts,
+        "policy": task.policy.model_dump(mode="json"),
+        "flags": [task.should_dead_letter, task.acks_late],
+        "on_success": summary(task.on_success),
+        "on_failure": summary(task.on_failure),
+    }
+
+tasks = [Task.model_validate_json(body) for body in json.load(sys.stdin)]
+json.dump([(summary(task), task.model_dump_json()) for task in tasks], sys.stdout)
+"""
+
+WRITE = """
+import json, sys
+from boilermaker import Boilermaker, NoRetry, RetryPolicy, Task
+from boilermaker.retries import RetryMode
+
+class State: ...
+
+async def fetch(state, page, width=1): ...
+async def store(state): ...
+async def clean_up(state): ...
+
+state = State()  # the original holds it by a weak reference
+app = Boilermaker(state, None)
+app.register_many_async([fetch, store, clean_up], policy=RetryPolicy.default())
+plain = app.create_task(fetch, "Zoë", width=2)
+chain = app.chain(Task.si(fetch, "a"), Task.si(store), on_failure=Task.si(clean_up))
+retried = app.create_task(fetch, "b", policy=RetryPolicy(max_tries=3, delay=1, retry_mode=RetryMode.Linear))
+retried.record_attempt()
+once = app.create_task(store, policy=NoRetry())
+once.acks_late, once.should_dead_letter = False, False
+json.dump([task.model_dump_json() for task in (plain, chain, retried, once)], sys.stdout)
+"""
+
+
+@pytest.fixture(scope="session")
+def original(tmp_path_factory):
+    """Runs programs with boilermaker-servicebus, in an environment of its own; gives what they print as JSON."""
+    folder = tmp_path_factory.mktemp("original")
+    venv.create(folder, with_pip=True)
+    python = folder / "bin" / "python"
+    subprocess.run([python, "-m", "pip", "install", "--quiet", ORIGINAL], check=True)
+
+    def run(program, documents=None):
+        ended = subprocess.run(
+            [python, "-c", program], input=json.dumps(documents), cwd=folder, capture_output=True, text=True, check=True
+        )
+        return json.loads(ended.stdout)
+
+    return run
+
+
+def workflows_of_ours():
+    """A task for every field of the wire format, those that the original does not know included."""
+    policies = [policy for _, policy in WIRE_POLICIES]
+    retried = [named("retried", attempts=tried(number), policy=policy) for number, policy in enumerate(policies, 1)]
+    retry = boilermaker.decide(
+        named("again", policy=RetryPolicy(max_tries=9)),
+        boilermaker.Outcome(boilermaker.Ending.RETRY, error=RetryException("later", NoRetry())),
+        "id",
+    ).follow_up
+    chain = named("a", on_failure=named("f")) | named("b", queue="elsewhere") | named("c", on_failure=named("g"))
+    return [
+        named("plain", args=["Zoë ☃", None, 1.5, [1, {"a": True}]], kwargs={"width": 800}),
+        named("options", should_dead_letter=False, acks_late=False, graph_id="g-1"),
+        named("additions", policy_is_default=True, default_options=("acks_late",), takes_result=True),
+        chain,
+        retry,
+        *retried,
+    ]
+
+
+def known_to_the_original(task):
+    """The fields of a task that the original has, callbacks included."""
+    return task and {
+        "function_name": task.function_name,
+        "payload": task.payload,
+        "attempts": task.attempts.attempts,
+        "policy": json.loads(boilermaker._encode_policy(task.policy)),
+        "flags": [task.should_dead_letter, task.acks_late],
+        "on_success": known_to_the_original(task.on_success),
+        "on_failure": known_to_the_original(task.on_failure),
+    }
+
+
+def test_the_original_reads_what_we_write_and_we_read_what_it_writes_of_that(original):
+    tasks = workflows_of_ours()
+    answers = original(READ_AND_WRITE_AGAIN, [encode(task, "q", "q") for task in tasks])
+    assert len(answers) == len(tasks)
+    for task, (read, written) in zip(tasks, answers, strict=True):
+        again = decode(written, "q")
+        assert read == known_to_the_original(task) == known_to_the_original(again)
+        assert (again.task_id, again.graph_id) == (task.task_id, task.graph_id)
+
+
+async def test_what_the_original_writes_runs_here(original, new_bus):
+    app = Boilermaker(None, new_bus())
+    ran = []
+
+    @app.task
+    async def fetch(state, page, width=1):
+        ran.append(("fetch", page, width, current_task().attempts.attempts, current_task().policy.max_tries))
+        if page == "a" and len(ran) > 4:
+            raise ValueError
+
+    @app.task
+    async def store(state):
+        ran.append(("store", current_task().acks_late, current_task().should_dead_letter))
+
+    @app.task
+    async def clean_up(state):
+        ran.append(("clean_up",))
+
+    bus = app.service_bus_client
+    bodies = original(WRITE)
+    await bus.send([boilermaker.Outgoing(body, boilermaker.new_task_id(), bus.queue_name) for body in bodies])
+    await work_off(app)
+    assert sorted(ran) == [
+        ("fetch", "Zoë", 2, 0, 5),
+        ("fetch", "a", 1, 0, 5),
+        ("fetch", "b", 1, 1, 3),
+        ("store", False, False),
+        ("store", True, True),
+    ]
+    await bus.send([boilermaker.Outgoing(bodies[1], boilermaker.new_task_id(), bus.queue_name)])
+    await work_off(app)
+    assert ran[5:] == [("fetch", "a", 1, 0, 5), ("clean_up",)]
 
 
 # ======================================================================================================================
