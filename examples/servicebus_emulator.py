@@ -81,11 +81,11 @@ class Refusal(Exception):
         return proton.Condition(self.condition, self.description, {proton.symbol("status"): proton.int32(self.status)})
 
 
-class Lock(NamedTuple):
+class Lock(Delivery):
     """What a receiver holds. The pair fences it off once another has received the message."""
 
-    sequence_number: int
-    delivery_count: int  # how often the message had been delivered before
+    def __init__(self, sequence_number: int, delivery_count: int) -> None:
+        super().__init__(sequence_number, delivery_count, None, b"", {}, locked_until=0)
 
     @property
     def token(self) -> uuid.UUID:
@@ -94,14 +94,6 @@ class Lock(NamedTuple):
     @classmethod
     def of_token(cls, token: uuid.UUID) -> Lock:
         return cls(token.int >> 64, token.int & (1 << 64) - 1)
-
-
-class Outcome(NamedTuple):
-    """How a receiver settles. The status is the service's word for it, or `released`: as if never delivered."""
-
-    status: str
-    reason: str = ""
-    description: str = ""
 
 
 # --- Encoded messages -------------------------------------------------------------------------------------------------
@@ -159,13 +151,18 @@ def sections(encoded: bytes) -> list[tuple[int, bytes]]:
     return found
 
 
-def decode(section: bytes) -> Any:
-    data = proton.Data()
-    data.decode(section)
-    data.rewind()
-    data.next()
-    described: Any = data.get_object()
-    return described.value
+def decode(found: list[tuple[int, bytes]], codes: Iterable[int]) -> dict[int, Any]:
+    """The values of those sections that have one of the codes."""
+    values = {}
+    for code, section in found:
+        if code in codes:
+            data = proton.Data()
+            data.decode(section)
+            data.rewind()
+            data.next()
+            described: Any = data.get_object()
+            values[code] = described.value
+    return values
 
 
 def encode(code: int, value: Any) -> bytes:
@@ -194,8 +191,7 @@ def is_message(encoded: bytes) -> bool:
 
 def parse(queue: str, encoded: bytes) -> tuple[Outgoing, float | None]:
     """A message for the embedded queue, and the seconds that it may live, if it says so."""
-    wanted = (HEADER, ANNOTATIONS, PROPERTIES)
-    values = {code: decode(section) for code, section in sections(encoded) if code in wanted}
+    values = decode(sections(encoded), (HEADER, ANNOTATIONS, PROPERTIES))
     (message_id,) = values.get(PROPERTIES, [])[:1] or [None]
     (milliseconds,) = values.get(HEADER, [])[2:3] or [None]
     scheduled = values.get(ANNOTATIONS, {}).get("x-opt-scheduled-enqueue-time")
@@ -206,21 +202,16 @@ def parse(queue: str, encoded: bytes) -> tuple[Outgoing, float | None]:
 
 def for_receiver(row: Row, now: float) -> bytes:
     """A stored message as a receiver gets it: with the broker's header, annotations and dead-letter properties."""
-    own: dict[int, Any] = {HEADER: [], ANNOTATIONS: {}}
+    found = sections(row.body)
     texts = (row.dead_letter_reason, row.dead_letter_error_description)
     added = {name: text for name, text in zip(DEAD_LETTER_PROPERTIES, texts, strict=True) if text}
-    if added:
-        own[APPLICATION_PROPERTIES] = {}
-    parts = []
-    for code, section in sections(row.body):
-        if code in own:
-            own[code] = decode(section)
-        elif code != DELIVERY_ANNOTATIONS:
-            parts.append((code, section))
+    own: dict[int, Any] = {HEADER: [], ANNOTATIONS: {}} | ({APPLICATION_PROPERTIES: {}} if added else {})
+    own |= decode(found, own)
     own[HEADER] = [*[*own[HEADER], None, None, None, None][:4], proton.uint(row.lock.delivery_count)]
     own[ANNOTATIONS] |= broker_annotations(row, now)
     if added:
         own[APPLICATION_PROPERTIES] |= added
+    parts = [(code, section) for code, section in found if code not in own and code != DELIVERY_ANNOTATIONS]
     parts += [(code, encode(code, value)) for code, value in own.items()]
     # The codes ascend in the order that the specification wants; several data sections keep theirs.
     return b"".join(section for _, section in sorted(parts, key=lambda part: part[0]))
@@ -238,45 +229,87 @@ def broker_annotations(row: Row, now: float) -> dict[proton.symbol, Any]:
     return {proton.symbol(name): value for name, value in known.items()}
 
 
-# --- Storage ----------------------------------------------------------------------------------------------------------
+# --- Broker -----------------------------------------------------------------------------------------------------------
 
 
-class Storage(Store):
-    """The embedded queue, and what Service Bus has besides: deferral, release, peeking from a number.
+@dataclass
+class Faults:
+    """What is to go wrong."""
+
+    busy: float = 0  # that many sends are turned down; scheduling is one too
+    lose: float = 0  # that many settlements are applied, and the connection is cut instead of answering
+    mute: float = 0  # that many settlements are applied, and never answered
+    slow: float = 0  # settlements are that many seconds late, until this is 0 again
+
+    def due(self, name: str) -> bool:
+        """Whether it is to happen now; if so, once less from now on."""
+        left: float = getattr(self, name)
+        setattr(self, name, max(left - 1, 0))
+        return left > 0
+
+
+class Broker(Store):
+    """The queues of one namespace: the embedded queue, and what Service Bus has besides.
 
     The embedded queue lets the holder of an expired lock settle as long as nobody else has received the message.
-    Service Bus does not, so whoever settles or renews here asks `holds` first.
+    Service Bus does not, so whoever settles or renews here calls `hold` first. All calls are made in a transaction.
     """
 
+    def __init__(self, settings: argparse.Namespace) -> None:
+        super().__init__(":memory:")
+        self.settings = settings  # as on the command line
+        self.faults = Faults()
+        self.names: dict[str, str] = {}
+        self.stirred: set[str] = set()  # queues in which something may have become available
+        for queue in settings.queue:
+            self.open_queue(queue, QueueSettings(*(getattr(settings, name) for name in QueueSettings._fields)))
+            self.open_queue(queue + DEAD_LETTER_SUFFIX, QueueSettings(max_delivery_count=None))
+            self.names |= {name.lower(): name for name in (queue, queue + DEAD_LETTER_SUFFIX)}
+
+    def find(self, path: str) -> str:
+        """The queue of that name, in which the service ignores case."""
+        if path.lower() not in self.names:
+            raise Refusal("amqp:not-found", f"The messaging entity '{path}' could not be found.")
+        return self.names[path.lower()]
+
     def rows(self, condition: str, *parameters: Any) -> list[Row]:
-        columns = ", ".join(Row._fields)
-        sql = f"SELECT {columns} FROM message WHERE {condition}"
+        sql = f"SELECT {', '.join(Row._fields)} FROM message WHERE {condition}"
         return [Row(*row) for row in self._connection.execute(sql, parameters)]
 
-    def numbered(self, sequence_numbers: list[int]) -> list[Row]:
+    def numbered(self, sequence_numbers: Iterable[int]) -> list[Row]:
         wanted = "sequence_number IN (SELECT value FROM json_each(?)) ORDER BY sequence_number"
-        return self.rows(wanted, json.dumps(sequence_numbers))
+        return self.rows(wanted, json.dumps(list(sequence_numbers)))
 
     def peek_rows(self, queue: str, max_message_count: int, from_sequence_number: int) -> list[Row]:
         condition = "queue_id = ? AND sequence_number >= ? ORDER BY sequence_number LIMIT ?"
         return self.rows(condition, self._queue(queue)[0], from_sequence_number, max_message_count)
 
-    def holds(self, lock: Lock, now: float) -> bool:
-        held = "sequence_number = ? AND delivery_count = ? AND state = ? AND due > ?"
-        return bool(self.rows(held, lock.sequence_number, lock.delivery_count + 1, LOCKED, now))
+    def send(self, queue: str, transfers: list[bytes]) -> list[int]:
+        """Store what the transfers carry, all of it or nothing; the sequence numbers."""
+        if self.faults.due("busy"):
+            raise Refusal("com.microsoft:server-busy", "The request was terminated because the entity is throttled.")
+        size, limit = max(map(len, transfers), default=0), self.settings.max_message_bytes
+        if size > limit:
+            text = f"The message (size: {size} bytes) exceeds the limit ({limit} bytes) of the link."
+            raise Refusal("amqp:link:message-size-exceeded", text)
+        try:
+            messages = [parse(queue, single) for encoded in transfers for single in unbatch(encoded)]
+        except (ValueError, IndexError, proton.ProtonException) as error:
+            raise Refusal("amqp:decode-error", str(error)) from error
+        now = time.time()
+        self.stirred.add(queue)
+        numbers = self.insert([message for message, _ in messages], now)
+        for number, (message, time_to_live) in zip(numbers, messages, strict=True):
+            if time_to_live is not None:  # unless the queue lets it expire earlier
+                expires = max(message.due or now, now) + time_to_live
+                sql = "UPDATE message SET expires = min(?, ifnull(expires, ?)) WHERE sequence_number = ?"
+                self._changed(sql, (expires, expires, number))
+        return numbers
 
-    def limit_life(self, sequence_number: int, expires: float) -> None:
-        """Let a message expire then, unless its queue lets it expire earlier."""
-        sql = "UPDATE message SET expires = min(?, ifnull(expires, ?)) WHERE sequence_number = ?"
-        self._changed(sql, (expires, expires, sequence_number))
-
-    def release(self, lock: Lock) -> bool:
-        sql = "UPDATE message SET state = ?, due = enqueued_time, delivery_count = ? WHERE sequence_number = ?"
-        return self._changed(sql, (READY, lock.delivery_count, lock.sequence_number))
-
-    def defer(self, lock: Lock) -> bool:
-        sql = "UPDATE message SET state = ?, due = enqueued_time WHERE sequence_number = ?"
-        return self._changed(sql, (DEFERRED, lock.sequence_number))
+    def receive(self, queue: str, max_message_count: int) -> list[tuple[Lock, bytes]]:
+        now = time.time()
+        claimed = self.claim(queue, max_message_count, self.settings.lock_duration, now)
+        return [(row.lock, for_receiver(row, now)) for row in self.numbered(each.sequence_number for each in claimed)]
 
     def claim_deferred(self, queue: str, sequence_number: int, locked_until: float) -> bool:
         """Lock a deferred message. Given back, it is an active one: a simplification."""
@@ -289,10 +322,27 @@ class Storage(Store):
             (LOCKED, locked_until, self._queue(queue)[0], sequence_number, DEFERRED),
         )
 
-    def take_locks(self, sequence_number: int | None) -> int:
-        """Make one locked message available again, or all of them; how many there were."""
-        sql = "UPDATE message SET state = ?, due = enqueued_time WHERE state = ? AND ifnull(sequence_number = ?, TRUE)"
-        return self._connection.execute(sql, (READY, LOCKED, sequence_number)).rowcount
+    def hold(self, lock: Lock) -> float:
+        """Make sure that the lock is still good; the time that this was checked for."""
+        now = time.time()
+        held = "sequence_number = ? AND delivery_count = ? AND state = ? AND due > ?"
+        if not self.rows(held, lock.sequence_number, lock.delivery_count + 1, LOCKED, now):
+            text = "The lock is invalid: it has expired, or the message was already removed from the queue."
+            raise Refusal("com.microsoft:message-lock-lost", text)
+        return now
+
+    def settle(self, queue: str, lock: Lock, status: str, reason: str = "", description: str = "") -> None:
+        """Let go of a message. The status is the service's word for how, or `released`: as if never delivered."""
+        now = self.hold(lock)
+        self.stirred.add(queue)
+        if status == "completed":
+            self.complete([lock])
+        elif status == "suspended":
+            self.dead_letter(queue, lock, reason, description, now)
+        else:
+            state, counted = {"abandoned": (READY, 1), "released": (READY, 0), "defered": (DEFERRED, 1)}[status]
+            sql = "UPDATE message SET state = ?, due = enqueued_time, delivery_count = ? WHERE sequence_number = ?"
+            self._changed(sql, (state, lock.delivery_count + counted, lock.sequence_number))
 
     def counts(self, now: float) -> dict[str, int]:
         kinds = """
@@ -303,82 +353,6 @@ class Storage(Store):
         counted = self._connection.execute(sql, (DEAD_LETTER_SUFFIX, DEFERRED, now, LOCKED)).fetchall()
         return dict.fromkeys(("active", "locked", "scheduled", "deferred", "dead"), 0) | dict(counted)
 
-
-def as_delivery(lock: Lock) -> Delivery:
-    """A lock in the terms of the embedded queue."""
-    return Delivery(*lock, message_id=None, body=b"", application_properties={}, locked_until=0)
-
-
-# --- Broker -----------------------------------------------------------------------------------------------------------
-
-
-class Broker:
-    """The queues of one namespace. Every call is made inside a transaction of the storage."""
-
-    def __init__(self, storage: Storage, queues: Iterable[str], settings: argparse.Namespace) -> None:
-        self.storage = storage
-        self.settings = settings  # as on the command line
-        self.names: dict[str, str] = {}
-        self.stirred: set[str] = set()  # queues in which something may have become available
-        for queue in queues:
-            storage.open_queue(queue, QueueSettings(*(getattr(settings, name) for name in QueueSettings._fields)))
-            storage.open_queue(queue + DEAD_LETTER_SUFFIX, QueueSettings(max_delivery_count=None))
-            self.names |= {name.lower(): name for name in (queue, queue + DEAD_LETTER_SUFFIX)}
-
-    def find(self, path: str) -> str:
-        """The queue of that name, in which the service ignores case."""
-        try:
-            return self.names[path.lower()]
-        except KeyError:
-            raise Refusal("amqp:not-found", f"The messaging entity '{path}' could not be found.") from None
-
-    def send(self, queue: str, encoded: bytes) -> list[int]:
-        """Store what one transfer carries, all of it or nothing; the sequence numbers."""
-        limit: int = self.settings.max_message_bytes
-        if len(encoded) > limit:
-            text = f"The message (size: {len(encoded)} bytes) exceeds the limit ({limit} bytes) of the link."
-            raise Refusal("amqp:link:message-size-exceeded", text)
-        try:
-            messages = [parse(queue, single) for single in unbatch(encoded)]
-        except (ValueError, IndexError, proton.ProtonException) as error:
-            raise Refusal("amqp:decode-error", str(error)) from error
-        now = time.time()
-        self.stirred.add(queue)
-        numbers = self.storage.insert([message for message, _ in messages], now)
-        for number, (message, time_to_live) in zip(numbers, messages, strict=True):
-            if time_to_live is not None:
-                self.storage.limit_life(number, max(message.due or now, now) + time_to_live)
-        return numbers
-
-    def receive(self, queue: str, max_message_count: int) -> list[tuple[Lock, bytes]]:
-        now = time.time()
-        claimed = self.storage.claim(queue, max_message_count, self.settings.lock_duration, now)
-        rows = self.storage.numbered([delivery.sequence_number for delivery in claimed])
-        return [(row.lock, for_receiver(row, now)) for row in rows]
-
-    def settle(self, queue: str, lock: Lock, outcome: Outcome) -> None:
-        self.hold(lock)
-        self.stirred.add(queue)
-        SETTLEMENTS[outcome.status](self.storage, queue, lock, outcome)
-
-    def hold(self, lock: Lock) -> float:
-        """Make sure that the lock is still good; the time that this was checked for."""
-        now: float = time.time()
-        if not self.storage.holds(lock, now):
-            text = "The lock is invalid: it has expired, or the message was already removed from the queue."
-            raise Refusal("com.microsoft:message-lock-lost", text)
-        return now
-
-
-SETTLEMENTS: Mapping[str, Callable[[Storage, str, Lock, Outcome], object]] = {
-    "completed": lambda storage, _, lock, __: storage.complete([as_delivery(lock)]),
-    "abandoned": lambda storage, _, lock, __: storage.abandon(as_delivery(lock)),
-    "released": lambda storage, _, lock, __: storage.release(lock),
-    "defered": lambda storage, _, lock, __: storage.defer(lock),
-    "suspended": lambda storage, queue, lock, outcome: storage.dead_letter(
-        queue, as_delivery(lock), outcome.reason, outcome.description, time.time()
-    ),
-}
 
 # --- Tokens -----------------------------------------------------------------------------------------------------------
 
@@ -414,7 +388,7 @@ def renew_lock(broker: Broker, queue: str, body: Body) -> Body:
     duration, until = broker.settings.lock_duration, []
     for lock in map(Lock.of_token, body["lock-tokens"]):
         now = broker.hold(lock)
-        broker.storage.renew(as_delivery(lock), duration, now)
+        broker.renew(lock, duration, now)
         until.append(proton.timestamp((now + duration) * 1000))
     return {"expirations": array(proton.Data.TIMESTAMP, until)}
 
@@ -422,33 +396,33 @@ def renew_lock(broker: Broker, queue: str, body: Body) -> Body:
 def update_disposition(broker: Broker, queue: str, body: Body) -> Body:
     reason, description = body.get("deadletter-reason") or "", body.get("deadletter-description") or ""
     for token in body["lock-tokens"]:
-        broker.settle(queue, Lock.of_token(token), Outcome(body["disposition-status"], reason, description))
+        broker.settle(queue, Lock.of_token(token), body["disposition-status"], reason, description)
     return {}
 
 
 def schedule_message(broker: Broker, queue: str, body: Body) -> Body:
-    numbers = [number for item in body["messages"] for number in broker.send(queue, bytes(item["message"]))]
+    numbers = broker.send(queue, [bytes(item["message"]) for item in body["messages"]])
     return {"sequence-numbers": array(proton.Data.LONG, numbers)}
 
 
 def cancel_scheduled_message(broker: Broker, queue: str, body: Body) -> Body:
     for number in body["sequence-numbers"]:
-        if not broker.storage.cancel(queue, number, time.time()):
+        if not broker.cancel(queue, number, time.time()):
             raise message_not_found(number)
     return {}
 
 
 def peek_message(broker: Broker, queue: str, body: Body) -> Body | None:
-    rows = broker.storage.peek_rows(queue, body["message-count"], body["from-sequence-number"])
+    rows = broker.peek_rows(queue, body["message-count"], body["from-sequence-number"])
     return {"messages": [{"message": for_receiver(row, time.time())} for row in rows]} if rows else None
 
 
 def receive_by_sequence_number(broker: Broker, queue: str, body: Body) -> Body:
     now = time.time()
     for number in body["sequence-numbers"]:
-        if not broker.storage.claim_deferred(queue, number, now + broker.settings.lock_duration):
+        if not broker.claim_deferred(queue, number, now + broker.settings.lock_duration):
             raise message_not_found(number)
-    rows = broker.storage.numbered(list(body["sequence-numbers"]))
+    rows = broker.numbered(body["sequence-numbers"])
     return {"messages": [{"lock-token": row.lock.token, "message": for_receiver(row, now)} for row in rows]}
 
 
@@ -456,21 +430,20 @@ def message_not_found(sequence_number: int) -> Refusal:
     return Refusal("com.microsoft:message-not-found", f"There is no message with the number {sequence_number}.")
 
 
+def array(kind: int, values: Iterable[int]) -> proton.Array:
+    undescribed: Any = proton.UNDESCRIBED
+    return proton.Array(undescribed, kind, *values)
+
+
 SETTLE = "com.microsoft:update-disposition"
-SCHEDULE = "com.microsoft:schedule-message"
 OPERATIONS: Mapping[str, Operation] = {
     SETTLE: update_disposition,
-    SCHEDULE: schedule_message,
+    "com.microsoft:schedule-message": schedule_message,
     "com.microsoft:cancel-scheduled-message": cancel_scheduled_message,
     "com.microsoft:renew-lock": renew_lock,
     "com.microsoft:peek-message": peek_message,
     "com.microsoft:receive-by-sequence-number": receive_by_sequence_number,
 }
-
-
-def array(kind: int, values: Iterable[int]) -> proton.Array:
-    undescribed: Any = proton.UNDESCRIBED
-    return proton.Array(undescribed, kind, *values)
 
 
 def execute(broker: Broker, queue: str, operation: str, body: Body) -> Body | None:
@@ -482,33 +455,7 @@ def execute(broker: Broker, queue: str, operation: str, body: Body) -> Body | No
         raise Refusal("amqp:decode-error", f"{operation}: {error!r}") from error
 
 
-def status_of(body: Body | None, refusal: Refusal | None) -> Body:
-    """The application properties of an answer."""
-    if refusal:
-        known = {"statusCode": proton.int32(refusal.status), "statusDescription": refusal.description}
-        return known | {"errorCondition": proton.symbol(refusal.condition)}
-    return {"statusCode": proton.int32(204 if body is None else 200), "statusDescription": "OK"}
-
-
 # --- Connections ------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Outlet:
-    """A link on which a client receives from a queue."""
-
-    wire: Wire
-    link: Any
-    queue: str
-
-    def deliver(self, lock: Lock, encoded: bytes) -> None:
-        delivery = self.link.delivery(lock.token.bytes_le)
-        delivery.lock = lock
-        self.link.stream(encoded)
-        self.link.advance()
-        if self.link.snd_settle_mode == proton.Link.SND_SETTLED:  # receive and delete
-            delivery.settle()
-            self.wire.service.broker.settle(self.queue, lock, Outcome("completed"))
 
 
 class Wire(asyncio.Protocol):
@@ -516,10 +463,9 @@ class Wire(asyncio.Protocol):
 
     def __init__(self, service: Service) -> None:
         self.service = service
+        self.broker = service.broker
         self.granted: set[str] = set()  # paths that tokens were put for
-        self.inlets: dict[str, Callable[[bytes], None]] = {}  # by the names of links
-        self.outlets: dict[str, Outlet] = {}
-        self.replies: dict[str, Any] = {}  # links for answers, by the path of their node
+        self.links: dict[str, Any] = {}  # by name; each knows its `queue`, and its `node` if it leads to one
         self.collector = proton.Collector()
         self.connection = proton.Connection()
         self.connection.container = "servicebus-emulator"
@@ -540,8 +486,8 @@ class Wire(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """Forget the client. What it has received stays locked until the locks expire."""
         self.service.wires.discard(self)
-        for name in list(self.outlets):
-            self.forget(name)
+        for link in list(self.links.values()):
+            self.forget(link)
 
     def drop(self) -> None:
         self.connection_lost(None)
@@ -579,86 +525,83 @@ class Wire(asyncio.Protocol):
     def on_link_remote_open(self, event: Any) -> None:
         link: Any = event.link
         path = path_of((link.remote_source if link.is_sender else link.remote_target).address or "")
+        link.node = path if path == TOKEN_NODE or path.endswith(MANAGEMENT_SUFFIX) else None
+        link.queue = ""
         try:
-            queue = "" if path == TOKEN_NODE else self.authorized_queue(path.removesuffix(MANAGEMENT_SUFFIX))
+            if path != TOKEN_NODE:
+                link.queue = self.authorized_queue(path.removesuffix(MANAGEMENT_SUFFIX))
         except Refusal as refusal:
             # An attach without source and target announces a detach, which tells why.
             link.source.type = link.target.type = proton.Terminus.UNSPECIFIED
             link.open()
             self.detach(link, refusal)
         else:
-            self.attach(link, path, queue)
+            self.attach(link)
 
     def authorized_queue(self, path: str) -> str:
         if not any(f"{path}/".startswith(f"{granted}/") for granted in self.granted):
             raise Refusal("amqp:unauthorized-access", f"Unauthorized access: no token was put for '{path}'.")
-        return self.service.broker.find(path)
+        return self.broker.find(path)
 
-    def attach(self, link: Any, path: str, queue: str) -> None:
+    def attach(self, link: Any) -> None:
         link.source.copy(link.remote_source)
         link.target.copy(link.remote_target)
         link.snd_settle_mode, link.rcv_settle_mode = link.remote_snd_settle_mode, link.remote_rcv_settle_mode
-        link.max_message_size = self.service.broker.settings.max_message_bytes
+        link.max_message_size = self.broker.settings.max_message_bytes
         link.open()
+        self.links[link.name] = link
         if link.is_receiver:
-            self.inlets[link.name] = self.inlet(path, queue)
             link.flow(SEND_CREDIT)
-        elif path in (TOKEN_NODE, path.removesuffix(MANAGEMENT_SUFFIX) + MANAGEMENT_SUFFIX):
-            self.replies[path] = link
-        else:
-            self.outlets[link.name] = Outlet(self, link, queue)
-            self.service.outlets[queue].append(self.outlets[link.name])
-
-    def inlet(self, path: str, queue: str) -> Callable[[bytes], None]:
-        """What takes the messages that a client sends to that path."""
-        if path == TOKEN_NODE:
-            return self.put_token
-        if path.endswith(MANAGEMENT_SUFFIX):
-            return functools.partial(self.manage, path, queue)
-        return functools.partial(self.service.accept, queue)
+        elif not link.node:
+            self.service.outlets[link.queue].append(link)
 
     def on_link_remote_close(self, event: Any) -> None:
-        self.forget(event.link.name)
+        self.forget(event.link)
         event.link.close()
 
     on_link_remote_detach = on_link_remote_close
 
-    def forget(self, link_name: str) -> None:
-        self.inlets.pop(link_name, None)
-        self.replies = {path: link for path, link in self.replies.items() if link.name != link_name}
-        if outlet := self.outlets.pop(link_name, None):
-            self.service.outlets[outlet.queue].remove(outlet)
+    def forget(self, link: Any) -> None:
+        if self.links.pop(link.name, None) and link.is_sender and not link.node:
+            self.service.outlets[link.queue].remove(link)
 
     def detach(self, link: Any, refusal: Refusal) -> None:
         """Force a link off; the client may attach anew."""
-        self.forget(link.name)
+        self.forget(link)
         link.condition = refusal.as_condition()
         link.close()
 
-    def detach_all(self, refusal: Refusal) -> None:
-        both_open = proton.Endpoint.LOCAL_ACTIVE | proton.Endpoint.REMOTE_ACTIVE
-        link: Any = self.connection.link_head(both_open)
-        while link:
-            if link.source.address != TOKEN_NODE:  # without its tokens a connection could do nothing more
-                self.detach(link, refusal)
-            link = link.next(both_open)
+    def on_link_flow(self, event: Any) -> None:
+        link: Any = event.link
+        if link in self.service.outlets[link.queue]:
+            self.broker.stirred.add(link.queue)
+            if link.drain_mode:
+                self.service.serve(link.queue)
+                link.drained()
 
     def on_delivery(self, event: Any) -> None:
         delivery: Any = event.delivery
-        if delivery.link.name in self.inlets:
-            if delivery.readable and not delivery.partial:
-                self.take(delivery.link, delivery)
-        elif delivery.link.name in self.outlets:
-            if delivery.updated:
-                self.service.settle(self.outlets[delivery.link.name], delivery, outcome_of(delivery))
-        else:
+        link = delivery.link
+        if link.name not in self.links or (link.is_sender and link.node):
             delivery.settle()  # the answer of a node was read, or the link was forced off meanwhile
+        elif link.is_receiver:
+            if delivery.readable and not delivery.partial:
+                self.take(link, delivery)
+        elif delivery.updated:
+            if slow := self.broker.faults.slow:
+                act = functools.partial(self.settle, link, delivery)
+                asyncio.get_running_loop().call_later(slow, self.service.turn, act)
+            else:
+                self.settle(link, delivery)
 
     def take(self, link: Any, delivery: Any) -> None:
         encoded = bytes(link.recv(delivery.pending) or b"")
         link.advance()
         try:
-            self.inlets[link.name](encoded)
+            if link.node:
+                self.respond(link, encoded)
+            else:
+                self.broker.send(link.queue, [encoded])
             answer(delivery, proton.Delivery.ACCEPTED)
         except Refusal as refusal:
             answer(delivery, proton.Delivery.REJECTED, refusal)
@@ -667,43 +610,50 @@ class Wire(asyncio.Protocol):
         if link.credit < SEND_CREDIT // 2:
             link.flow(SEND_CREDIT - link.credit)
 
-    def put_token(self, encoded: bytes) -> None:
-        request = decoded(encoded)
+    def respond(self, link: Any, encoded: bytes) -> None:
+        """Do what a node is asked for, and answer on the link that comes from it."""
+        request: Any = proton.Message()
+        request.decode(encoded)
+        operation = (request.properties or {}).get("operation")
+        body: Body | None = None
+        error: Body = {}
         try:
-            self.granted.add(check_token(str(request.body), self.service.key))
-            status, description = 202, "Accepted"
+            if link.node == TOKEN_NODE:
+                self.granted.add(check_token(str(request.body), self.broker.settings.key))
+                status, description = 202, "Accepted"
+            else:
+                body = execute(self.broker, link.queue, str(operation), request.body)
+                status, description = 204 if body is None else 200, "OK"
         except Refusal as refusal:
             status, description = refusal.status, refusal.description
-        properties = {"status-code": proton.int32(status), "status-description": description}
-        self.reply(TOKEN_NODE, request, properties, None)
+            error = {"errorCondition": proton.symbol(refusal.condition)}
+        names = (
+            ("status-code", "status-description") if link.node == TOKEN_NODE else ("statusCode", "statusDescription")
+        )
+        properties = dict(zip(names, (proton.int32(status), description), strict=True)) | error
+        if operation != SETTLE or not self.answer_is_lost():
+            replies = [reply for reply in self.links.values() if reply.is_sender and reply.node == link.node]
+            response = proton.Message(body, correlation_id=request.id, properties=properties)
+            response.send(replies[-1], tag=uuid.uuid4().hex)
 
-    def manage(self, path: str, queue: str, encoded: bytes) -> None:
-        request = decoded(encoded)
-        operation, body, refusal = (request.properties or {}).get("operation"), None, None
+    def settle(self, link: Any, delivery: Any) -> None:
+        state, refusal = delivery.remote_state, None
         try:
-            body = self.service.manage(queue, str(operation), request.body)
-        except Refusal as error:
-            refusal = error
-        if operation != SETTLE or not self.service.answer_is_lost(self):
-            self.reply(path, request, status_of(body, refusal), body)
+            self.broker.settle(link.queue, delivery.lock, *outcome_of(delivery))
+        except Refusal as lost:
+            state, refusal = proton.Delivery.REJECTED, lost
+        if not self.answer_is_lost() and link.name in self.links:
+            answer(delivery, state, refusal)
+            # Make the engine encode this answer, or it would make one frame of several. The service answers each
+            # settlement by a frame of its own, and the SDK waits needlessly where fewer frames come.
+            self.engine.pending()
 
-    def on_link_flow(self, event: Any) -> None:
-        link: Any = event.link
-        if outlet := self.outlets.get(link.name):
-            self.service.broker.stirred.add(outlet.queue)
-            if link.drain_mode:
-                self.service.serve(outlet.queue)
-                link.drained()
-
-    def reply(self, path: str, request: proton.Message, properties: Body, body: Body | None) -> None:
-        response = proton.Message(body, correlation_id=request.id, properties=properties)
-        response.send(self.replies[path], tag=uuid.uuid4().hex)
-
-
-def decoded(encoded: bytes) -> Any:
-    message = proton.Message()
-    message.decode(encoded)
-    return message
+    def answer_is_lost(self) -> bool:
+        """Whether the answer to a settlement that was just applied is to be lost, and maybe the connection too."""
+        if self.broker.faults.due("lose"):
+            self.drop()
+            return True
+        return self.broker.faults.due("mute")
 
 
 def answer(delivery: Any, state: int, refusal: Refusal | None = None) -> None:
@@ -713,53 +663,35 @@ def answer(delivery: Any, state: int, refusal: Refusal | None = None) -> None:
     delivery.settle()
 
 
-def outcome_of(delivery: Any) -> Outcome:
-    """What the disposition that a client sent asks for."""
+def outcome_of(delivery: Any) -> tuple[str, ...]:
+    """What the disposition that a client sent asks for: the status, for dead-lettering also why."""
     match delivery.remote_state:
         case proton.Delivery.ACCEPTED:
-            return Outcome("completed")
+            return ("completed",)
         case proton.Delivery.REJECTED:
             info = (delivery.remote.condition and delivery.remote.condition.info) or {}
-            return Outcome("suspended", *(info.get(name) or "" for name in DEAD_LETTER_PROPERTIES))
+            return ("suspended", *(info.get(name) or "" for name in DEAD_LETTER_PROPERTIES))
         case proton.Delivery.MODIFIED:
-            return Outcome("defered" if delivery.remote.undeliverable else "abandoned")
-    return Outcome("released")
+            return ("defered" if delivery.remote.undeliverable else "abandoned",)
+    return ("released",)
 
 
 # --- Service ----------------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class Faults:
-    """What is to go wrong."""
-
-    busy: float = 0  # that many sends are turned down; scheduling is one too
-    lose: float = 0  # that many settlements are applied, and the connection is cut instead of answering
-    mute: float = 0  # that many settlements are applied, and never answered
-    slow: float = 0  # settlements are that many seconds late, until this is 0 again
-
-    def due(self, name: str) -> bool:
-        """Whether it is to happen now; if so, once less from now on."""
-        left: float = getattr(self, name)
-        setattr(self, name, max(left - 1, 0))
-        return left > 0
-
-
 class Service:
-    """What connections share: the broker, the receivers that wait, the alarms, the faults, the port."""
+    """What connections share: the broker, the receivers that wait, the alarms, the port."""
 
-    def __init__(self, broker: Broker, key: str) -> None:
+    def __init__(self, broker: Broker) -> None:
         self.broker = broker
-        self.key = key
-        self.faults = Faults()
         self.wires: set[Wire] = set()
-        self.outlets: dict[str, deque[Outlet]] = defaultdict(deque)
+        self.outlets: dict[str, deque[Any]] = defaultdict(deque)  # the links on which clients receive, by queue
         self.alarms: dict[str, asyncio.TimerHandle] = {}
         self.port = 0
 
     def turn(self, act: Callable[[], object]) -> None:
         """Act, serve the receivers that wait, commit; only then let anything out."""
-        with self.broker.storage.transaction():
+        with self.broker.transaction():
             act()
             while self.broker.stirred:
                 self.serve(self.broker.stirred.pop())
@@ -771,18 +703,27 @@ class Service:
         outlets = self.outlets[queue]
         outlets.rotate(-1)  # so that not always the same one is first
         for outlet in outlets:
-            if outlet.link.credit:
-                for lock, encoded in self.broker.receive(queue, outlet.link.credit):
-                    outlet.deliver(lock, encoded)
-        if any(outlet.link.credit for outlet in outlets):
+            if outlet.credit:
+                for lock, encoded in self.broker.receive(queue, outlet.credit):
+                    self.deliver(outlet, lock, encoded)
+        if any(outlet.credit for outlet in outlets):
             self.set_alarm(queue)
         if self.outlets.get(queue + DEAD_LETTER_SUFFIX):
             self.serve(queue + DEAD_LETTER_SUFFIX)
 
+    def deliver(self, outlet: Any, lock: Lock, encoded: bytes) -> None:
+        delivery = outlet.delivery(lock.token.bytes_le)
+        delivery.lock = lock
+        outlet.stream(encoded)
+        outlet.advance()
+        if outlet.snd_settle_mode == proton.Link.SND_SETTLED:  # receive and delete
+            delivery.settle()
+            self.broker.settle(outlet.queue, lock, "completed")
+
     def set_alarm(self, queue: str) -> None:
         if alarm := self.alarms.pop(queue, None):
             alarm.cancel()
-        if (due := self.broker.storage.next_due(queue)) is not None:
+        if (due := self.broker.next_due(queue)) is not None:
             loop = asyncio.get_running_loop()
             self.alarms[queue] = loop.call_later(max(due - time.time(), 0.001), self.stir, [queue])
 
@@ -790,58 +731,13 @@ class Service:
         """Serve the queues in a turn of their own."""
         self.turn(lambda: self.broker.stirred.update(queues))
 
-    def accept(self, queue: str, encoded: bytes) -> None:
-        self.throttle()
-        self.broker.send(queue, encoded)
-
-    def manage(self, queue: str, operation: str, body: Any) -> Body | None:
-        if operation == SCHEDULE:
-            self.throttle()
-        return execute(self.broker, queue, operation, body)
-
-    def throttle(self) -> None:
-        if self.faults.due("busy"):
-            raise Refusal("com.microsoft:server-busy", "The request was terminated because the entity is throttled.")
-
-    def settle(self, outlet: Outlet, delivery: Any, outcome: Outcome) -> None:
-        act = functools.partial(self.settle_now, outlet, delivery, outcome)
-        if self.faults.slow:
-            asyncio.get_running_loop().call_later(self.faults.slow, self.turn, act)
-        else:
-            act()
-
-    def settle_now(self, outlet: Outlet, delivery: Any, outcome: Outcome) -> None:
-        state, refusal = delivery.remote_state, None
-        try:
-            self.broker.settle(outlet.queue, delivery.lock, outcome)
-        except Refusal as lost:
-            state, refusal = proton.Delivery.REJECTED, lost
-        if not self.answer_is_lost(outlet.wire) and outlet.link.name in outlet.wire.outlets:
-            answer(delivery, state, refusal)
-            # Make the engine encode this answer, or it would make one frame of several. The service answers each
-            # settlement by a frame of its own, and the SDK waits needlessly where fewer frames come.
-            outlet.wire.engine.pending()
-
-    def answer_is_lost(self, wire: Wire) -> bool:
-        """Whether the answer to a settlement that was just applied is to be lost, and maybe the connection too."""
-        if self.faults.due("lose"):
-            wire.drop()
-            return True
-        return self.faults.due("mute")
-
     async def listen(self, port: int) -> None:
         self.server = await asyncio.get_running_loop().create_server(lambda: Wire(self), HOST, port)
         self.port = self.server.sockets[0].getsockname()[1]
 
-    def refuse(self, seconds: float) -> None:
-        """Close the port to new connections, and open it again after that time."""
-        self.server.close()
-        loop = asyncio.get_running_loop()
-        loop.call_later(seconds, lambda: setattr(self, "reopening", loop.create_task(self.listen(self.port))))
-
     @property
     def connection_string(self) -> str:
-        credential = f"SharedAccessKeyName={KEY_NAME};SharedAccessKey={self.key}"
+        credential = f"SharedAccessKeyName={KEY_NAME};SharedAccessKey={self.broker.settings.key}"
         return f"Endpoint=sb://{HOST}:{self.port};{credential};UseDevelopmentEmulator=true;"
 
 
@@ -856,6 +752,7 @@ class Control:
 
     def __init__(self, service: Service) -> None:
         self.service = service
+        self.broker = service.broker
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(ConnectionError):
@@ -867,9 +764,9 @@ class Control:
     def answer(self, line: str) -> str:
         name, *arguments = line.split() or [""]
         try:
-            if name in vars(self.service.faults):
+            if name in vars(self.broker.faults):
                 (number,) = arguments
-                setattr(self.service.faults, name, float(number))
+                setattr(self.broker.faults, name, float(number))
                 return "ok"
             return getattr(self, f"do_{name}", self.unknown)(*arguments) or "ok"
         except (TypeError, ValueError) as error:
@@ -877,7 +774,7 @@ class Control:
 
     def unknown(self, *arguments: str) -> str:
         commands = [name.removeprefix("do_") for name in dir(self) if name.startswith("do_")]
-        raise ValueError(f"the commands are {', '.join([*commands, *vars(self.service.faults)])}")
+        raise ValueError(f"the commands are {', '.join([*commands, *vars(self.broker.faults)])}")
 
     def do_drop(self) -> None:
         """Cut every connection."""
@@ -886,30 +783,37 @@ class Control:
 
     def do_refuse(self, seconds: str) -> None:
         """Accept no connection for that long."""
-        self.service.refuse(float(seconds))
+        asyncio.get_running_loop().call_later(float(seconds), self.reopen)
+        self.service.server.close()
+
+    def reopen(self) -> None:
+        self.reopening = asyncio.create_task(self.service.listen(self.service.port))
 
     def do_detach(self) -> None:
         """Force every link off, as the service does with idle ones; connections stay."""
         idle = Refusal("amqp:link:detach-forced", "The link was detached by the broker: it was idle for too long.")
-        for wire in list(self.service.wires):
-            self.service.turn(functools.partial(wire.detach_all, idle))
+        for wire in self.service.wires:
+            for link in list(wire.links.values()):
+                if link.node != TOKEN_NODE:  # without its tokens a connection could do nothing more
+                    wire.detach(link, idle)
+        self.service.stir(())
 
     def do_steal(self, what: str) -> None:
         """Take the lock of one sequence number away, or `all` locks."""
-        number = None if what == "all" else int(what)
-        with self.service.broker.storage.transaction():
-            taken = self.service.broker.storage.take_locks(number)
-        self.service.stir(self.service.broker.names.values())
-        if not taken:
+        with self.broker.transaction():
+            locked = [row for row in self.broker.rows("state = ?", LOCKED) if what in ("all", str(row.sequence_number))]
+            for row in locked:
+                self.broker.abandon(row.lock)
+        self.service.stir(self.broker.names.values())
+        if not locked:
             raise ValueError(f"nothing is locked: {what}")
 
     def do_stats(self) -> str:
         """Connections, links, and messages by their state, as JSON."""
         wires = self.service.wires
-        links = sum(len(wire.inlets) + len(wire.outlets) + len(wire.replies) for wire in wires)
-        with self.service.broker.storage.transaction():
-            counts = self.service.broker.storage.counts(time.time())
-        return json.dumps({"connections": len(wires), "links": links} | counts)
+        with self.broker.transaction():
+            counts = self.broker.counts(time.time())
+        return json.dumps({"connections": len(wires), "links": sum(len(wire.links) for wire in wires)} | counts)
 
 
 # --- Embedding --------------------------------------------------------------------------------------------------------
@@ -973,7 +877,7 @@ def options() -> argparse.Namespace:
 
 
 async def serve(given: argparse.Namespace) -> None:
-    service = Service(Broker(Storage(":memory:"), given.queue, given), given.key)
+    service = Service(Broker(given))
     control = await asyncio.start_server(Control(service).serve, HOST, given.control_port)
     await service.listen(given.port)
     print(service.connection_string)
