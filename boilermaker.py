@@ -314,7 +314,7 @@ class RetryPolicy:
             return min(self.delay, self.delay_max)
         if self.retry_mode is RetryMode.Linear:
             return min(self.delay * (attempts_so_far + 1), self.delay_max)
-        longest = min(self.delay * 2**attempts_so_far, self.delay_max)
+        longest = min(self.delay * 2 ** min(attempts_so_far, 31), self.delay_max)  # 2**31 is over any delay_max
         return random.randint(longest // 2, longest)
 
 
@@ -694,9 +694,12 @@ def _set_policy(task: Task, policy: object) -> None:
 
 def _function_name(fn: object) -> str:
     """The name of an `async def`; anything else is an error that says so."""
-    name = getattr(fn, "__name__", repr(fn))
-    if not inspect.iscoroutinefunction(fn) or not hasattr(fn, "__name__"):
+    name = getattr(fn, "__name__", None)
+    if not inspect.iscoroutinefunction(fn):
+        name = name or repr(fn)
         raise UsageError(f"Function must be async: {name}. Declare it with `async def {name}(state, ...)`.")
+    if name is None:
+        raise UsageError(f"Function has no name: {fn!r}. Call it from an `async def` that has one.")
     return str(name)
 
 
@@ -763,6 +766,29 @@ def _chain_of(head: Task) -> Iterator[Task]:
 
 def _last(head: Task) -> Task:
     return list(_chain_of(head))[-1]
+
+
+_FIELD_TYPES: Mapping[str, Any] = {
+    "function_name": str,
+    "task_id": str,
+    "args": (list, tuple),
+    "kwargs": dict,
+    "policy": RetryPolicy,
+    "attempts": RetryAttempts,
+    "should_dead_letter": bool,
+    "acks_late": bool,
+}
+
+
+def _check_fields(task: Task) -> None:
+    """Refuse what was set by hand and cannot be."""
+    for name, kind in _FIELD_TYPES.items():
+        value = getattr(task, name)
+        if not isinstance(value, kind):
+            kinds = kind if isinstance(kind, tuple) else (kind,)
+            raise UsageError(f"{task!r}: {name}={_short(value)} must be a {kinds[0].__name__}.")
+    if task.queue is not None:
+        _checked_queue_name(task.queue)
 
 
 def _check_head(task: Task) -> None:
@@ -2282,18 +2308,14 @@ class LocalServiceBus:
         time_to_live: float | None = None,
         max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
     ) -> None:
-        self.path = os.fspath(path)
+        self.path = _checked_path(path)
         self.queue_name = _checked_queue_name(queue_name)
         self.lock_duration = _positive("lock_duration", lock_duration)
-        self.max_message_bytes = int(_positive("max_message_bytes", max_message_bytes))
+        self.max_message_bytes = _count("max_message_bytes", max_message_bytes)
         self._settings = QueueSettings(
-            max_delivery_count
-            if max_delivery_count is None
-            else int(_positive("max_delivery_count", max_delivery_count)),
-            duplicate_detection
-            if duplicate_detection is None
-            else _positive("duplicate_detection", duplicate_detection),
-            time_to_live if time_to_live is None else _positive("time_to_live", time_to_live),
+            None if max_delivery_count is None else _count("max_delivery_count", max_delivery_count),
+            None if duplicate_detection is None else _positive("duplicate_detection", duplicate_detection),
+            None if time_to_live is None else _positive("time_to_live", time_to_live),
         )
         self._real_path = self.path if self.path == ":memory:" else os.path.realpath(self.path)
         self._file: QueueFile | None = None
@@ -2373,10 +2395,22 @@ def _positive(name: str, value: float) -> float:
     return value
 
 
+def _checked_path(path: object) -> str:
+    if not isinstance(path, (str, os.PathLike)) or not isinstance(text := os.fspath(path), str) or not text:
+        raise ConfigurationError(f"path={path!r} must be that of a file, or ':memory:'.")
+    return text
+
+
+def _count(name: str, value: int) -> int:
+    if type(value) is not int or not 0 < value <= MAX_SECONDS:
+        raise ConfigurationError(f"{name}={value!r} must be an int over 0, up to {MAX_SECONDS}.")
+    return value
+
+
 def _checked_queue_name(name: object) -> str:
     """A queue's name, by the rules of Service Bus: https://learn.microsoft.com/rest/api/servicebus/queues."""
     if not isinstance(name, str) or not re.fullmatch(
-        r"[A-Za-z0-9]([\w./~-]{0,258}[A-Za-z0-9_])?(/\$DeadLetterQueue)?", name
+        r"[A-Za-z0-9]([\w./-]{0,258}[A-Za-z0-9])?(/\$DeadLetterQueue)?", name, re.ASCII
     ):
         raise ConfigurationError(
             f"queue name {_short(name)} must be 1 to 260 letters, digits, '.', '-', '_' and '/', "
@@ -2800,7 +2834,7 @@ class AzureServiceBus:
     ) -> None:
         self.namespace = _namespace_of(namespace_url)
         self.queue_name = _checked_queue_name(queue_name)
-        self.max_message_bytes = int(_positive("max_message_bytes", max_message_bytes))
+        self.max_message_bytes = _count("max_message_bytes", max_message_bytes)
         self._make_client = functools.partial(_client_of, self.namespace, credential)
         self._client: ServiceBusClient | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -3588,6 +3622,16 @@ STOP_PATIENCE = 2.0
 """Seconds that a cancelled task may take to end, and a last settlement, before a worker ends without it."""
 
 
+@dataclass(slots=True, eq=False)
+class Run:
+    """A message whose task is running. `stopped` is how it ended, if something other than the task ended it."""
+
+    delivery: Delivery
+    task: Task
+    runner: asyncio.Task[None] = field(init=False)
+    stopped: Ending | None = None
+
+
 class Worker:
     """One `app.run()`: keeps up to `concurrency` tasks running, and settles what has ended.
 
@@ -3605,8 +3649,7 @@ class Worker:
         self._grace_period = grace_period
         self._max_renewal = max_renewal
         self._receiver: Receiver
-        self._running: dict[Delivery, asyncio.Task[None]] = {}
-        self._cancelled: dict[Delivery, Ending] = {}
+        self._running: dict[Delivery, Run] = {}
         self._finished: list[Settlement] = []
         self._settling: set[asyncio.Future[list[Rejection]]] = set()
         self._resending: list[Settlement] = []
@@ -3702,16 +3745,18 @@ class Worker:
             return
         task.sequence_number, task.message_id = delivery.sequence_number, delivery.message_id
         task._app = self._app
-        self._running[delivery] = self._loop.create_task(self._process(delivery, task))
+        self._running[delivery] = run = Run(delivery, task)
+        run.runner = self._loop.create_task(self._process(run))
 
-    async def _process(self, delivery: Delivery, task: Task) -> None:
+    async def _process(self, run: Run) -> None:
         """Run a task and leave its settlement with the pump."""
+        delivery, task = run.delivery, run.task
         try:
             if self._app.tracing is None:
-                settlement = self._settlement(delivery, task, await self._outcome(delivery, task))
+                settlement = self._settlement(delivery, task, await self._outcome(run))
             else:
                 with self._app.tracing.processing(task, delivery) as record:
-                    outcome = await self._outcome(delivery, task)
+                    outcome = await self._outcome(run)
                     if outcome.error is not None:
                         record(outcome.error)
                     settlement = self._settlement(delivery, task, outcome)
@@ -3723,8 +3768,9 @@ class Worker:
             self._finished.append(Settlement(delivery, Disposition.LEAVE))  # again when its lock has run out
         self._wake.set()
 
-    async def _outcome(self, delivery: Delivery, task: Task) -> Outcome:
+    async def _outcome(self, run: Run) -> Outcome:
         """Run the task, unless something speaks against it."""
+        task = run.task
         registration = self._app.registration(task.function_name)
         if registration is None:
             unknown = UsageError(f"Function {task.function_name!r} is not registered with this worker.")
@@ -3734,14 +3780,11 @@ class Worker:
         if not may_run(task):
             exhausted = RetryException(f"no try left: {task.attempts.attempts} made, {task.policy}")
             return Outcome(Ending.NO_TRY_LEFT, error=exhausted)
-        if not task.acks_late and not await self._complete_early(delivery):
+        if not task.acks_late and not await self._complete_early(run.delivery):
             return Outcome(Ending.LOCK_LOST)
         outcome = await self._call(registration, task)
-        if not self._cancelled:
-            return outcome
-        forced = self._cancelled.pop(delivery, None)
-        if forced is Ending.LOCK_LOST or (forced is not None and outcome.ending is not Ending.RETURNED):
-            return Outcome(forced)
+        if run.stopped is Ending.LOCK_LOST or (run.stopped is not None and outcome.ending is not Ending.RETURNED):
+            return Outcome(run.stopped)
         return outcome
 
     async def _complete_early(self, delivery: Delivery) -> bool:
@@ -3806,19 +3849,18 @@ class Worker:
         return Settlement(delivery, decision.disposition, decision.reason, decision.description, follow_up)
 
     def _lock_lost(self, delivery: Delivery) -> None:
-        self._cancel(delivery, Ending.LOCK_LOST)
+        if delivery in self._running:
+            self._cancel(self._running[delivery], Ending.LOCK_LOST)
 
-    def _cancel(self, delivery: Delivery, ending: Ending) -> None:
-        running = self._running.get(delivery)
-        if running is not None:
-            self._cancelled[delivery] = ending
-            running.add_done_callback(functools.partial(self._forget, delivery))
-            running.cancel()
+    def _cancel(self, run: Run, ending: Ending) -> None:
+        run.stopped = run.stopped or ending
+        run.runner.add_done_callback(functools.partial(self._forget, run))
+        run.runner.cancel()
 
-    def _forget(self, delivery: Delivery, running: asyncio.Task[None]) -> None:
+    def _forget(self, run: Run, runner: asyncio.Task[None]) -> None:
         """Free the slot of a task that was cancelled before it began, and so could not do it itself."""
-        if self._running.pop(delivery, None) is not None and self._cancelled.pop(delivery) is Ending.STOPPED:
-            self._finished.append(Settlement(delivery, Disposition.ABANDON))
+        if self._running.pop(run.delivery, None) is not None and run.stopped is Ending.STOPPED:
+            self._finished.append(Settlement(run.delivery, Disposition.ABANDON))
         self._wake.set()
 
     # -- the end
@@ -3854,13 +3896,7 @@ class Worker:
     async def _end(self) -> None:
         """Give back what is left, and close."""
         await self._stop_receiving()
-        for delivery in list(self._running):
-            self._cancel(delivery, Ending.STOPPED)
-        if self._running:
-            await asyncio.wait(self._running.values(), timeout=STOP_PATIENCE)
-        for delivery in list(self._running):  # they would not end
-            del self._running[delivery]
-            self._finished.append(Settlement(delivery, Disposition.ABANDON))
+        await self._stop_running()
         self._settle_finished()
         if self._settling:
             _, unsettled = await asyncio.wait(self._settling, timeout=STOP_PATIENCE)
@@ -3871,6 +3907,18 @@ class Worker:
             logger.error("A follow-up could not be published: %s", settlement.follow_up)
         await self._receiver.close()
         logger.info("Worker ended: %r", self._bus)
+
+    async def _stop_running(self) -> None:
+        """Cancel what runs, and wait for it to end; not for ever."""
+        for run in self._running.values():
+            self._cancel(run, Ending.STOPPED)
+        if self._running:
+            await asyncio.wait([run.runner for run in self._running.values()], timeout=STOP_PATIENCE)
+        while self._running:
+            delivery, run = self._running.popitem()
+            logger.error("[%s] Would not stop sequence_number=%s", run.task.function_name, delivery.sequence_number)
+            held = run.task.acks_late and run.stopped is Ending.STOPPED
+            self._finished.append(Settlement(delivery, Disposition.ABANDON if held else Disposition.LEAVE))
 
 
 def _rejections(settlements: Sequence[Settlement], settling: asyncio.Future[list[Rejection]]) -> list[Rejection]:
@@ -4234,6 +4282,7 @@ class Boilermaker:
         _check_head(head)
         single = head.on_success is None and head.on_failure is None
         for task in [head] if single else _workflow(head):
+            _check_fields(task)
             registration = self._registration_of(task._function, task.function_name)
             if registration is not None:
                 task.function_name = registration.name

@@ -284,6 +284,11 @@ def test_an_exponential_delay_doubles_up_to_its_maximum(n):
     assert all(longest // 2 <= policy.get_delay_interval(n) <= longest for _ in range(50))
 
 
+def test_a_delay_is_quick_to_tell_even_after_a_billion_tries():
+    policy = RetryPolicy(delay=1, delay_max=2**31 - 1, retry_mode=RetryMode.Exponential)
+    assert 2**30 - 1 <= policy.get_delay_interval(10**9) <= 2**31 - 1
+
+
 @pytest.mark.parametrize("mode", RetryMode)
 def test_a_delay_is_a_whole_number_of_seconds_even_after_a_hundred_tries(mode):
     delay = RetryPolicy(delay=30, delay_max=600, retry_mode=mode).get_delay_interval(100)
@@ -1805,7 +1810,7 @@ def test_a_namespace_that_is_no_host_is_an_error_that_shows_one(url):
         AzureServiceBus(url, "orders")
 
 
-@pytest.mark.parametrize("name", [None, "", " ", "a b", "-a", "a/", "a?b", "ü" * 3, "x" * 261, 3])
+@pytest.mark.parametrize("name", [None, "", " ", "a b", "-a", "a/", "a?b", "ü" * 3, "aü9", "a_", "a~b", "x" * 261, 3])
 @pytest.mark.parametrize(
     "make", [lambda name: AzureServiceBus(NAMESPACE, name), lambda name: LocalServiceBus(":memory:", name)]
 )
@@ -1819,10 +1824,28 @@ def test_a_queue_name_that_service_bus_takes_is_taken(name):
     assert AzureServiceBus(NAMESPACE, name).queue_name == name
 
 
-@pytest.mark.parametrize("limit", [0, -1, None, "1", True, float("nan")])
+@pytest.mark.parametrize("limit", [0, -1, None, "1", True, 0.5, 1e6, float("nan")])
 def test_a_size_limit_that_is_none_is_an_error_that_shows_it(limit):
     with pytest.raises(ConfigurationError, match=rf"max_message_bytes={limit!r} "):
         AzureServiceBus(NAMESPACE, "q", max_message_bytes=limit)
+
+
+@pytest.mark.parametrize("name", ["max_delivery_count", "duplicate_detection", "time_to_live", "lock_duration"])
+@pytest.mark.parametrize("value", [0, -1, "1", True, float("nan")])
+def test_a_setting_of_the_local_bus_that_cannot_be_is_an_error_that_shows_it(name, value):
+    with pytest.raises(ConfigurationError, match=rf"{name}={value!r} "):
+        LocalServiceBus(**{name: value})
+
+
+def test_deliveries_are_counted_in_whole_numbers():
+    with pytest.raises(ConfigurationError, match=r"max_delivery_count=0\.5 "):
+        LocalServiceBus(max_delivery_count=0.5)
+
+
+@pytest.mark.parametrize("path", ["", b"tasks.db", None, 3], ids=repr)
+def test_a_path_that_cannot_be_is_an_error_that_shows_it(path):
+    with pytest.raises(ConfigurationError, match=re.escape(f"path={path!r} ")):
+        LocalServiceBus(path)
 
 
 def test_a_bus_is_made_of_a_connection_string():
@@ -1941,6 +1964,11 @@ def test_a_function_is_registered_under_the_name_it_is_given():
     assert registered(app, "pages.parse")[0] is parse_page
     assert registered(app, "rows.store")[0] is store_rows
     assert registered(app, "parse_page") is None
+
+
+def test_a_function_without_a_name_is_an_error_that_says_so():
+    with pytest.raises(UsageError, match=r"has no name: functools\.partial"):
+        Boilermaker(None, LocalServiceBus()).register_async(partial(fetch_page, width=3))
 
 
 @pytest.mark.parametrize("options", [{}, {"name": "parse_page"}])
@@ -2161,6 +2189,38 @@ async def test_publishing_that_fails_at_every_attempt_is_one_error_with_the_erro
         with pytest.raises(BoilermakerAppException, match="missing") as caught:
             await app.apply_async(parse_page, publish_attempts=2)
         assert [type(error) for error in caught.value.errors] == [ConfigurationError] * 2
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("function_name", None),
+        ("task_id", 7),
+        ("args", "ab"),
+        ("kwargs", [1]),
+        ("policy", {"max_tries": 1}),
+        ("attempts", 0),
+        ("should_dead_letter", "no"),
+        ("acks_late", None),
+    ],
+)
+async def test_a_field_set_to_what_cannot_be_is_an_error_that_shows_it(field, value):
+    async with app_with_pages() as app:
+        task, head = app.create_task(parse_page), app.create_task(parse_page)
+        setattr(task, field, value)
+        head.on_failure = task
+        for published in (task, head):
+            with pytest.raises(UsageError, match=re.escape(f"{field}={value!r} must be a ")):
+                await app.publish_task(published)
+        assert await app.service_bus_client.peek() == []
+
+
+async def test_a_queue_set_to_what_cannot_be_is_an_error_that_shows_it():
+    async with app_with_pages() as app:
+        task = app.create_task(parse_page)
+        task.queue = 7
+        with pytest.raises(ConfigurationError, match="queue name 7 "):
+            await app.publish_task(task)
 
 
 async def test_a_task_that_was_not_published_has_no_number(tmp_path):
@@ -4659,6 +4719,30 @@ async def test_a_task_that_will_not_end_is_given_back_all_the_same(open_bus, mon
         [_] = await receiver.receive(1, 0)
     release.set()
     await until(lambda: app.state[1:] == ["ended"])
+
+
+async def test_a_task_that_was_acknowledged_early_and_will_not_end_is_not_given_back(open_bus, monkeypatch, caplog):
+    monkeypatch.setattr(boilermaker, "STOP_PATIENCE", 0.1)
+    app = Boilermaker([], open_bus())
+    release = asyncio.Event()
+
+    @app.task(acks_late=False)
+    async def stubborn(state):
+        state.append("begun")
+        while not release.is_set():
+            with contextlib.suppress(asyncio.CancelledError):
+                await release.wait()
+        state.append("ended")
+
+    await stubborn.delay()
+    worker = asyncio.create_task(app.run())
+    await until(lambda: app.state)
+    worker.cancel()
+    await asyncio.wait([worker])
+    assert caplog.messages == ["[stubborn] Would not stop sequence_number=1"]
+    release.set()
+    await until(lambda: app.state[1:] == ["ended"])
+    assert await ids_of(app.service_bus_client) == []
 
 
 async def test_a_task_that_returns_when_it_is_stopped_counts_as_done(open_bus):
