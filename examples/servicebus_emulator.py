@@ -22,7 +22,6 @@ import argparse
 import asyncio
 import base64
 import contextlib
-import functools
 import hmac
 import json
 import signal
@@ -49,7 +48,9 @@ KEY_NAME = "RootManageSharedAccessKey"
 KEY = base64.b64encode(b"loopback only: not a secret").decode()
 
 TOKEN_NODE = "$cbs"
+TOKEN_FIELDS = ("status-code", "status-description")  # of an answer; the nodes differ in how they spell them
 MANAGEMENT_SUFFIX = "/$management"
+MANAGEMENT_FIELDS = ("statusCode", "statusDescription", "errorCondition")
 
 MAX_FRAME_BYTES = 65536
 SEND_CREDIT = 1000  # messages that a sender may have under way
@@ -300,7 +301,7 @@ class Broker(Store):
         self.stirred.add(queue)
         numbers = self.insert([message for message, _ in messages], now)
         for number, (message, time_to_live) in zip(numbers, messages, strict=True):
-            if time_to_live is not None:  # unless the queue lets it expire earlier
+            if time_to_live is not None:  # the message expires then, unless its queue lets it expire earlier
                 expires = max(message.due or now, now) + time_to_live
                 sql = "UPDATE message SET expires = min(?, ifnull(expires, ?)) WHERE sequence_number = ?"
                 self._changed(sql, (expires, expires, number))
@@ -354,7 +355,7 @@ class Broker(Store):
         return dict.fromkeys(("active", "locked", "scheduled", "deferred", "dead"), 0) | dict(counted)
 
 
-# --- Tokens -----------------------------------------------------------------------------------------------------------
+# --- Nodes: tokens and management -------------------------------------------------------------------------------------
 
 
 def check_token(token: str, key: str) -> str:
@@ -376,8 +377,6 @@ def path_of(address: str) -> str:
     """The path of an address, which may come with a scheme and a host."""
     return (urllib.parse.urlsplit(address).path if "://" in address else address).strip("/")
 
-
-# --- Management -------------------------------------------------------------------------------------------------------
 
 # An operation takes the queue and the body of a request; it returns the body of the answer, None for "nothing there".
 Body = dict[str, Any]
@@ -589,8 +588,8 @@ class Wire(asyncio.Protocol):
                 self.take(link, delivery)
         elif delivery.updated:
             if slow := self.broker.faults.slow:
-                act = functools.partial(self.settle, link, delivery)
-                asyncio.get_running_loop().call_later(slow, self.service.turn, act)
+                loop = asyncio.get_running_loop()
+                loop.call_later(slow, self.service.turn, lambda: self.settle(link, delivery))
             else:
                 self.settle(link, delivery)
 
@@ -615,22 +614,19 @@ class Wire(asyncio.Protocol):
         request: Any = proton.Message()
         request.decode(encoded)
         operation = (request.properties or {}).get("operation")
-        body: Body | None = None
-        error: Body = {}
+        fields = TOKEN_FIELDS if link.node == TOKEN_NODE else MANAGEMENT_FIELDS
+        status: tuple[Any, ...]  # the values of those, the last one if there is an error
+        body = None
         try:
             if link.node == TOKEN_NODE:
                 self.granted.add(check_token(str(request.body), self.broker.settings.key))
-                status, description = 202, "Accepted"
+                status = proton.int32(202), "Accepted"
             else:
                 body = execute(self.broker, link.queue, str(operation), request.body)
-                status, description = 204 if body is None else 200, "OK"
+                status = proton.int32(204 if body is None else 200), "OK"
         except Refusal as refusal:
-            status, description = refusal.status, refusal.description
-            error = {"errorCondition": proton.symbol(refusal.condition)}
-        names = (
-            ("status-code", "status-description") if link.node == TOKEN_NODE else ("statusCode", "statusDescription")
-        )
-        properties = dict(zip(names, (proton.int32(status), description), strict=True)) | error
+            status = proton.int32(refusal.status), refusal.description, proton.symbol(refusal.condition)
+        properties: Body = dict(zip(fields, status, strict=False))
         if operation != SETTLE or not self.answer_is_lost():
             replies = [reply for reply in self.links.values() if reply.is_sender and reply.node == link.node]
             response = proton.Message(body, correlation_id=request.id, properties=properties)
@@ -734,11 +730,6 @@ class Service:
     async def listen(self, port: int) -> None:
         self.server = await asyncio.get_running_loop().create_server(lambda: Wire(self), HOST, port)
         self.port = self.server.sockets[0].getsockname()[1]
-
-    @property
-    def connection_string(self) -> str:
-        credential = f"SharedAccessKeyName={KEY_NAME};SharedAccessKey={self.broker.settings.key}"
-        return f"Endpoint=sb://{HOST}:{self.port};{credential};UseDevelopmentEmulator=true;"
 
 
 # --- Control ----------------------------------------------------------------------------------------------------------
@@ -880,7 +871,8 @@ async def serve(given: argparse.Namespace) -> None:
     service = Service(Broker(given))
     control = await asyncio.start_server(Control(service).serve, HOST, given.control_port)
     await service.listen(given.port)
-    print(service.connection_string)
+    credential = f"SharedAccessKeyName={KEY_NAME};SharedAccessKey={given.key}"
+    print(f"Endpoint=sb://{HOST}:{service.port};{credential};UseDevelopmentEmulator=true;")
     print(f"control: {HOST}:{control.sockets[0].getsockname()[1]}", flush=True)
     stop, loop = asyncio.Event(), asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
