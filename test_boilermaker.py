@@ -3762,9 +3762,9 @@ TABLE = [
 
 @pytest.mark.parametrize(("function", "options", "reason", "description", "follows"), TABLE)
 async def test_a_worker_settles_and_publishes_as_the_table_says(
-    open_bus, function, options, reason, description, follows
+    new_bus, function, options, reason, description, follows
 ):
-    app, functions, note = table_app(open_bus())
+    app, functions, note = table_app(new_bus())
     task = Task.si(functions[function], **options)
     task.on_success, task.on_failure = note.si("success"), note.si("failure")
     await app.publish_task(task)
@@ -3804,8 +3804,8 @@ async def test_one_callback_under_two_parents_is_enqueued_twice(open_bus):
     assert len({entry for entry in app.state if entry != "ran"}) == 2
 
 
-async def test_a_message_id_is_never_longer_than_128_characters(open_bus):
-    app = Boilermaker([], open_bus())
+async def test_a_message_id_is_never_longer_than_128_characters(new_bus):
+    app = Boilermaker([], new_bus())
 
     @app.task(policy=RetryPolicy(max_tries=12, delay=0))
     async def again(state):
@@ -3823,8 +3823,8 @@ async def test_a_message_id_is_never_longer_than_128_characters(open_bus):
     assert max(map(len, app.state)) <= 128
 
 
-async def test_a_retry_is_a_copy_with_one_attempt_more_scheduled_after_the_delay(open_bus):
-    app, functions, note = table_app(open_bus())
+async def test_a_retry_is_a_copy_with_one_attempt_more_scheduled_after_the_delay(new_bus):
+    app, functions, note = table_app(new_bus())
     task = Task.si(functions["asks_again"], policy=RetryPolicy(max_tries=3, delay=30))
     task.on_success, task.on_failure = note.si("success"), note.si("failure")
     await app.publish_task(task)
@@ -3870,8 +3870,8 @@ async def test_retries_end_after_max_tries_runs_and_then_on_failure_follows_at_o
         )
 
 
-async def test_a_task_that_may_not_run_even_once_does_not(open_bus):
-    app, functions, note = table_app(open_bus())
+async def test_a_task_that_may_not_run_even_once_does_not(new_bus):
+    app, functions, note = table_app(new_bus())
     task = Task.si(functions["returns"], policy=RetryPolicy(max_tries=0))
     task.on_failure = note.si("failure")
     await app.publish_task(task)
@@ -3907,8 +3907,8 @@ async def test_the_exceptions_policy_comes_before_schedulings_before_registratio
     assert dead.dead_letter_reason == "RetriesExhausted"
 
 
-async def test_with_acks_late_off_the_message_is_gone_before_the_function_runs(open_bus):
-    app = Boilermaker([], open_bus())
+async def test_with_acks_late_off_the_message_is_gone_before_the_function_runs(new_bus):
+    app = Boilermaker([], new_bus())
 
     @app.task(acks_late=False)
     async def look(state):
@@ -3926,8 +3926,8 @@ async def test_with_acks_late_off_the_message_is_gone_before_the_function_runs(o
 
 
 @pytest.mark.parametrize("acks_late", [True, False])
-async def test_an_unregistered_function_is_dead_lettered_and_on_failure_follows(open_bus, acks_late):
-    app = Boilermaker([], open_bus())
+async def test_an_unregistered_function_is_dead_lettered_and_on_failure_follows(new_bus, acks_late):
+    app = Boilermaker([], new_bus())
 
     @app.task
     async def mourn(state, failure):
@@ -3997,23 +3997,28 @@ HOSTILE_BODIES = {
 }
 
 
-async def test_bodies_that_are_no_task_are_dead_lettered_while_their_neighbours_run(open_bus):
-    app = Boilermaker([], open_bus())
+async def test_bodies_that_are_no_task_are_dead_lettered_while_their_neighbours_run(new_bus):
+    app = Boilermaker([], new_bus())
+    bus = app.service_bus_client
+    bodies = [
+        body for body in HOSTILE_BODIES.values() if len(body) < bus.max_message_bytes or bus.system != "servicebus"
+    ]
+    names = [str(number) for number in range(len(bodies))]
 
     @app.task
     async def neighbour(state, name):
         state.append(name)
 
-    for name, body in HOSTILE_BODIES.items():
-        await app.service_bus_client.send([letter(body, message_id=name)])
+    for name, body in zip(names, bodies, strict=True):
+        await bus.send([letter(body, message_id=name, queue=bus.queue_name)])
         await neighbour.delay(name)
     await work_off(app, concurrency=3)
-    assert sorted(app.state) == sorted(HOSTILE_BODIES)
-    dead = await app.service_bus_client.peek(1000, dead_letter=True)
-    assert [letter.message_id for letter in dead] == list(HOSTILE_BODIES)
+    assert sorted(app.state) == sorted(names)
+    dead = await bus.peek(1000, dead_letter=True)
+    assert [letter.message_id for letter in dead] == names
     assert {letter.dead_letter_reason for letter in dead} == {"InvalidTaskFormat"}
     assert all(10 < len(letter.dead_letter_error_description) <= 4096 for letter in dead)
-    assert await ids_of(app.service_bus_client) == []
+    assert await ids_of(bus) == []
 
 
 @pytest.mark.parametrize("payload", [{"args": [1, 2, 3]}, {"kwargs": {"colour": "red"}}, {"kwargs": {"state": 1}}])
@@ -4088,8 +4093,8 @@ asyncio.run(main())
     assert "KeyboardInterrupt" in dead.dead_letter_error_description
 
 
-async def test_a_task_that_cancels_itself_has_failed(open_bus):
-    app = Boilermaker([], open_bus())
+async def test_a_task_that_cancels_itself_has_failed(new_bus):
+    app = Boilermaker([], new_bus())
 
     @app.task
     async def suicidal(state, then_wait):
@@ -4105,8 +4110,8 @@ async def test_a_task_that_cancels_itself_has_failed(open_bus):
     assert "CancelledError" in dead.dead_letter_error_description
 
 
-async def test_boilermaker_servicebuss_debug_task_completes(open_bus):
-    app = Boilermaker(None, open_bus())
+async def test_boilermaker_servicebuss_debug_task_completes(new_bus):
+    app = Boilermaker(None, new_bus())
     body = {
         "task_id": "1",
         "should_dead_letter": True,
@@ -4119,13 +4124,15 @@ async def test_boilermaker_servicebuss_debug_task_completes(open_bus):
         "on_failure": None,
         "graph_id": None,
     }
-    await app.service_bus_client.send([letter(json.dumps(body))])
+    await app.service_bus_client.send(
+        [letter(json.dumps(body), message_id="1", queue=app.service_bus_client.queue_name)]
+    )
     await work_off(app)
     assert await ids_of(app.service_bus_client) == await ids_of(app.service_bus_client, dead_letter=True) == []
 
 
-async def test_current_task_is_the_one_that_runs_and_an_error_elsewhere(open_bus):
-    app = Boilermaker({}, open_bus())
+async def test_current_task_is_the_one_that_runs_and_an_error_elsewhere(new_bus):
+    app = Boilermaker({}, new_bus())
 
     @app.task
     async def look(state, number):
@@ -4137,13 +4144,14 @@ async def test_current_task_is_the_one_that_runs_and_an_error_elsewhere(open_bus
     for number, task in enumerate(tasks):
         seen = app.state[number]
         assert (seen.task_id, seen.args) == (task.task_id, [number])
-        assert (seen.sequence_number, seen.message_id) == (task.sequence_number, task.task_id)
+        assert task.sequence_number in (None, seen.sequence_number), "which a bus may not tell"
+        assert seen.message_id == task.task_id
     with pytest.raises(UsageError, match="outside of a running task"):
         current_task()
 
 
-async def test_a_task_can_publish_tasks_and_read_its_state(open_bus):
-    app = Boilermaker({"seen": []}, open_bus())
+async def test_a_task_can_publish_tasks_and_read_its_state(new_bus):
+    app = Boilermaker({"seen": []}, new_bus())
 
     @app.task
     async def count_down(state, number):
@@ -4161,8 +4169,8 @@ async def test_a_task_can_publish_tasks_and_read_its_state(open_bus):
 # ======================================================================================================================
 
 
-async def test_s_receives_the_result_and_si_does_not(open_bus):
-    app = Boilermaker([], open_bus())
+async def test_s_receives_the_result_and_si_does_not(new_bus):
+    app = Boilermaker([], new_bus())
 
     @app.task
     async def add(state, x, y=0):
@@ -4178,8 +4186,8 @@ async def test_s_receives_the_result_and_si_does_not(open_bus):
     ("behaviour", "error", "message"),
     [("raises", "ValueError", "it is broken"), ("gives_up", "TaskFailureResult", "")],
 )
-async def test_on_failure_by_s_receives_the_failure(open_bus, behaviour, error, message):
-    app, functions, note = table_app(open_bus())
+async def test_on_failure_by_s_receives_the_failure(new_bus, behaviour, error, message):
+    app, functions, note = table_app(new_bus())
     task = Task.si(functions[behaviour])
     task.on_failure = note.s("more")
     await app.publish_task(task)
@@ -4192,16 +4200,16 @@ async def test_on_failure_by_s_receives_the_failure(open_bus, behaviour, error, 
     assert ("raise ValueError" in failure["traceback"]) == (behaviour == "raises")
 
 
-async def test_a_chain_stops_at_its_first_failure_and_its_on_failure_runs_once(open_bus):
-    app, functions, note = table_app(open_bus())
+async def test_a_chain_stops_at_its_first_failure_and_its_on_failure_runs_once(new_bus):
+    app, functions, note = table_app(new_bus())
     chain = app.chain(note.si(1), note.si(2), Task.si(functions["raises"]), note.si(4), on_failure=note.si("failed"))
     await app.publish_task(chain)
     await work_off(app)
     assert [entry if entry == "ran" else entry[1] for entry in app.state] == [1, 2, "ran", "failed"]
 
 
-async def test_a_failed_callback_has_its_own_on_failure(open_bus):
-    app, functions, note = table_app(open_bus())
+async def test_a_failed_callback_has_its_own_on_failure(new_bus):
+    app, functions, note = table_app(new_bus())
     first, second = note.si(1), Task.si(functions["raises"])
     first.on_failure, second.on_failure = note.si("of the first"), note.si("of the second")
     first >> second
@@ -4210,8 +4218,8 @@ async def test_a_failed_callback_has_its_own_on_failure(open_bus):
     assert [entry if entry == "ran" else entry[1] for entry in app.state] == [1, "ran", "of the second"]
 
 
-async def test_a_returned_task_takes_over_and_what_would_have_followed_comes_after_it(open_bus):
-    app = Boilermaker([], open_bus())
+async def test_a_returned_task_takes_over_and_what_would_have_followed_comes_after_it(new_bus):
+    app = Boilermaker([], new_bus())
 
     @app.task
     async def step(state, name, result=None):
@@ -4235,8 +4243,8 @@ async def test_a_returned_task_takes_over_and_what_would_have_followed_comes_aft
 
 
 @pytest.mark.parametrize("own", [False, True])
-async def test_a_returned_task_has_the_returners_on_failure_where_it_has_none(open_bus, own):
-    app, functions, note = table_app(open_bus())
+async def test_a_returned_task_has_the_returners_on_failure_where_it_has_none(new_bus, own):
+    app, functions, note = table_app(new_bus())
 
     @app.task
     async def route(state):
@@ -4253,8 +4261,8 @@ async def test_a_returned_task_has_the_returners_on_failure_where_it_has_none(op
     ]
 
 
-async def test_a_decorated_function_may_be_returned_too(open_bus):
-    app, _, note = table_app(open_bus())
+async def test_a_decorated_function_may_be_returned_too(new_bus):
+    app, _, note = table_app(new_bus())
 
     @app.task
     async def route(state):
@@ -4351,8 +4359,8 @@ async def test_a_follow_up_that_can_never_be_published_dead_letters_its_parent(
     assert await ids_of(app.service_bus_client) == []
 
 
-async def test_a_result_that_nobody_takes_may_be_anything(open_bus):
-    app, _, note = table_app(open_bus())
+async def test_a_result_that_nobody_takes_may_be_anything(new_bus):
+    app, _, note = table_app(new_bus())
 
     @app.task
     async def produce(state):
@@ -4956,7 +4964,7 @@ def fresh_queue():
 def impatient(monkeypatch):
     """Loopback is quick: so are the waits at the end of a worker, and those between attempts to send."""
     monkeypatch.setattr(boilermaker, "MAX_WAIT", 0.2)
-    monkeypatch.setattr(boilermaker, "EMPTY_WAIT", 0.5)
+    monkeypatch.setattr(boilermaker, "EMPTY_WAIT", 0.3)
     monkeypatch.setattr(boilermaker, "SEND_PAUSES", (0.1, 0.2, 0.4))
 
 
@@ -5619,16 +5627,15 @@ async def test_no_step_is_published_twice_whatever_happens(azure_bus, emulator):
     assert {len(numbers) for numbers in messages.values()} == {1}
 
 
-def test_random_kills_and_idle_connections_lose_nothing(tmp_path):
-    ended = run_example("fault_runs", "kill", "kill-local", "idle", "--chains", "40", "--seconds", "3")
-    heading, *rows = [re.split(r"  +", line.strip()) for line in ended.stdout.splitlines()]
-    figures = {name: dict(zip(heading, map(int, numbers), strict=True)) for name, *numbers in rows}
+@pytest.mark.parametrize(("fault", "kills"), [("kill", 1), ("kill-local", 1), ("idle", 0)])
+def test_random_kills_and_idle_connections_lose_nothing(fault, kills):
+    ended = run_example("fault_runs", fault, "--chains", "40", "--seconds", "3")
     assert ended.returncode == 0, ended.stdout + ended.stderr
-    assert list(figures) == ["kill", "kill-local", "idle"]
-    assert min(figures["kill"]["killed"], figures["kill-local"]["killed"]) >= 1
-    for run in figures.values():
-        assert run["chains"] == 40
-        assert run["never ran"] == run["published twice"] == run["left"] == run["ended"] == 0
+    heading, (name, *numbers) = [re.split(r"  +", line.strip()) for line in ended.stdout.splitlines()]
+    figures = dict(zip(heading, map(int, numbers), strict=True))
+    assert (name, figures["chains"]) == (fault, 40)
+    assert figures["never ran"] == figures["published twice"] == figures["left"] == figures["ended"] == 0
+    assert figures["killed"] >= kills
 
 
 # ======================================================================================================================
@@ -5680,17 +5687,30 @@ json.dump([task.model_dump_json() for task in (plain, chain, retried, once)], sy
 """
 
 
-@pytest.fixture(scope="session")
-def original(tmp_path_factory):
-    """Runs programs with boilermaker-servicebus, in an environment of its own; gives what they print as JSON."""
+@pytest.fixture(scope="session", autouse=True)
+def installing_the_original(request, tmp_path_factory):
+    """Begins to make an environment with boilermaker-servicebus, if a test will want it, while others run."""
+    if not any("original" in item.fixturenames for item in request.session.items):
+        yield None
+        return
     folder = tmp_path_factory.mktemp("original")
-    venv.create(folder, with_pip=True)
     python = folder / "bin" / "python"
-    subprocess.run([python, "-m", "pip", "install", "--quiet", ORIGINAL], check=True)
+    command = f'"{sys.executable}" -m venv "{folder}" && "{python}" -m pip install --quiet {ORIGINAL}'
+    with subprocess.Popen(command, shell=True, start_new_session=True) as installing:
+        yield python, installing
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(installing.pid, signal.SIGKILL)
+
+
+@pytest.fixture(scope="session")
+def original(installing_the_original):
+    """Runs programs with boilermaker-servicebus, in an environment of its own; gives what they print as JSON."""
+    python, installing = installing_the_original
+    assert installing.wait(300) == 0
 
     def run(program, documents=None):
         ended = subprocess.run(
-            [python, "-c", program], input=json.dumps(documents), cwd=folder, capture_output=True, text=True, check=True
+            [python, "-c", program], input=json.dumps(documents), capture_output=True, text=True, check=True, cwd="/"
         )
         return json.loads(ended.stdout)
 
