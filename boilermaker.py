@@ -2836,9 +2836,7 @@ class AzureServiceBus:
         self.queue_name = _checked_queue_name(queue_name)
         self.max_message_bytes = _count("max_message_bytes", max_message_bytes)
         self._make_client = functools.partial(_client_of, self.namespace, credential)
-        self._client: ServiceBusClient | None = None
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._senders: dict[str, AzureSender] = {}
+        self._opened: dict[asyncio.AbstractEventLoop, tuple[ServiceBusClient, dict[str, AzureSender]]] = {}
         _import_azure()
 
     @classmethod
@@ -2864,14 +2862,14 @@ class AzureServiceBus:
     def __repr__(self) -> str:
         return f"AzureServiceBus({self.namespace!r}, {self.queue_name!r})"
 
-    def client(self) -> ServiceBusClient:
-        """The SDK's client. It belongs to one event loop, as the senders do."""
+    def _of_this_loop(self) -> tuple[ServiceBusClient, dict[str, AzureSender]]:
+        """The SDK's client, and the senders by queue: neither can be shared by event loops."""
         loop = asyncio.get_running_loop()
-        if self._loop is not loop:
-            self._loop, self._client, self._senders = loop, None, {}
-        if self._client is None:
-            self._client = self._make_client()
-        return self._client
+        if loop not in self._opened:
+            for closed in [other for other in list(self._opened) if other.is_closed()]:
+                self._opened.pop(closed, None)
+            self._opened[loop] = self._make_client(), {}
+        return self._opened[loop]
 
     async def send(self, messages: Sequence[Outgoing]) -> list[int | None]:
         numbers: list[int | None] = []
@@ -2880,10 +2878,10 @@ class AzureServiceBus:
         return numbers
 
     def _sender(self, queue: str) -> AzureSender:
-        self.client()
-        if queue not in self._senders:
-            self._senders[queue] = AzureSender(self, queue)
-        return self._senders[queue]
+        _, senders = self._of_this_loop()
+        if queue not in senders:
+            senders[queue] = AzureSender(self, queue)
+        return senders[queue]
 
     def size(self, message: Outgoing) -> int:
         """The body, the ids and properties, and 512 bytes for what AMQP adds to them."""
@@ -2897,10 +2895,10 @@ class AzureServiceBus:
 
     def receiver_link(self, **options: Any) -> AzureLink:
         options |= {"socket_timeout": SOCKET_TIMEOUT, "timeout": ATTEMPT_TIMEOUT}
-        return AzureLink(self, self.queue_name, self.client().get_queue_receiver(self.queue_name, **options))
+        return AzureLink(self, self.queue_name, self._of_this_loop()[0].get_queue_receiver(self.queue_name, **options))
 
     def sender_link(self, queue: str) -> AzureLink:
-        return AzureLink(self, queue, self.client().get_queue_sender(queue, socket_timeout=SOCKET_TIMEOUT))
+        return AzureLink(self, queue, self._of_this_loop()[0].get_queue_sender(queue, socket_timeout=SOCKET_TIMEOUT))
 
     async def peek(self, max_message_count: int = 100, dead_letter: bool = False) -> list[Message]:
         """List messages without locking them, by sequence number: locked, scheduled and deferred ones too."""
@@ -2925,10 +2923,10 @@ class AzureServiceBus:
             await link.call(link.sdk.cancel_scheduled_messages, sequence_number, timeout=ATTEMPT_TIMEOUT)
 
     async def close(self) -> None:
-        """Close all connections. The bus opens new ones if it is used again."""
-        client, senders = self._client, self._senders
-        self._client, self._senders = None, {}
-        if client is not None and self._loop is asyncio.get_running_loop():
+        """Close all connections of this event loop. The bus opens new ones if it is used again."""
+        opened = self._opened.pop(asyncio.get_running_loop(), None)
+        if opened is not None:
+            client, senders = opened
             for sender in senders.values():
                 await sender.close()
             await client.close()

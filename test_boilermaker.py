@@ -5381,6 +5381,24 @@ async def test_a_bus_that_was_closed_can_be_used_again(azure_bus):
         await app.close()
 
 
+async def test_event_loops_in_several_threads_publish_by_one_bus(azure_bus, emulator):
+    app = Boilermaker(None, azure_bus())
+
+    @app.task
+    async def work(state, number): ...
+
+    async def publish(name):
+        async with app:
+            for number in range(10):
+                await work.delay(f"{name}{number}")
+                await asyncio.sleep(0.01)
+            assert emulator.control("stats")["connections"] <= 3
+
+    await asyncio.gather(*[asyncio.to_thread(asyncio.run, publish(name)) for name in "abc"])
+    arguments = [json.loads(message.body)["payload"]["args"][0] for message in await app.service_bus_client.peek()]
+    assert sorted(arguments) == sorted(f"{name}{number}" for name in "abc" for number in range(10))
+
+
 class SynchronousCredential:
     """What azure-identity's credentials look like from the outside."""
 
