@@ -17,7 +17,8 @@ the run `kill-local`, on the embedded queue. Meanwhile
     kill        workers are killed by SIGKILL at random for --seconds, on Azure ...
     kill-local  ... and on the embedded queue
 
-A run is bad if a task never ran, a message was published twice, one is left, or a worker ended by itself.
+A run is bad if a task never ran, a message was published twice, one is left, or a worker ended by itself. Then its
+line says so, the log of its workers is printed, and the exit status is 1.
 """
 
 import argparse
@@ -278,8 +279,8 @@ def place(name: str) -> Iterator[tuple[str, Control]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Tasks while things go wrong.")
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(FAULTS)}; all of them by default")
-    parser.add_argument("--chains", type=int, default=500)
-    parser.add_argument("--seconds", type=float, default=60)
+    parser.add_argument("--chains", type=int, default=500, metavar="N", help="of each run, a multiple of 10")
+    parser.add_argument("--seconds", type=float, default=60, metavar="S", help="of away, idle, kill and kill-local")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
@@ -287,12 +288,16 @@ def main() -> None:
         return
     if unknown := set(options.names) - set(FAULTS):
         parser.error(f"unknown: {', '.join(sorted(unknown))}; the runs are {', '.join(FAULTS)}")
+    if options.chains < 10 or options.chains % 10:
+        parser.error(f"argument --chains: {options.chains} is not a multiple of 10")
+    if not 0 < options.seconds < 2**31:
+        parser.error(f"argument --seconds: {options.seconds} is not above 0 and below 2**31")
     print(f"{'':<12}" + "".join(f"{name.replace('_', ' '):>17}" for name in Figures._fields), flush=True)
     bad = False
     for name in options.names or FAULTS:
         with place(name) as (address, control):
             figures = asyncio.run(figures_of(name, address, control, options.chains, options.seconds))
-        print(f"{name:<12}" + "".join(f"{figure:>17.0f}" for figure in figures), flush=True)
+        print(f"{name:<12}" + "".join(f"{figure:>17.0f}" for figure in figures) + "  bad" * figures.bad, flush=True)
         bad |= figures.bad
     sys.exit(bad)
 

@@ -184,10 +184,9 @@ def unbatch(encoded: bytes) -> list[bytes]:
 
 
 def is_message(encoded: bytes) -> bool:
-    try:
+    with contextlib.suppress(ValueError, IndexError):
         return bool(sections(encoded))
-    except (ValueError, IndexError):
-        return False
+    return False
 
 
 def parse(queue: str, encoded: bytes) -> tuple[Outgoing, float | None]:
@@ -314,14 +313,9 @@ class Broker(Store):
 
     def claim_deferred(self, queue: str, sequence_number: int, locked_until: float) -> bool:
         """Lock a deferred message. Given back, it is an active one: a simplification."""
-        return self._changed(
-            """
-            UPDATE message
-            SET    state = ?, due = ?, delivery_count = delivery_count + 1
-            WHERE  queue_id = ? AND sequence_number = ? AND state = ?
-            """,
-            (LOCKED, locked_until, self._queue(queue)[0], sequence_number, DEFERRED),
-        )
+        deferred = "queue_id = ? AND sequence_number = ? AND state = ?"
+        sql = f"UPDATE message SET state = ?, due = ?, delivery_count = delivery_count + 1 WHERE {deferred}"
+        return self._changed(sql, (LOCKED, locked_until, self._queue(queue)[0], sequence_number, DEFERRED))
 
     def hold(self, lock: Lock) -> float:
         """Make sure that the lock is still good; the time that this was checked for."""
@@ -336,6 +330,9 @@ class Broker(Store):
         """Let go of a message. The status is the service's word for how, or `released`: as if never delivered."""
         now = self.hold(lock)
         self.stirred.add(queue)
+        if status == "abandoned" and lock.delivery_count + 1 == self._queue(queue)[1].max_delivery_count:
+            status, reason = "suspended", "MaxDeliveryCountExceeded"
+            description = f"It was delivered {lock.delivery_count + 1} times, never settled."
         if status == "completed":
             self.complete([lock])
         elif status == "suspended":
@@ -365,8 +362,8 @@ def check_token(token: str, key: str) -> str:
     if scheme != "SharedAccessSignature" or not {"sr", "sig", "se", "skn"} <= given.keys():
         raise Refusal("amqp:unauthorized-access", "InvalidToken: this is not a shared access signature.")
     signed = f"{urllib.parse.quote_plus(given['sr'])}\n{given['se']}".encode()
-    signature = base64.b64encode(hmac.digest(key.encode(), signed, "sha256")).decode()
-    if given["skn"] != KEY_NAME or not hmac.compare_digest(signature, given["sig"]):
+    signature = base64.b64encode(hmac.digest(key.encode(), signed, "sha256"))
+    if given["skn"] != KEY_NAME or not hmac.compare_digest(signature, given["sig"].encode()):
         raise Refusal("amqp:unauthorized-access", "InvalidSignature: The token has an invalid signature.")
     if float(given["se"]) <= time.time():
         raise Refusal("amqp:unauthorized-access", "ExpiredToken: The token is expired.")
@@ -422,6 +419,8 @@ def receive_by_sequence_number(broker: Broker, queue: str, body: Body) -> Body:
         if not broker.claim_deferred(queue, number, now + broker.settings.lock_duration):
             raise message_not_found(number)
     rows = broker.numbered(body["sequence-numbers"])
+    if body["receiver-settle-mode"] == proton.Link.RCV_FIRST:  # receive and delete
+        broker.complete([row.lock for row in rows])
     return {"messages": [{"lock-token": row.lock.token, "message": for_receiver(row, now)} for row in rows]}
 
 
@@ -588,8 +587,7 @@ class Wire(asyncio.Protocol):
                 self.take(link, delivery)
         elif delivery.updated:
             if slow := self.broker.faults.slow:
-                loop = asyncio.get_running_loop()
-                loop.call_later(slow, self.service.turn, lambda: self.settle(link, delivery))
+                asyncio.get_running_loop().call_later(slow, self.service.turn, lambda: self.settle(link, delivery))
             else:
                 self.settle(link, delivery)
 
@@ -604,8 +602,6 @@ class Wire(asyncio.Protocol):
             answer(delivery, proton.Delivery.ACCEPTED)
         except Refusal as refusal:
             answer(delivery, proton.Delivery.REJECTED, refusal)
-            if refusal.condition == "amqp:link:message-size-exceeded":
-                self.detach(link, refusal)
         if link.credit < SEND_CREDIT // 2:
             link.flow(SEND_CREDIT - link.credit)
 
@@ -683,7 +679,6 @@ class Service:
         self.wires: set[Wire] = set()
         self.outlets: dict[str, deque[Any]] = defaultdict(deque)  # the links on which clients receive, by queue
         self.alarms: dict[str, asyncio.TimerHandle] = {}
-        self.port = 0
 
     def turn(self, act: Callable[[], object]) -> None:
         """Act, serve the receivers that wait, commit; only then let anything out."""
@@ -746,7 +741,7 @@ class Control:
         self.broker = service.broker
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with contextlib.suppress(ConnectionError):
+        with contextlib.suppress(ConnectionError, ValueError, asyncio.CancelledError):  # a line too long; the end
             while line := await reader.readline():
                 writer.write(f"{self.answer(line.decode(errors='replace'))}\n".encode())
                 await writer.drain()
@@ -755,6 +750,8 @@ class Control:
     def answer(self, line: str) -> str:
         name, *arguments = line.split() or [""]
         try:
+            if name in ("refuse", *vars(self.broker.faults)) and not all(0 <= float(text) < 1e9 for text in arguments):
+                raise ValueError("numbers are from 0 to 1e9")
             if name in vars(self.broker.faults):
                 (number,) = arguments
                 setattr(self.broker.faults, name, float(number))
@@ -774,11 +771,14 @@ class Control:
 
     def do_refuse(self, seconds: str) -> None:
         """Accept no connection for that long."""
-        asyncio.get_running_loop().call_later(float(seconds), self.reopen)
+        if not self.service.server.is_serving():
+            raise ValueError("connections are refused already")
+        self.reopening = asyncio.create_task(self.reopen(float(seconds)))
         self.service.server.close()
 
-    def reopen(self) -> None:
-        self.reopening = asyncio.create_task(self.service.listen(self.service.port))
+    async def reopen(self, seconds: float) -> None:
+        await asyncio.sleep(seconds)
+        await self.service.listen(self.service.port)
 
     def do_detach(self) -> None:
         """Force every link off, as the service does with idle ones; connections stay."""
@@ -801,10 +801,9 @@ class Control:
 
     def do_stats(self) -> str:
         """Connections, links, and messages by their state, as JSON."""
-        wires = self.service.wires
+        links = [len(wire.links) for wire in self.service.wires]
         with self.broker.transaction():
-            counts = self.broker.counts(time.time())
-        return json.dumps({"connections": len(wires), "links": sum(len(wire.links) for wire in wires)} | counts)
+            return json.dumps({"connections": len(links), "links": sum(links)} | self.broker.counts(time.time()))
 
 
 # --- Embedding --------------------------------------------------------------------------------------------------------
@@ -864,7 +863,13 @@ def options() -> argparse.Namespace:
     parser.add_argument("--time-to-live", type=float, metavar="SECONDS", help="off by default")
     parser.add_argument("--max-message-bytes", type=int, default=262144, metavar="BYTES")
     parser.add_argument("--until-eof", action="store_true", help="end when standard input does or says anything")
-    return parser.parse_args()
+    given = parser.parse_args()
+    for name in ("lock_duration", "max_delivery_count", "duplicate_detection", "time_to_live", "max_message_bytes"):
+        if (number := getattr(given, name)) is not None and not 0 < number < 2**31:
+            parser.error(f"argument --{name.replace('_', '-')}: {number} is not above 0 and below 2**31")
+    if not all(given.queue):
+        parser.error("argument --queue: a queue needs a name")
+    return given
 
 
 async def serve(given: argparse.Namespace) -> None:
@@ -872,15 +877,18 @@ async def serve(given: argparse.Namespace) -> None:
     control = await asyncio.start_server(Control(service).serve, HOST, given.control_port)
     await service.listen(given.port)
     credential = f"SharedAccessKeyName={KEY_NAME};SharedAccessKey={given.key}"
-    print(f"Endpoint=sb://{HOST}:{service.port};{credential};UseDevelopmentEmulator=true;")
-    print(f"control: {HOST}:{control.sockets[0].getsockname()[1]}", flush=True)
     stop, loop = asyncio.Event(), asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop.set)
     if given.until_eof:
         loop.add_reader(sys.stdin, stop.set)
+    print(f"Endpoint=sb://{HOST}:{service.port};{credential};UseDevelopmentEmulator=true;")
+    print(f"control: {HOST}:{control.sockets[0].getsockname()[1]}", flush=True)
     await stop.wait()
 
 
 if __name__ == "__main__":
-    asyncio.run(serve(options()))
+    try:
+        asyncio.run(serve(options()))
+    except (OSError, OverflowError) as error:  # a port that is taken, or too large
+        sys.exit(f"servicebus_emulator: error: {error}")
