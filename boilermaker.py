@@ -228,7 +228,10 @@ def _timestamp(eta: datetime.datetime) -> float:
         raise UsageError(f"eta={eta!r} must be a datetime.")
     if eta.utcoffset() is None:
         raise UsageError(f"eta={eta!r} has no time zone: use for example datetime.now(UTC) + timedelta(minutes=5).")
-    return eta.timestamp()
+    timestamp = eta.timestamp()
+    if timestamp > time.time() + MAX_SECONDS:
+        raise UsageError(f"eta={eta!r} is too far away: at most {MAX_SECONDS} seconds from now.")
+    return timestamp
 
 
 # ======================================================================================================================
@@ -418,11 +421,14 @@ class Registration:
     acks_late: bool = True
 
     def apply_to(self, task: Task) -> None:
-        """Fill in what a task made by name alone could not know, and was not given."""
+        """Fill in what a task made by name alone could not know, and was not given, nor set by hand."""
         if task.policy_is_default:
-            task.policy, task.policy_is_default = self.policy, False
+            task.policy_is_default = False
+            if task.policy == DEFAULT_POLICY:
+                task.policy = self.policy
         for option in task.default_options:
-            setattr(task, option, getattr(self, option))
+            if getattr(task, option) is True:
+                setattr(task, option, getattr(self, option))
         task.default_options = ()
 
 
@@ -571,8 +577,11 @@ class Task:
 
     def __or__(self, other: TaskLike) -> Task:
         """`a | b`: a new workflow, copies with fresh ids, b at the end of a's chain. Publish the whole."""
+        following = _as_task(other)
+        _check_beginning(self)
+        _check_beginning(following)
         head = self.copy()
-        _last(head).on_success = _as_task(other).copy()
+        _last(head).on_success = following.copy()
         return head
 
 
@@ -768,33 +777,50 @@ def _last(head: Task) -> Task:
     return list(_chain_of(head))[-1]
 
 
-_FIELD_TYPES: Mapping[str, Any] = {
-    "function_name": str,
-    "task_id": str,
+_FIELD_TYPES: Mapping[str, tuple[type, ...]] = {
+    "function_name": (str,),
+    "task_id": (str,),
     "args": (list, tuple),
-    "kwargs": dict,
-    "policy": RetryPolicy,
-    "attempts": RetryAttempts,
-    "should_dead_letter": bool,
-    "acks_late": bool,
+    "kwargs": (dict,),
+    "policy": (RetryPolicy,),
+    "policy_is_default": (bool,),
+    "default_options": (tuple,),
+    "scheduled_policy": (RetryPolicy, type(None)),
+    "attempts": (RetryAttempts,),
+    "should_dead_letter": (bool,),
+    "acks_late": (bool,),
+    "graph_id": (str, type(None)),
+    "takes_result": (bool,),
 }
 
 
 def _check_fields(task: Task) -> None:
     """Refuse what was set by hand and cannot be."""
-    for name, kind in _FIELD_TYPES.items():
+    for name, kinds in _FIELD_TYPES.items():
         value = getattr(task, name)
-        if not isinstance(value, kind):
-            kinds = kind if isinstance(kind, tuple) else (kind,)
-            raise UsageError(f"{task!r}: {name}={_short(value)} must be a {kinds[0].__name__}.")
+        if not isinstance(value, kinds):
+            expected = " or ".join(kind.__name__ for kind in kinds)
+            raise UsageError(f"{task!r}: {name}={_short(value)} must be of type {expected}.")
+        if value == "" and name in ("function_name", "task_id"):
+            raise UsageError(f"{task!r}: {name}='' must not be empty.")
+    if not set(task.default_options) <= set(_OPTIONS):
+        raise UsageError(f"{task!r}: default_options={_short(task.default_options)} must be among {_OPTIONS}.")
+    attempts, last_retry = task.attempts
+    if type(attempts) is not int or not 0 <= attempts <= MAX_SECONDS or not isinstance(last_retry, datetime.datetime):
+        raise UsageError(f"{task!r}: attempts={_short(task.attempts)} must be a count from 0, and a datetime.")
     if task.queue is not None:
         _checked_queue_name(task.queue)
 
 
 def _check_head(task: Task) -> None:
-    """Refuse what `a >> b` returned: publishing b would skip a. Refuse what waits for a parent's result, too."""
+    """Refuse what cannot be published by itself."""
     if task.takes_result:
         raise UsageError(f"{task!r} was made by .s(), for a parent's result, but has no parent: make it by .si().")
+    _check_beginning(task)
+
+
+def _check_beginning(task: Task) -> None:
+    """Refuse what `a >> b` returned: to publish b, or to begin a part of a workflow with it, would skip a."""
     head = task
     while head._predecessor is not None and head._predecessor.on_success is head:
         head = head._predecessor
@@ -802,7 +828,8 @@ def _check_head(task: Task) -> None:
             break
     if head is not task:
         raise UsageError(
-            f"{task!r} follows another task: publishing it would skip that one. Publish the chain's head, {head!r}."
+            f"{task!r} follows another task, which would be skipped: take the chain's head, {head!r}, "
+            "or, to do without that one, a copy()."
         )
 
 
@@ -1605,17 +1632,21 @@ class Store:
         self.checkpointing = threading.Lock()
         self._queues: dict[str, tuple[int, QueueSettings]] = {}
         with _explained(path):
-            self._connection = _patiently(lambda: connect(path))
+            _patiently(self._connect)
             try:
                 _patiently(self._prepare)
             except BaseException:
                 self._connection.close()
                 raise
-        _stores.add(self)
 
     def close(self) -> None:
         with self._mutex:
             self._connection.close()
+
+    def _connect(self) -> None:
+        with _connecting:
+            self._connection = connect(self.path)
+            _stores.add(self)
 
     # SQLite keeps in memory which locks the process has on a file. A child inherits that, but not the locks. So it
     # closes its copy at once, while its parent still has the file open, and opens the file for itself.
@@ -1634,6 +1665,14 @@ class Store:
 
     def _prepare(self) -> None:
         """Make sure that the file is ours before changing anything about it."""
+        with self._mutex:
+            self._check_file()
+        with self.transaction():
+            if not self._one("SELECT count(*) FROM sqlite_schema")[0]:
+                for statement in SCHEMA.split(";")[:-1]:
+                    self._connection.execute(statement)
+
+    def _check_file(self) -> None:
         (tables,) = self._one("SELECT count(*) FROM sqlite_schema")
         (application,) = self._one("PRAGMA application_id")
         (version,) = self._one("PRAGMA user_version")
@@ -1647,10 +1686,6 @@ class Store:
         (mode,) = self._one("PRAGMA journal_mode = WAL")
         if mode != "wal" and self.path != ":memory:":
             raise ConfigurationError(f"{self.path}: SQLite cannot keep a write-ahead log on this file system.")
-        with self.transaction():
-            if not self._one("SELECT count(*) FROM sqlite_schema")[0]:
-                for statement in SCHEMA.split(";")[:-1]:
-                    self._connection.execute(statement)
 
     def _one(self, sql: str, parameters: Sequence[Any] = ()) -> tuple[Any, ...]:
         row: tuple[Any, ...] = self._connection.execute(sql, parameters).fetchone()
@@ -1710,7 +1745,7 @@ class Store:
             with _explained(self.path), self.transaction():
                 return [work() for work in works]
         except Exception as error:
-            if len(works) == 1 or isinstance(error, ServiceBusUnavailable):
+            if len(works) == 1 or _is_about_the_file(error):
                 return [error] * len(works)
         return [result for work in works for result in self.insist([work])]
 
@@ -1895,16 +1930,20 @@ class Store:
         )
 
     def dead_letter(self, queue: str, delivery: Delivery, reason: str, description: str, now: float) -> bool:
-        """Move a held message to the queue's dead-letter queue; False if the lock was lost."""
+        """Move a held message to the queue's dead-letter queue; False if the lock was lost.
+
+        One that came from there stays locked: given back, it would be received again at once, and for ever.
+        """
         queue_id, _ = self._queue(dead_letter_queue(queue))
+        state, due = (LOCKED, None) if queue.endswith(DEAD_LETTER_SUFFIX) else (READY, now)
         return self._changed(
             """
             UPDATE message
-            SET    queue_id = ?, state = 1, due = ?, expires = NULL,
+            SET    queue_id = ?, state = ?, due = coalesce(?, due), expires = NULL,
                    dead_letter_reason = ?, dead_letter_error_description = ?
             WHERE  sequence_number = ? AND delivery_count = ? AND state = 0
             """,
-            (queue_id, now, reason, description, delivery.sequence_number, delivery.delivery_count + 1),
+            (queue_id, state, due, reason, description, delivery.sequence_number, delivery.delivery_count + 1),
         )
 
     def _changed(self, sql: str, parameters: Sequence[Any]) -> bool:
@@ -1944,11 +1983,13 @@ class Store:
         )
 
 
+_connecting = threading.Lock()
 _stores: weakref.WeakSet[Store] = weakref.WeakSet()
 _forking: list[Store] = []
 
 
 def _before_fork() -> None:
+    _connecting.acquire()
     _forking[:] = _stores
     for store in _forking:
         store.before_fork()
@@ -1958,6 +1999,7 @@ def _after_fork(action: Callable[[Store], None]) -> None:
     for store in _forking:
         action(store)
     _forking.clear()
+    _connecting.release()
 
 
 if hasattr(os, "register_at_fork"):
@@ -2030,6 +2072,13 @@ def _is_locked(error: sqlite3.Error) -> bool:
     return getattr(error, "sqlite_errorcode", 0) & 0xFF in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
 
 
+def _is_about_the_file(error: Exception) -> bool:
+    """Whether an error concerns all that is asked of the file, and not only a value that SQLite cannot hold."""
+    return isinstance(error, ServiceBusUnavailable) and not isinstance(
+        error.__cause__, (sqlite3.DataError, sqlite3.IntegrityError, sqlite3.InterfaceError, sqlite3.ProgrammingError)
+    )
+
+
 _HOPELESS = {
     sqlite3.SQLITE_NOTADB: "is not a SQLite database: choose another path",
     sqlite3.SQLITE_CANTOPEN: "cannot be opened: the directory has to exist and be writable",
@@ -2099,6 +2148,8 @@ class QueueFile:
         self.threads = ThreadPoolExecutor(3, thread_name_prefix="boilermaker")
         self.log_path = None if path == ":memory:" else path + "-wal"
         self._log = None if self.log_path is None else os.open(self.log_path, os.O_RDWR)
+        self._inodes = self._inodes_now()
+        self._sync_failed = False
         self._seen_changes = 0
         self._logged_pages = 0
         self._quick_syncs = 0
@@ -2123,13 +2174,22 @@ class QueueFile:
             return None
         started = time.perf_counter()
         try:
-            if not os.fstat(self._log).st_nlink:
-                raise FileNotFoundError("the file was deleted")
+            if self._inodes_now() != self._inodes:
+                raise FileNotFoundError("the file was replaced")
+            if self._sync_failed and not self._move_log_to_file("TRUNCATE"):
+                raise OSError("an earlier failure is not mended yet")  # the system does not write that by itself again
             getattr(os, "fdatasync", os.fsync)(self._log)
-        except OSError as error:
+        except (OSError, sqlite3.Error) as error:
+            self._sync_failed, self._quick_syncs = True, 0
             return ServiceBusUnavailable(f"{self.store.path} could not be synced to the disk: {error}")
+        self._sync_failed = False
         self._quick_syncs = self._quick_syncs + 1 if time.perf_counter() - started < QUICK_SYNC else 0
         return None
+
+    def _inodes_now(self) -> list[int]:
+        """What tells a file that was deleted, or replaced by another."""
+        paths = [] if self.log_path is None else [self.store.path, self.log_path]
+        return [os.stat(path).st_ino for path in paths]
 
     def checkpoint_soon(self) -> None:
         """After a transaction, let a thread move the log's content to the file if there is much of it."""
@@ -2140,23 +2200,33 @@ class QueueFile:
         self._seen_changes = changes
         if self._logged_pages >= CHECKPOINT_PAGES and self.store.checkpointing.acquire(blocking=False):
             self._logged_pages = 0
-            self.threads.submit(self._checkpoint)
+            try:
+                self.threads.submit(self._checkpoint)
+            except RuntimeError:  # it has been closed
+                self.store.checkpointing.release()
 
     def _checkpoint(self) -> None:
-        """Copy without hindering anybody, then, with writers waiting for a moment, what they wrote meanwhile."""
         assert self._log is not None
-        mode = "RESTART" if os.fstat(self._log).st_size < MAX_LOG_BYTES else "TRUNCATE"
         try:
-            with contextlib.closing(connect(self.store.path)) as connection:
-                connection.execute("PRAGMA wal_checkpoint(PASSIVE)")
-                connection.execute(f"PRAGMA busy_timeout = {CHECKPOINT_PATIENCE}")
-                blocked, _, _ = connection.execute(f"PRAGMA wal_checkpoint({mode})").fetchone()
-                if not blocked:  # the log begins anew, and the first to write to it has to sync it: here, not there
-                    connection.execute("UPDATE queue SET name = name")
+            self._move_log_to_file("RESTART" if os.fstat(self._log).st_size < MAX_LOG_BYTES else "TRUNCATE")
         except sqlite3.Error as error:
             logger.warning("Checkpoint of %s failed, the next will try again: %s", self.store.path, error)
         finally:
             self.store.checkpointing.release()
+
+    def _move_log_to_file(self, mode: str) -> bool:
+        """Copy without hindering anybody, then, with writers waiting for a moment, what they wrote meanwhile.
+
+        False if somebody read for too long: then the log goes on.
+        """
+        with contextlib.closing(connect(self.store.path)) as connection:
+            connection.execute("PRAGMA wal_checkpoint(PASSIVE)")
+            connection.execute(f"PRAGMA busy_timeout = {CHECKPOINT_PATIENCE}")
+            blocked, _, _ = connection.execute(f"PRAGMA wal_checkpoint({mode})").fetchone()
+            if not blocked:  # the log begins anew, and the first to write to it has to sync it: here, not there
+                with contextlib.suppress(sqlite3.OperationalError):  # somebody else was the first
+                    connection.execute("UPDATE queue SET name = name")
+        return not blocked
 
     def close(self) -> None:
         self.closed = True
@@ -2319,7 +2389,7 @@ class LocalServiceBus:
         )
         self._real_path = self.path if self.path == ":memory:" else os.path.realpath(self.path)
         self._file: QueueFile | None = None
-        self._opening = threading.Lock()
+        self._opening: dict[int, threading.Lock] = {}  # by process: a child must not wait for its parent's threads
         self._commits: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, GroupCommit] = weakref.WeakKeyDictionary()
 
     def __repr__(self) -> str:
@@ -2334,6 +2404,7 @@ class LocalServiceBus:
 
     async def peek(self, max_message_count: int = 100, dead_letter: bool = False) -> list[Message]:
         """List messages without locking them: those that would be received first, locked and scheduled ones too."""
+        _count("max_message_count", max_message_count)
         commit = await self._commit()
         queue = dead_letter_queue(self.queue_name) if dead_letter else self.queue_name
         return await commit.submit(lambda: commit.file.store.peek(queue, max_message_count))
@@ -2344,6 +2415,7 @@ class LocalServiceBus:
         Raises:
             MessageNotFound: none is waiting under that number; it may be due already.
         """
+        _check_sequence_number(sequence_number)
         commit = await self._commit()
         store = commit.file.store
         cancel = functools.partial(store.cancel, self.queue_name, sequence_number)
@@ -2378,7 +2450,7 @@ class LocalServiceBus:
 
     def _open(self) -> QueueFile:
         """Open the file, anew after a fork: a connection must not be shared, nor closed, by a child."""
-        with self._opening:
+        with self._opening.setdefault(os.getpid(), threading.Lock()):
             if self._file is None or self._file.pid != os.getpid():
                 if self._file is not None:
                     _inherited.append(self._file)  # a child must not even close what it inherited
@@ -2405,6 +2477,11 @@ def _count(name: str, value: int) -> int:
     if type(value) is not int or not 0 < value <= MAX_SECONDS:
         raise ConfigurationError(f"{name}={value!r} must be an int over 0, up to {MAX_SECONDS}.")
     return value
+
+
+def _check_sequence_number(number: object) -> None:
+    if type(number) is not int:
+        raise UsageError(f"sequence_number={number!r} must be an int: that of a task published with delay or eta.")
 
 
 def _checked_queue_name(name: object) -> str:
@@ -2435,14 +2512,17 @@ class LocalReceiver:
         self._store = commit.file.store
         self._on_lock_lost = on_lock_lost
         self._max_renewal = max_renewal
-        self._held: dict[int, Delivery] = {}
+        self._held: set[Delivery] = set()
         self._closed = threading.Event()
+        self._bus = bus
         self._loop = asyncio.get_running_loop()
         self._watcher = FileWatcher(commit.file.log_path, self._store)
         self._renewer = threading.Thread(target=self._keep_locks, name="boilermaker-locks", daemon=True)
         self._renewer.start()
 
     async def receive(self, max_message_count: int, max_wait_time: float) -> list[Delivery]:
+        if self._commit.file.closed:
+            await self._reopen()
         deliveries, _ = await self._claim(max_message_count)
         if deliveries or max_wait_time <= 0:
             return deliveries
@@ -2461,6 +2541,13 @@ class LocalReceiver:
                     async with asyncio.timeout(remaining):
                         await changed.wait()
 
+    async def _reopen(self) -> None:
+        """Go on with the bus, which was closed, and is used again by that."""
+        self._watcher.close()
+        self._commit = await self._bus._commit()
+        self._store = self._commit.file.store
+        self._watcher = FileWatcher(self._commit.file.log_path, self._store)
+
     async def _claim(self, max_message_count: int) -> tuple[list[Delivery], float | None]:
         """Lock messages; none, and when to look again. What a cancelled claim locked is given back."""
         claim = functools.partial(self._claim_now, max_message_count)
@@ -2477,7 +2564,7 @@ class LocalReceiver:
         if cancelled:
             self.settle([Settlement(delivery, Disposition.ABANDON) for delivery in claim[0]])
         else:
-            self._held.update((delivery.sequence_number, delivery) for delivery in claim[0])
+            self._held.update(claim[0])
 
     def _claim_now(self, max_message_count: int) -> tuple[list[Delivery], float | None]:
         deliveries = self._store.claim(self._queue, max_message_count, self._lock_duration, time.time())
@@ -2495,8 +2582,7 @@ class LocalReceiver:
             self._commit.listeners.discard(changed)
 
     def settle(self, settlements: Sequence[Settlement], durable: bool = False) -> asyncio.Future[list[Rejection]]:
-        for settlement in settlements:
-            self._held.pop(settlement.delivery.sequence_number, None)
+        self._held.difference_update(settlement.delivery for settlement in settlements)
         return self._commit.submit(functools.partial(self._settle_now, settlements), durable=durable)
 
     def _settle_now(self, settlements: Sequence[Settlement]) -> list[Rejection]:
@@ -2552,7 +2638,7 @@ class LocalReceiver:
         """Renew in a thread, so that a task which blocks the event loop keeps its lock."""
         while not self._closed.wait(self._lock_duration / 2):
             try:
-                lost = self._renew(list(self._held.values()))
+                lost = self._renew(list(self._held))
             except Exception as error:
                 logger.warning("Renewing the locks of %s failed, will try again: %s", self._queue, error)
                 continue
@@ -2570,8 +2656,8 @@ class LocalReceiver:
             return [d for d in held if d.received < latest or not self._store.renew(d, self._lock_duration, now)]
 
     def _lose(self, delivery: Delivery) -> None:
-        if self._held.get(delivery.sequence_number) is delivery:
-            del self._held[delivery.sequence_number]
+        if delivery in self._held:
+            self._held.remove(delivery)
             self._on_lock_lost(delivery)
 
     async def close(self) -> None:
@@ -2769,7 +2855,15 @@ class Config:
 
     def az_credential(self) -> Any:
         """The credential that was given, or azure-identity's default one."""
-        return self.service_bus_credential or _default_credential(bool(self.azure_credential_include_msi))
+        if self.service_bus_credential is None:
+            return _default_credential(bool(self.azure_credential_include_msi))
+        return _made_credential(self.service_bus_credential)
+
+
+def _made_credential(credential: Any) -> Any:
+    """A credential, made by calling what was given if that is a function or a class."""
+    makes_one = isinstance(credential, type) or (callable(credential) and not hasattr(credential, "get_token"))
+    return credential() if makes_one else credential
 
 
 def _env(*names: str) -> str | None:
@@ -2792,7 +2886,7 @@ def _connection_setting(connection_string: str, name: str) -> str | None:
 def _namespace_of(url: object) -> str:
     """The host of a namespace, given as `host`, `sb://host` or `https://host:443/`."""
     text = url.strip() if isinstance(url, str) else ""
-    if "sharedaccesskey" in text.lower():  # a secret, not to be shown
+    if ";" in text or "=" in text:  # secrets, not to be shown
         raise ConfigurationError(
             "The namespace is a connection string: use AzureServiceBus.from_connection_string, "
             "or Config(service_bus_connection_string=...)."
@@ -2852,9 +2946,15 @@ class AzureServiceBus:
         cls, conn_str: str, queue_name: str, *, max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES
     ) -> AzureServiceBus:
         """The bus of a connection string, as the Azure portal shows it under "Shared access policies"."""
-        endpoint = _connection_setting(conn_str, "Endpoint")
+        endpoint = _connection_setting(conn_str, "Endpoint") if isinstance(conn_str, str) else None
         if not endpoint:
             raise ConfigurationError("The connection string has no Endpoint: it begins with 'Endpoint=sb://...'.")
+        entity = _connection_setting(conn_str, "EntityPath")
+        if entity not in (None, queue_name):
+            raise ConfigurationError(
+                f"The connection string is for queue {entity!r} only (EntityPath), not for {queue_name!r}: "
+                "use that queue, or a connection string of the namespace."
+            )
         bus = cls(endpoint, queue_name, max_message_bytes=max_message_bytes)
         bus._make_client = functools.partial(_client_of_connection_string, conn_str)
         return bus
@@ -2902,6 +3002,7 @@ class AzureServiceBus:
 
     async def peek(self, max_message_count: int = 100, dead_letter: bool = False) -> list[Message]:
         """List messages without locking them, by sequence number: locked, scheduled and deferred ones too."""
+        _count("max_message_count", max_message_count)
         messages: list[Message] = []
         async with self.receiver_link(**({"sub_queue": "deadletter"} if dead_letter else {})) as link:
             peek = functools.partial(link.call, link.sdk.peek_messages, timeout=ATTEMPT_TIMEOUT)
@@ -2919,6 +3020,7 @@ class AzureServiceBus:
         Raises:
             MessageNotFound: none is waiting under that number; it may be due already.
         """
+        _check_sequence_number(sequence_number)
         async with self.sender_link(self.queue_name) as link:
             await link.call(link.sdk.cancel_scheduled_messages, sequence_number, timeout=ATTEMPT_TIMEOUT)
 
@@ -2952,10 +3054,7 @@ def _import_azure() -> Any:
 
 def _client_of(namespace: str, credential: Any) -> ServiceBusClient:
     aio = _import_azure().aio
-    if credential is None:
-        credential = _default_credential(include_msi=False)
-    elif callable(credential) and not hasattr(credential, "get_token"):
-        credential = credential()
+    credential = _default_credential(include_msi=False) if credential is None else _made_credential(credential)
     if hasattr(credential, "get_token") and not inspect.iscoroutinefunction(credential.get_token):
         credential = ThreadedCredential(credential)
     client: ServiceBusClient = aio.ServiceBusClient(namespace, credential, retry_total=0, try_timeout=ATTEMPT_TIMEOUT)
@@ -3077,6 +3176,7 @@ class AzureLink:
     def __init__(self, bus: AzureServiceBus, queue: str, sdk: Any) -> None:
         self.sdk = sdk
         self.requests = 0
+        self.round_trip = 0.0
         self.error: BoilermakerError | None = None
         self._bus = bus
         self._queue = queue
@@ -3222,6 +3322,9 @@ class AzureSender:
             try:
                 with self._bus.explained(self._queue):
                     numbers = await self._insist([message for message, _ in requests])
+            except MessageTooLarge as error:  # the first one, by itself
+                self._waiting = requests[1:] + self._waiting
+                self._fail(requests[:1], error)
             except BoilermakerError as error:
                 self._fail(requests, error)
             except BaseException:
@@ -3253,6 +3356,10 @@ class AzureSender:
                 return await self._send_some(messages)
             except ServiceBusUnavailable as error:
                 logger.info("Sending to %r failed, will try again: %s", self._queue, error)
+            except MessageTooLarge:
+                if len(messages) == 1:
+                    raise
+                return await self._insist(messages[:1])  # to find the one
             await asyncio.sleep(random.uniform(0.5, 1.0) * pause)
         return await self._send_some(messages)
 
@@ -3422,7 +3529,8 @@ class AzureReceiver:
     ) -> list[ServiceBusReceivedMessage]:
         receive = functools.partial(link.call, link.sdk.receive_messages)
         if self._busy:
-            messages: list[ServiceBusReceivedMessage] = await receive(count, max_wait_time=BATCH_WAIT)
+            wait = max(BATCH_WAIT, 2 * link.round_trip)
+            messages: list[ServiceBusReceivedMessage] = await receive(count, max_wait_time=wait)
             self._busy = bool(messages)
             if messages:
                 return messages
@@ -3459,6 +3567,9 @@ class AzureReceiver:
     async def _settle(self, settlement: Settlement) -> Rejection | None:
         """Publish what follows, then settle: there is no transaction over both."""
         delivery, disposition, _, _, follow_up = settlement
+        if disposition is not Disposition.LEAVE and delivery.locked_until <= time.time():
+            self._renew_at.pop(delivery, None)
+            return _lock_lost(settlement)
         try:
             if follow_up is not None:
                 await self._while_locked(delivery, functools.partial(self._bus.send, [follow_up]))
@@ -3488,6 +3599,7 @@ class AzureReceiver:
             # Its delivery number may be another message's on this link. What the SDK takes for deferred it settles by
             # the lock token, in a management request.
             delivery.raw._is_deferred_message = True
+        started = time.monotonic()
         match disposition:
             case Disposition.COMPLETE:
                 await link.call(link.sdk.complete_message, delivery.raw)
@@ -3497,6 +3609,7 @@ class AzureReceiver:
                 await link.call(
                     link.sdk.dead_letter_message, delivery.raw, reason=reason, error_description=description
                 )
+        link.round_trip = min(link.round_trip or ATTEMPT_TIMEOUT, time.monotonic() - started)
 
     # -- renewing
 
@@ -3722,9 +3835,19 @@ class Worker:
             self._idle.set()
         for settlement, error in _rejections(settlements, settling):
             logger.error("Settling failed sequence_number=%s: %s", settlement.delivery.sequence_number, error)
-            if settlement.disposition is Disposition.LEAVE and settlement.follow_up is not None:
+            if isinstance(error, MessageTooLarge):
+                self._reject(settlement, error)
+            elif settlement.disposition is Disposition.LEAVE and settlement.follow_up is not None:
                 self._resending.append(settlement)
                 self._loop.call_later(MAX_WAIT, self._resend)
+
+    def _reject(self, settlement: Settlement, error: MessageTooLarge) -> None:
+        """Dead-letter the message, if it is still there, of a follow-up that the service will never take."""
+        if settlement.disposition is not Disposition.LEAVE:
+            decision = reject(error)
+            self._finished.append(
+                Settlement(settlement.delivery, decision.disposition, decision.reason, decision.description)
+            )
 
     def _resend(self) -> None:
         if self._resending:
@@ -3778,8 +3901,13 @@ class Worker:
         if not may_run(task):
             exhausted = RetryException(f"no try left: {task.attempts.attempts} made, {task.policy}")
             return Outcome(Ending.NO_TRY_LEFT, error=exhausted)
-        if not task.acks_late and not await self._complete_early(run.delivery):
-            return Outcome(Ending.LOCK_LOST)
+        if not task.acks_late:
+            try:
+                completed = await self._complete_early(run.delivery)
+            except asyncio.CancelledError:
+                return Outcome(run.stopped or Ending.STOPPED)
+            if not completed:
+                return Outcome(Ending.LOCK_LOST)
         outcome = await self._call(registration, task)
         if run.stopped is Ending.LOCK_LOST or (run.stopped is not None and outcome.ending is not Ending.RETURNED):
             return Outcome(run.stopped)
@@ -3902,7 +4030,11 @@ class Worker:
                 logger.error("A settlement did not end: its messages will be delivered again when their locks run out.")
                 settling.cancel()
         for settlement in self._resending:
-            logger.error("A follow-up could not be published: %s", settlement.follow_up)
+            assert settlement.follow_up is not None
+            logger.error(
+                "A follow-up could not be published: message %s for queue %r",
+                *(settlement.follow_up.message_id, settlement.follow_up.queue),
+            )
         await self._receiver.close()
         logger.info("Worker ended: %r", self._bus)
 
@@ -4069,13 +4201,13 @@ class Boilermaker:
             registration = self._register(
                 function, name=name, policy=policy, should_dead_letter=should_dead_letter, acks_late=acks_late
             )
-            return TaskFunction(self, registration, function)
+            return TaskFunction(self, registration, registration.function)
 
         return decorate if function is None else decorate(function)
 
     def register_async(self, fn: TaskCallable[..., Any] | TaskFunction[..., Any], **options: Any) -> Boilermaker:
         """Register a function without changing it; options as for `task`. Returns the application."""
-        self._register(fn.function if isinstance(fn, TaskFunction) else fn, **options)
+        self._register(fn, **options)
         return self
 
     def register_many_async(self, fns: Iterable[TaskCallable[..., Any]], **options: Any) -> Boilermaker:
@@ -4093,6 +4225,8 @@ class Boilermaker:
         should_dead_letter: bool = True,
         acks_late: bool = True,
     ) -> Registration:
+        if isinstance(function, TaskFunction):
+            function = function.function
         function_name = _function_name(function)
         name = function_name if name is None else name
         if not isinstance(name, str) or not name:
@@ -4105,6 +4239,9 @@ class Boilermaker:
             raise UsageError(f"Function already registered: {name}. Give one of the two another name with name='...'.")
         if policy is not None and not isinstance(policy, RetryPolicy):
             raise UsageError(f"{name}: policy={policy!r} must be a RetryPolicy.")
+        for option, value in (("should_dead_letter", should_dead_letter), ("acks_late", acks_late)):
+            if type(value) is not bool:
+                raise UsageError(f"{name}: {option}={value!r} must be True or False.")
         registration = Registration(name, function, policy or DEFAULT_POLICY, should_dead_letter, acks_late)
         self._registry[name] = self._by_function[function] = registration
         logger.info("Registered background function fn=%s", name)
@@ -4160,11 +4297,13 @@ class Boilermaker:
         if len(tasks) < 2:
             raise UsageError(f"A chain needs at least two tasks, not {len(tasks)}.")
         members = [_as_task(task) for task in tasks]
+        _check_beginning(members[0])
         failure = None if on_failure is None else _as_task(on_failure, "on_failure")
         for member, following in itertools.pairwise(members):
             if following is member:
                 raise UsageError(f"{member!r} is in the chain twice in a row: use copy().")
             if following not in _chain_of(member):
+                _check_beginning(following)
                 _last(member).on_success = following
         for step in _chain_of(members[0]):
             step.on_failure = failure or step.on_failure

@@ -1341,6 +1341,16 @@ def test_what_is_given_to_a_task_stands_and_the_rest_comes_from_the_registration
     assert app.create_task(parse_page).default_options == ()
 
 
+async def test_what_is_set_by_hand_stands_as_if_it_had_been_given():
+    async with app_with_pages() as app:
+        task = Task.si(parse_page)
+        task.policy, task.should_dead_letter, task.acks_late = NoRetry(), False, False
+        await app.publish_task(task)
+        [message] = await app.service_bus_client.peek()
+    received = decode(message.body, "tasks")
+    assert (received.policy, received.should_dead_letter, received.acks_late) == (NoRetry(), False, False)
+
+
 def test_a_retry_exception_of_ones_own_needs_no_super_init():
     class Throttled(RetryException):
         def __init__(self, seconds):
@@ -1766,9 +1776,12 @@ def test_no_secret_is_shown(azure_settings, made):
     assert "c2VjcmV0" not in shown
 
 
-def test_a_connection_string_given_for_a_namespace_is_an_error_that_does_not_show_it():
+@pytest.mark.parametrize(
+    "secret", [CONNECTION_STRING, f"Endpoint=sb://{NAMESPACE}/;SharedAccessSignature=sig=c2VjcmV0", "Key=c2VjcmV0"]
+)
+def test_a_connection_string_given_for_a_namespace_is_an_error_that_does_not_show_it(secret):
     with pytest.raises(ConfigurationError) as caught:
-        AzureServiceBus(CONNECTION_STRING, "q")
+        AzureServiceBus(secret, "q")
     assert "c2VjcmV0" not in str(caught.value)
     assert "from_connection_string" in str(caught.value)
 
@@ -1853,7 +1866,7 @@ def test_a_bus_is_made_of_a_connection_string():
     assert (bus.namespace, bus.queue_name, bus.max_message_bytes) == (NAMESPACE, "orders", 1_000_000)
 
 
-@pytest.mark.parametrize("text", ["", "hello", "SharedAccessKey=x", "Endpoint=;SharedAccessKey=x"])
+@pytest.mark.parametrize("text", [None, "", "hello", "SharedAccessKey=x", "Endpoint=;SharedAccessKey=x"])
 def test_a_connection_string_without_an_endpoint_is_an_error_that_says_so(text):
     with pytest.raises(ConfigurationError, match="Endpoint"):
         AzureServiceBus.from_connection_string(text, "orders")
@@ -1871,6 +1884,23 @@ def test_a_given_credential_is_the_credential_of_the_config(azure_settings):
     credential = object()
     config = Config(service_bus_namespace_url=NAMESPACE, service_bus_queue_name="q", service_bus_credential=credential)
     assert config.az_credential() is credential
+
+
+class CredentialOfOnesOwn:
+    def get_token(self, *scopes, **options): ...
+
+
+@pytest.mark.parametrize("given", [CredentialOfOnesOwn, lambda: CredentialOfOnesOwn()], ids=["class", "function"])
+def test_a_credential_may_be_given_as_what_makes_it(azure_settings, given):
+    azure_settings()
+    config = Config(service_bus_namespace_url=NAMESPACE, service_bus_queue_name="q", service_bus_credential=given)
+    assert isinstance(config.az_credential(), CredentialOfOnesOwn)
+    assert isinstance(boilermaker._made_credential(given), CredentialOfOnesOwn)
+
+
+def test_a_connection_string_of_another_queue_is_an_error_that_names_both():
+    with pytest.raises(ConfigurationError, match=r"'orders'.*EntityPath.*'tasks'"):
+        AzureServiceBus.from_connection_string(f"{CONNECTION_STRING};EntityPath=orders", "tasks")
 
 
 def test_the_azure_bus_without_the_sdk_is_an_error_that_says_what_to_install():
@@ -2004,6 +2034,20 @@ def test_registering_with_something_else_for_a_policy_is_an_error_that_names_the
         Boilermaker(None, LocalServiceBus()).register_async(parse_page, policy=policy)
 
 
+@pytest.mark.parametrize("option", ["should_dead_letter", "acks_late"])
+@pytest.mark.parametrize("value", [None, 0, "no"])
+def test_registering_with_something_else_for_a_flag_is_an_error_that_names_it(option, value):
+    with pytest.raises(UsageError, match=re.escape(f"parse_page: {option}={value!r} must be True or False")):
+        Boilermaker(None, LocalServiceBus()).register_async(parse_page, **{option: value})
+
+
+def test_a_decorated_function_can_be_decorated_again_under_another_name():
+    app = Boilermaker(None, LocalServiceBus())
+    once = app.task(fetch_page)
+    twice = app.task(name="again")(once)
+    assert (twice.registration.name, twice.function) == ("again", fetch_page)
+
+
 def test_one_function_under_two_names_is_two_tasks():
     app = Boilermaker(None, LocalServiceBus())
     often = app.task(name="often", policy=RetryPolicy(max_tries=9))(parse_page)
@@ -2125,6 +2169,7 @@ WRONG_TIMES = {
     "an endless timedelta": {"delay": datetime.timedelta.max},
     "naive": {"eta": datetime.datetime(2100, 1, 1)},
     "a date": {"eta": datetime.date(2100, 1, 1)},
+    "the end of time": {"eta": datetime.datetime.max.replace(tzinfo=datetime.UTC)},
     "a number for an eta": {"eta": 4_000_000_000.0},
     "text for an eta": {"eta": "2100-01-01T00:00:00Z"},
     "both": {"delay": 60, "eta": datetime.datetime(2100, 1, 1, tzinfo=datetime.UTC)},
@@ -2163,7 +2208,7 @@ async def test_a_delay_is_seconds_from_now(delay):
 
 @pytest.mark.parametrize("offset", [0, 5.5, -8])
 async def test_an_eta_is_a_point_in_time_in_any_time_zone(offset):
-    eta = datetime.datetime(2100, 1, 1, 12, tzinfo=datetime.timezone(datetime.timedelta(hours=offset)))
+    eta = datetime.datetime(2060, 1, 1, 12, tzinfo=datetime.timezone(datetime.timedelta(hours=offset)))
     async with app_with_pages() as app:
         await app.apply_async(parse_page, eta=eta)
         [message] = await app.service_bus_client.peek()
@@ -2199,9 +2244,18 @@ async def test_publishing_that_fails_at_every_attempt_is_one_error_with_the_erro
         ("args", "ab"),
         ("kwargs", [1]),
         ("policy", {"max_tries": 1}),
+        ("function_name", ""),
+        ("task_id", ""),
+        ("policy_is_default", 1),
+        ("default_options", None),
+        ("default_options", ("policy",)),
+        ("scheduled_policy", 3),
         ("attempts", 0),
+        ("attempts", RetryAttempts(-1, datetime.datetime.now(datetime.UTC))),
+        ("attempts", RetryAttempts(0, None)),
         ("should_dead_letter", "no"),
         ("acks_late", None),
+        ("graph_id", 5),
     ],
 )
 async def test_a_field_set_to_what_cannot_be_is_an_error_that_shows_it(field, value):
@@ -2210,7 +2264,7 @@ async def test_a_field_set_to_what_cannot_be_is_an_error_that_shows_it(field, va
         setattr(task, field, value)
         head.on_failure = task
         for published in (task, head):
-            with pytest.raises(UsageError, match=re.escape(f"{field}={value!r} must be a ")):
+            with pytest.raises(UsageError, match=f"{field}={re.escape(boilermaker._short(value))} must "):
                 await app.publish_task(published)
         assert await app.service_bus_client.peek() == []
 
@@ -2258,6 +2312,31 @@ async def test_the_tail_of_a_published_chain_is_still_refused():
         await app.publish_task(a)
         with pytest.raises(UsageError, match=re.escape(repr(a))):
             await app.publish_task(b)
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda app, last, other: last | other,
+        lambda app, last, other: other | last,
+        lambda app, last, other: app.chain(last, other),
+        lambda app, last, other: app.chain(other, last),
+    ],
+    ids=["a >> b | c", "c | a >> b", "chain(a >> b, c)", "chain(c, a >> b)"],
+)
+def test_beginning_a_part_of_a_workflow_with_what_rshift_gave_is_an_error_that_names_the_head(use):
+    app = app_with_pages()
+    head, last, other = (app.create_task(fn) for fn in (parse_page, store_rows, clean_up))
+    with pytest.raises(UsageError, match=re.escape(repr(head))):
+        use(app, head >> last, other)
+    assert names_along(use(app, last.copy(), other))
+
+
+def test_a_chain_goes_on_along_what_rshift_has_linked():
+    app = app_with_pages()
+    a, b, c = (app.create_task(fn) for fn in (parse_page, store_rows, clean_up))
+    a >> b
+    assert names_along(app.chain(a, b, c)) == ["parse_page", "store_rows", "clean_up"]
 
 
 async def test_a_task_that_follows_no_other_any_more_can_be_published():
@@ -2679,6 +2758,21 @@ async def test_a_lock_that_was_renewed_for_long_enough_is_reported_as_lost_once(
     assert lost == [delivery]
 
 
+async def test_settling_a_lost_delivery_leaves_the_lock_of_the_same_message_renewed(open_bus):
+    lost = []
+    bus = open_bus(lock_duration=0.2)
+    await bus.send([letter("a")])
+    async with receiving(bus, lost.append, max_renewal=0.3) as receiver, receiving(bus) as other:
+        [old] = await receiver.receive(1, 0)
+        [new] = await until(lambda: receiver.receive(1, 0))
+        receiver._max_renewal = 3600
+        await settle(receiver, old, boilermaker.Disposition.LEAVE)
+        await asyncio.sleep(0.5)
+        assert await other.receive(1, 0) == []
+        assert await settle(receiver, new) == []
+    assert lost == [old]
+
+
 @pytest.mark.parametrize("disposition", [COMPLETE, ABANDON, DEAD_LETTER])
 async def test_settling_an_old_delivery_is_rejected_and_its_follow_up_is_not_sent(open_bus, disposition):
     bus = open_bus(lock_duration=0.1)
@@ -2743,6 +2837,21 @@ async def test_the_dead_letter_queue_can_be_received_from(open_bus):
         assert await settle(receiver, delivery, follow_up=letter("a")) == []
     assert await ids_of(bus, dead_letter=True) == []
     assert await ids_of(bus) == ["a"]
+
+
+async def test_what_fails_again_out_of_the_dead_letter_queue_waits_for_the_end_of_its_lock(open_bus):
+    app = Boilermaker([], open_bus(queue_name=f"tasks{boilermaker.DEAD_LETTER_SUFFIX}", lock_duration=600))
+
+    @app.task
+    async def broken(state):
+        state.append("ran")
+        raise ValueError("again")
+
+    await broken.delay()
+    await work_off(app)
+    [message] = await app.service_bus_client.peek()
+    assert app.state == ["ran"]
+    assert (message.dead_letter_reason, message.dead_letter_error_description) == ("TaskFailed", "ValueError: again")
 
 
 async def test_what_is_delivered_too_often_is_dead_lettered(open_bus):
@@ -2847,6 +2956,13 @@ async def test_a_scheduled_message_can_be_cancelled(open_bus):
 async def test_cancelling_a_number_that_is_not_there_says_so(open_bus, number):
     with pytest.raises(MessageNotFound, match=str(number)):
         await open_bus().cancel(number)
+
+
+@pytest.mark.parametrize("number", [None, "1", 1.0, True])
+async def test_cancelling_what_is_no_number_is_an_error_that_shows_it(open_bus, number):
+    for bus in (open_bus(), AzureServiceBus(NAMESPACE, "q", object())):
+        with pytest.raises(UsageError, match=f"sequence_number={number!r} "):
+            await bus.cancel(number)
 
 
 async def test_what_is_due_or_received_cannot_be_cancelled(open_bus):
@@ -3017,6 +3133,13 @@ async def test_peek_shows_as_many_as_asked_for_the_first_ones(open_bus):
     assert [message.body for message in await bus.peek()] == [str(number) for number in range(100)]
 
 
+@pytest.mark.parametrize("count", [0, -1, 2.5, None, "3"])
+async def test_peeking_at_no_number_of_messages_is_an_error_that_shows_it(open_bus, count):
+    for bus in (open_bus(), AzureServiceBus(NAMESPACE, "q", object())):
+        with pytest.raises(UsageError, match=f"max_message_count={count!r} "):
+            await bus.peek(count)
+
+
 async def test_peek_shows_text_whatever_the_body_is(open_bus):
     bus = open_bus()
     await bus.send(
@@ -3090,6 +3213,22 @@ async def test_a_bus_can_be_used_again_after_closing(open_bus):
     await bus.close()
     await bus.send([letter("b")])
     assert await ids_of(bus) == ["a", "b"]
+
+
+async def test_a_worker_goes_on_with_a_bus_that_was_closed_and_is_used_again(open_bus, monkeypatch):
+    monkeypatch.setattr(boilermaker, "MAX_WAIT", 0.1)
+    app = Boilermaker([], open_bus())
+
+    @app.task
+    async def work(state, number):
+        state.append(number)
+
+    async with working(app):
+        await work.delay(1)
+        await until(lambda: app.state == [1])
+        await app.close()
+        await work.delay(2)
+        await until(lambda: app.state == [1, 2])
 
 
 def test_a_bus_can_be_used_by_one_event_loop_after_the_other(tmp_path):
@@ -3306,6 +3445,21 @@ async def test_a_disk_that_cannot_sync_fails_the_send(open_bus, monkeypatch):
         await bus.send([letter("a")])
 
 
+async def test_after_a_disk_that_could_not_sync_the_log_is_written_to_the_file(open_bus, monkeypatch, tmp_path):
+    def broken(file):
+        raise OSError(5, "Input/output error")
+
+    bus = open_bus()
+    await bus.peek()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fdatasync", broken, raising=False)
+        with pytest.raises(ServiceBusUnavailable):
+            await bus.send([letter("a")])
+    await bus.send([letter("b")])
+    shutil.copy(tmp_path / "queue.db", tmp_path / "copy.db")  # without the log
+    assert await ids_of(open_bus(path=tmp_path / "copy.db")) == ["a", "b"]
+
+
 async def test_closing_lets_go_of_the_file_even_if_the_disk_fails(open_bus, monkeypatch):
     def broken(file):
         raise OSError(5, "Input/output error")
@@ -3408,6 +3562,41 @@ sys.exit(process.exitcode)
     assert await exit_code(program) == 0, program[1].read_text()
     expected = ["parent", "child", "child again"] + ["parent again"] * (not closes)
     assert sorted(await ids_of(open_bus())) == sorted(expected)
+
+
+async def test_a_process_that_forks_while_it_opens_the_file_hangs_neither_itself_nor_its_child(open_bus, start_program):
+    bus = open_bus()
+    await bus.send([letter("first")])
+    await bus.close()
+    holder = sqlite3.connect(bus.path, isolation_level=None)
+    holder.execute("BEGIN IMMEDIATE")
+    process, output = start_program(
+        """
+import asyncio, os, threading, time
+from boilermaker import LocalServiceBus, Outgoing
+
+bus = LocalServiceBus("queue.db")
+
+def send(name):
+    asyncio.run(bus.send([Outgoing("x", name, "tasks")]))
+
+thread = threading.Thread(target=send, args=["parent"])
+thread.start()
+time.sleep(0.3)
+child = os.fork()
+if child == 0:
+    print("forked", flush=True)
+    send("child")
+    os._exit(0)
+thread.join()
+os.waitpid(child, 0)
+"""
+    )
+    await until(lambda: "forked" in output.read_text())
+    holder.execute("COMMIT")
+    holder.close()
+    assert await exit_code((process, output)) == 0, output.read_text()
+    assert sorted(await ids_of(open_bus())) == ["child", "first", "parent"]
 
 
 async def test_processes_that_open_and_close_the_file_all_the_time_never_see_it_locked(open_bus, start_program):
@@ -3708,6 +3897,14 @@ async def test_publishing_into_a_file_that_was_deleted_is_an_error(tmp_path):
     with pytest.raises(BoilermakerAppException, match=re.escape(str(folder / "queue.db"))):
         await work.delay()
     await app.close()
+
+
+async def test_publishing_into_a_file_whose_log_alone_is_left_is_an_error(open_bus, tmp_path):
+    bus = open_bus()
+    await bus.send([letter("a")])
+    (tmp_path / "queue.db").unlink()
+    with pytest.raises(ServiceBusUnavailable, match=r"queue\.db"):
+        await bus.send([letter("b")])
 
 
 # ======================================================================================================================
@@ -4753,6 +4950,29 @@ async def test_a_task_that_was_acknowledged_early_and_will_not_end_is_not_given_
     assert await ids_of(app.service_bus_client) == []
 
 
+async def test_a_task_stopped_while_it_is_acknowledged_early_is_logged_as_what_it_is(open_bus, monkeypatch, caplog):
+    app = Boilermaker([], open_bus())
+    settle_now, settling = boilermaker.LocalReceiver.settle, asyncio.Event()
+
+    def settle(receiver, settlements, durable=False):
+        if durable:
+            settling.set()
+        return settle_now(receiver, settlements, durable)
+
+    @app.task(acks_late=False)
+    async def work(state):
+        state.append("ran")
+
+    monkeypatch.setattr(boilermaker.LocalReceiver, "settle", settle)
+    await work.delay()
+    worker = asyncio.create_task(app.run())
+    await settling.wait()
+    worker.cancel()
+    await asyncio.wait([worker])
+    assert caplog.messages == ["[work] Stopped with the worker, not to run again, as acks_late=False sequence_number=1"]
+    assert (app.state, await ids_of(app.service_bus_client)) == ([], [])
+
+
 async def test_a_task_that_returns_when_it_is_stopped_counts_as_done(open_bus):
     app = Boilermaker([], open_bus(lock_duration=3600))
 
@@ -5298,6 +5518,43 @@ async def test_a_batch_of_the_sdk_that_is_full_to_the_last_bytes_is_not_too_larg
     assert [message.message_id for message in await bus.peek(1000)] == [message.message_id for message in messages]
 
 
+def unaware_of_the_limit(bus):
+    """A bus that sends what the service will refuse as too large."""
+    bus.max_message_bytes = 10**6
+    return bus
+
+
+async def test_a_message_that_the_service_finds_too_large_does_not_take_its_neighbours_with_it(azure_bus):
+    bus = unaware_of_the_limit(azure_bus())
+    sizes = [10, 300_000, 10, 10, 300_000, 10]
+    sending = [bus.send([letter("x" * size, message_id=str(i), queue=bus.queue_name)]) for i, size in enumerate(sizes)]
+    results = await asyncio.gather(*sending, return_exceptions=True)
+    assert [isinstance(result, MessageTooLarge) for result in results] == [size > 10 for size in sizes]
+    assert await ids_of(bus) == ["0", "2", "3", "5"]
+
+
+@pytest.mark.parametrize("acks_late", [True, False])
+async def test_a_follow_up_that_the_service_finds_too_large_dead_letters_its_parent_once(azure_bus, acks_late, caplog):
+    app = Boilermaker([], unaware_of_the_limit(azure_bus()))
+
+    @app.task(acks_late=acks_late)
+    async def parent(state):
+        state.append("ran")
+        return "x" * 300_000
+
+    @app.task
+    async def child(state, text):
+        state.append("child")
+
+    await app.publish_task(parent.si() | child.s())
+    await work_off(app)
+    assert app.state == ["ran"]
+    assert await ids_of(app.service_bus_client) == []
+    dead = [message.dead_letter_reason for message in await app.service_bus_client.peek(dead_letter=True)]
+    assert dead == ["FollowUpRejected"] * acks_late
+    assert [text for text in caplog.messages if "refused a message as too large" in text] == caplog.messages[:1]
+
+
 async def test_many_publishers_share_one_link(azure_bus, emulator):
     app = Boilermaker(None, azure_bus())
 
@@ -5536,6 +5793,75 @@ async def test_a_task_whose_lock_is_taken_away_is_cancelled_and_runs_again(quick
     assert "[work] Lock lost, cancelled" in caplog.text
     await until(lambda: is_empty(bus))
     assert await bus.peek(dead_letter=True) == []
+
+
+async def test_what_follows_is_not_published_when_the_lock_has_run_out(azure_bus):
+    bus = azure_bus()
+    await bus.send([letter("a", queue=bus.queue_name)])
+    async with receiving(bus) as receiver:
+        [delivery] = await receiver.receive(1, PATIENCE)
+        delivery.locked_until = time.time() - 1
+        [rejection] = await settle(receiver, delivery, follow_up=letter("b", queue=bus.queue_name))
+        assert isinstance(rejection.error, MessageLockLost)
+        assert await ids_of(bus) == ["a"]
+
+
+async def test_a_service_far_away_is_given_the_time_to_answer(azure_bus, emulator, monkeypatch):
+    """A receive that gave up before the answer could come would find nothing, again and again."""
+    from azure.servicebus.aio import ServiceBusReceiver
+
+    receive_messages, counts = ServiceBusReceiver.receive_messages, []
+
+    async def counted(receiver, *args, **options):
+        messages = await receive_messages(receiver, *args, **options)
+        counts.append(len(messages))
+        return messages
+
+    async with slow_proxy(emulator, 0.05) as connection_string:
+        app = Boilermaker(None, AzureServiceBus.from_connection_string(connection_string, azure_bus().queue_name))
+        runs, steps, tasks = chains(app)
+        await app.publish_many(tasks)
+        monkeypatch.setattr(ServiceBusReceiver, "receive_messages", counted)
+        async with working(app, concurrency=20):
+            await until(lambda: len(steps) == 100)
+        await app.close()
+    assert set(runs.values()) == {1}
+    assert counts.count(0) < len(counts) / 4
+
+
+@contextlib.asynccontextmanager
+async def slow_proxy(emulator, delay):
+    """The emulator's connection string by way of a proxy that hands on everything, either way, that much later."""
+
+    emulators_port = re.search(r":(\d+)", emulator.connection_string)[1]
+    serving = []
+
+    async def hand_on(reader, writer):
+        loop, chunks = asyncio.get_running_loop(), asyncio.Queue()
+
+        async def read():
+            with contextlib.suppress(ConnectionError):
+                while data := await reader.read(65536):
+                    loop.call_later(delay, chunks.put_nowait, data)
+            loop.call_later(delay, chunks.put_nowait, b"")
+
+        reading = asyncio.create_task(read())
+        while data := await chunks.get():
+            writer.write(data)
+        writer.close()
+        with contextlib.suppress(ConnectionError):
+            await writer.wait_closed()
+        await reading
+
+    async def serve(reader, writer):
+        serving.append(asyncio.current_task())
+        reader_there, writer_there = await asyncio.open_connection("127.0.0.1", emulators_port)
+        await asyncio.gather(hand_on(reader, writer_there), hand_on(reader_there, writer))
+
+    async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        yield emulator.connection_string.replace(f":{emulators_port}", f":{port}")
+        await asyncio.gather(*serving)
 
 
 async def test_connections_dropped_again_and_again_lose_nothing(azure_bus, emulator):
