@@ -41,6 +41,7 @@ is lost. Deciding what follows is pure (section 5); only the worker (section 11)
 from __future__ import annotations
 
 import asyncio
+import collections
 import contextlib
 import contextvars
 import dataclasses
@@ -51,6 +52,7 @@ import inspect
 import itertools
 import json
 import logging
+import operator
 import os
 import random
 import re
@@ -61,9 +63,10 @@ import sys
 import threading
 import time
 import traceback
+import types
 import uuid
 import weakref
-from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import (
@@ -794,20 +797,28 @@ _FIELD_TYPES: Mapping[str, tuple[type, ...]] = {
 }
 
 
+_field_values = operator.attrgetter(*_FIELD_TYPES)
+
+
+@functools.lru_cache(maxsize=1024)
+def _field_of_wrong_type(*types_of_values: type) -> str | None:
+    fields = zip(_FIELD_TYPES.items(), types_of_values, strict=True)
+    return next((name for (name, allowed), actual in fields if not issubclass(actual, allowed)), None)
+
+
 def _check_fields(task: Task) -> None:
     """Refuse what was set by hand and cannot be."""
-    for name, kinds in _FIELD_TYPES.items():
-        value = getattr(task, name)
-        if not isinstance(value, kinds):
-            expected = " or ".join(kind.__name__ for kind in kinds)
-            raise UsageError(f"{task!r}: {name}={_short(value)} must be of type {expected}.")
-        if value == "" and name in ("function_name", "task_id"):
-            raise UsageError(f"{task!r}: {name}='' must not be empty.")
-    if not set(task.default_options) <= set(_OPTIONS):
-        raise UsageError(f"{task!r}: default_options={_short(task.default_options)} must be among {_OPTIONS}.")
+    if (name := _field_of_wrong_type(*map(type, _field_values(task)))) is not None:
+        expected = " or ".join(kind.__name__ for kind in _FIELD_TYPES[name])
+        raise UsageError(f"{task!r}: {name}={_short(getattr(task, name))} must be of type {expected}.")
+    if not task.function_name or not task.task_id:
+        name = "task_id" if task.function_name else "function_name"
+        raise UsageError(f"{task!r}: {name}='' must not be empty.")
     attempts, last_retry = task.attempts
     if type(attempts) is not int or not 0 <= attempts <= MAX_SECONDS or not isinstance(last_retry, datetime.datetime):
         raise UsageError(f"{task!r}: attempts={_short(task.attempts)} must be a count from 0, and a datetime.")
+    if task.default_options and not set(_OPTIONS).issuperset(task.default_options):
+        raise UsageError(f"{task!r}: default_options={_short(task.default_options)} must be among {_OPTIONS}.")
     if task.queue is not None:
         _checked_queue_name(task.queue)
 
@@ -907,14 +918,16 @@ def current_task() -> Task:
 # `scheduled_policy`, and `queue`, in a callback that goes to another queue than the message which carries it.
 
 
+_text_to_json: Callable[[str], str] = json.encoder.encode_basestring_ascii
+
+
 def _json_encoder() -> Callable[[object], str]:
     """Compact JSON, strict about NaN; `JSONEncoder.encode`, but with its C part made once instead of for each call."""
     encoder = json.JSONEncoder(separators=(",", ":"), allow_nan=False, check_circular=False)
     make: Any = getattr(json.encoder, "c_make_encoder", None)
     if make is None:
         return encoder.encode
-    text_of = json.encoder.encode_basestring_ascii
-    chunks_of = make(None, encoder.default, text_of, None, ":", ",", False, False, False)
+    chunks_of = make(None, encoder.default, _text_to_json, None, ":", ",", False, False, False)
     return lambda value: "".join(chunks_of(value, 0))
 
 
@@ -973,12 +986,13 @@ def _check_depth(head: Task, members: Sequence[Task]) -> None:
 def _encode_one(task: Task, queue: str | None, on_success: str, on_failure: str) -> str:
     """One task around the JSON of its callbacks; a template is twice as fast as a dict."""
     attempts, last_retry = task.attempts
+    graph_id = "null" if task.graph_id is None else _text_to_json(task.graph_id)
     return (
-        f'{{"task_id":{_to_json(task.task_id)},"function_name":{_to_json(task.function_name)}'
+        f'{{"task_id":{_text_to_json(task.task_id)},"function_name":{_text_to_json(task.function_name)}'
         f',"payload":{_encode_payload(task)},"policy":{_encode_policy(task.policy)}'
         f',"attempts":{{"attempts":{attempts},"last_retry":"{last_retry.isoformat()}"}}'
         f',"should_dead_letter":{_FLAGS[task.should_dead_letter]},"acks_late":{_FLAGS[task.acks_late]}'
-        f',"graph_id":{"null" if task.graph_id is None else _to_json(task.graph_id)}{_encode_additions(task, queue)}'
+        f',"graph_id":{graph_id}{_encode_additions(task, queue)}'
         f',"on_success":{on_success},"on_failure":{on_failure}}}'
     )
 
@@ -1254,12 +1268,16 @@ class Ending(enum.Enum):
         return self not in (Ending.NO_TRY_LEFT, Ending.UNREGISTERED, Ending.UNDECODABLE)
 
 
-class Outcome(NamedTuple):
+@dataclass(slots=True, eq=False)
+class Outcome:
     """One run: how it ended, with the result it returned or the error it raised."""
 
     ending: Ending
     result: Any = None
     error: BaseException | None = None
+
+
+_RETURNED = Outcome(Ending.RETURNED)
 
 
 class Decision(NamedTuple):
@@ -1463,7 +1481,8 @@ class Delivery:
     received: float = field(default_factory=time.monotonic)
 
 
-class Settlement(NamedTuple):
+@dataclass(slots=True, eq=False)
+class Settlement:
     """What to do with a delivery, and the message to send before that, or with it."""
 
     delivery: Delivery
@@ -1853,13 +1872,14 @@ class Store:
         """Lock what is due, expired locks first; what has outlived its settings goes to the dead-letter queue."""
         queue_id, settings = self._queue(queue)
         most = MAX_SECONDS if settings.max_delivery_count is None else settings.max_delivery_count
-        locked_until = now + lock_duration
+        locked_until, received = now + lock_duration, time.monotonic()
         claimed: list[Delivery] = []
         while (missing := max_message_count - len(claimed)) > 0:
             rows = sorted(self._claim_rows(queue_id, missing, locked_until, now))
             kept = []
-            for number, count, message_id, body, properties, expires in rows:
-                delivery = Delivery(number, count, message_id, body, _properties(properties), locked_until)
+            for number, count, message_id, body, text, expires in rows:
+                properties = _properties(text) if text else _NO_PROPERTIES
+                delivery = Delivery(number, count, message_id, body, properties, locked_until, None, received)
                 if (expires is None and count < most) or not self._bury(queue, delivery, most, expires, now):
                     kept.append(delivery)
             claimed += kept
@@ -2018,8 +2038,8 @@ def dead_letter_queue(queue: str) -> str:
 _NO_PROPERTIES: Mapping[str, str] = {}
 
 
-def _properties(text: str | None) -> Mapping[str, str]:
-    properties: Mapping[str, str] = json.loads(text) if text else _NO_PROPERTIES
+def _properties(text: str) -> Mapping[str, str]:
+    properties: Mapping[str, str] = json.loads(text)
     return properties
 
 
@@ -2034,7 +2054,7 @@ def _message_of_row(row: tuple[Any, ...]) -> Message:
         scheduled_enqueue_time_utc=_utc(scheduled) if scheduled is not None else None,
         dead_letter_reason=reason,
         dead_letter_error_description=description,
-        application_properties=_properties(properties),
+        application_properties=_properties(properties) if properties else _NO_PROPERTIES,
     )
 
 
@@ -2623,12 +2643,12 @@ class LocalReceiver:
 
     def _dispose(self, settlement: Settlement, now: float) -> bool:
         """Whether the message was still held."""
-        delivery, disposition, reason, description, _ = settlement
-        match disposition:
+        delivery = settlement.delivery
+        match settlement.disposition:
             case Disposition.COMPLETE:
                 return self._store.complete([delivery]) == 1
             case Disposition.DEAD_LETTER:
-                return self._store.dead_letter(self._queue, delivery, reason, description, now)
+                return self._store.dead_letter(self._queue, delivery, settlement.reason, settlement.description, now)
             case Disposition.ABANDON:
                 return self._store.abandon(delivery)
             case Disposition.LEAVE:
@@ -3566,7 +3586,7 @@ class AzureReceiver:
 
     async def _settle(self, settlement: Settlement) -> Rejection | None:
         """Publish what follows, then settle: there is no transaction over both."""
-        delivery, disposition, _, _, follow_up = settlement
+        delivery, disposition, follow_up = settlement.delivery, settlement.disposition, settlement.follow_up
         if disposition is not Disposition.LEAVE and delivery.locked_until <= time.time():
             self._renew_at.pop(delivery, None)
             return _lock_lost(settlement)
@@ -3593,22 +3613,25 @@ class AzureReceiver:
                 await asyncio.sleep(RETRY_PAUSE)
 
     async def _dispose(self, settlement: Settlement) -> None:
-        delivery, disposition, reason, description, _ = settlement
+        delivery = settlement.delivery
         link = await self._working_link()
         if delivery.raw._receiver is not link.sdk:
             # Its delivery number may be another message's on this link. What the SDK takes for deferred it settles by
             # the lock token, in a management request.
             delivery.raw._is_deferred_message = True
         started = time.monotonic()
-        match disposition:
+        match settlement.disposition:
             case Disposition.COMPLETE:
                 await link.call(link.sdk.complete_message, delivery.raw)
             case Disposition.ABANDON:
                 await link.call(link.sdk.abandon_message, delivery.raw)
             case Disposition.DEAD_LETTER:
-                await link.call(
-                    link.sdk.dead_letter_message, delivery.raw, reason=reason, error_description=description
+                dead_letter = functools.partial(
+                    link.sdk.dead_letter_message,
+                    reason=settlement.reason,
+                    error_description=settlement.description,
                 )
+                await link.call(dead_letter, delivery.raw)
         link.round_trip = min(link.round_trip or ATTEMPT_TIMEOUT, time.monotonic() - started)
 
     # -- renewing
@@ -3733,13 +3756,17 @@ STOP_PATIENCE = 2.0
 """Seconds that a cancelled task may take to end, and a last settlement, before a worker ends without it."""
 
 
+LONGEST_TURN = 0.01
+"""Seconds for which tasks that never wait are run one after the other, before the event loop has its turn."""
+
+
 @dataclass(slots=True, eq=False)
 class Run:
     """A message whose task is running. `stopped` is how it ended, if something other than the task ended it."""
 
     delivery: Delivery
     task: Task
-    runner: asyncio.Task[None] = field(init=False)
+    runner: asyncio.Task[None] | None = None
     stopped: Ending | None = None
 
 
@@ -3761,6 +3788,7 @@ class Worker:
         self._max_renewal = max_renewal
         self._receiver: Receiver
         self._running: dict[Delivery, Run] = {}
+        self._ready: collections.deque[Run] = collections.deque()
         self._finished: list[Settlement] = []
         self._settling: set[asyncio.Future[list[Rejection]]] = set()
         self._resending: list[Settlement] = []
@@ -3779,6 +3807,8 @@ class Worker:
             try:
                 await self._pump()
                 await self._stop_receiving()
+                for run in list(self._ready):
+                    self._cancel(run, Ending.STOPPED)
                 await self._finish_running()
             finally:
                 await asyncio.shield(asyncio.ensure_future(self._end()))
@@ -3799,7 +3829,8 @@ class Worker:
         try:
             deliveries = await self._receiver.receive(free, 0 if self._burst else MAX_WAIT)
             for delivery in deliveries:
-                self._start(delivery)
+                self._line_up(delivery)
+            self._make_runners(min(1, len(self._ready)))
             if self._burst and not deliveries:
                 await self._end_of_burst(alone)
         except Exception as error:
@@ -3856,7 +3887,10 @@ class Worker:
 
     # -- one message
 
-    def _start(self, delivery: Delivery) -> None:
+    # A task that ends without having waited needs no asyncio task of its own: one runs message after message, each in
+    # a context of its own, until one has to wait. From then on it is that message's, and others are made for the rest.
+
+    def _line_up(self, delivery: Delivery) -> None:
         try:
             task = decode(delivery.body, self._bus.queue_name)
         except InvalidTaskFormat as error:
@@ -3867,20 +3901,44 @@ class Worker:
         task.sequence_number, task.message_id = delivery.sequence_number, delivery.message_id
         task._app = self._app
         self._running[delivery] = run = Run(delivery, task)
-        run.runner = self._loop.create_task(self._process(run))
+        self._ready.append(run)
+
+    async def _run_ready(self) -> None:
+        """Run what is lined up, one after the other, until one has to wait or it is the event loop's turn."""
+        runner = asyncio.current_task()
+        assert runner is not None
+        latest = self._loop.time() + LONGEST_TURN
+        while self._ready:
+            run = self._ready.popleft()
+            run.runner = runner
+            context, coroutine = contextvars.copy_context(), self._process(run)
+            try:
+                awaited = context.run(coroutine.send, None)
+            except StopIteration:
+                if runner.cancelling() or self._loop.time() > latest:
+                    self._make_runners(min(1, len(self._ready)))
+                    return
+            else:
+                self._make_runners(len(self._ready))
+                await _go_on(context, coroutine, awaited)
+                return
+
+    def _make_runners(self, count: int) -> None:
+        for _ in range(count):
+            self._loop.create_task(self._run_ready())
 
     async def _process(self, run: Run) -> None:
         """Run a task and leave its settlement with the pump."""
         delivery, task = run.delivery, run.task
         try:
             if self._app.tracing is None:
-                settlement = self._settlement(delivery, task, await self._outcome(run))
+                settlement = self._settlement(run, await self._outcome(run))
             else:
                 with self._app.tracing.processing(task, delivery) as record:
                     outcome = await self._outcome(run)
                     if outcome.error is not None:
                         record(outcome.error)
-                    settlement = self._settlement(delivery, task, outcome)
+                    settlement = self._settlement(run, outcome)
             if self._running.pop(delivery, None) is not None:
                 self._finished.append(settlement)
         except Exception:
@@ -3890,7 +3948,7 @@ class Worker:
         self._wake.set()
 
     async def _outcome(self, run: Run) -> Outcome:
-        """Run the task, unless something speaks against it."""
+        """Run the task, unless something speaks against it; whatever it does, the worker goes on."""
         task = run.task
         registration = self._app.registration(task.function_name)
         if registration is None:
@@ -3901,48 +3959,42 @@ class Worker:
         if not may_run(task):
             exhausted = RetryException(f"no try left: {task.attempts.attempts} made, {task.policy}")
             return Outcome(Ending.NO_TRY_LEFT, error=exhausted)
-        if not task.acks_late:
-            try:
-                completed = await self._complete_early(run.delivery)
-            except asyncio.CancelledError:
-                return Outcome(run.stopped or Ending.STOPPED)
-            if not completed:
-                return Outcome(Ending.LOCK_LOST)
-        outcome = await self._call(registration, task)
+        if not task.acks_late and (refusal := await self._complete_early(run)) is not None:
+            return refusal
+        started = _log_begin(task)
+        _current_task.set(task)
+        try:
+            outcome = self._returned(await registration.function(self._app.state, *task.args, **task.kwargs), task)
+        except BaseException as error:
+            outcome = Outcome(ending_of(task, error), error=error)
         if run.stopped is Ending.LOCK_LOST or (run.stopped is not None and outcome.ending is not Ending.RETURNED):
             return Outcome(run.stopped)
+        if started is not None and outcome.ending is Ending.RETURNED:
+            _log_completion(task, time.perf_counter() - started)
         return outcome
 
-    async def _complete_early(self, delivery: Delivery) -> bool:
-        settlements = [Settlement(delivery, Disposition.COMPLETE)]
+    async def _complete_early(self, run: Run) -> Outcome | None:
+        """Complete the message of a task that is to run at most once; how it ended if that came in between."""
+        settlements = [Settlement(run.delivery, Disposition.COMPLETE)]
         settling = self._receiver.settle(settlements, durable=True)
-        await asyncio.wait([settling])
-        return not _rejections(settlements, settling)
-
-    async def _call(self, registration: Registration, task: Task) -> Outcome:
-        """Call the function: whatever it does, the worker goes on."""
-        _current_task.set(task)
-        verbose = logger.isEnabledFor(logging.INFO)
-        if verbose:
-            logger.info("[%s] Begin Task sequence_number=%s", task.function_name, task.sequence_number)
-        started = time.perf_counter()
         try:
-            result = await registration.function(self._app.state, *task.args, **task.kwargs)
-            if isinstance(result, (Task, TaskFunction)):
-                result = self._returned(_as_task(result), task)
-        except BaseException as error:
-            return Outcome(ending_of(task, error), error=error)
+            await asyncio.wait([settling])
+        except asyncio.CancelledError:
+            return Outcome(run.stopped or Ending.STOPPED)
+        return Outcome(Ending.LOCK_LOST) if _rejections(settlements, settling) else None
+
+    def _returned(self, result: Any, task: Task) -> Outcome:
+        """What a task's result means; a task that it returned is checked."""
+        if result is None:
+            return _RETURNED
         if result is TaskFailureResult:
             return Outcome(Ending.FAILED, result)
-        if verbose:
-            seconds = time.perf_counter() - started
-            logger.info(
-                "[%s] Completed Task sequence_number=%s in %.5fs", task.function_name, task.sequence_number, seconds
-            )
+        if isinstance(result, (Task, TaskFunction)):
+            result = self._successor(_as_task(result), task)
         return Outcome(Ending.RETURNED, result)
 
-    def _returned(self, returned: Task, task: Task) -> Task:
-        """A task that a task returned, checked; one that is published already has its own life, and no say here."""
+    def _successor(self, returned: Task, task: Task) -> Task:
+        """A returned task, bound; one that is published already has its own life, and no say here."""
         if returned.message_id is None:
             return self._app.bound(returned)
         if task.on_success is not None and task.on_success.takes_result:
@@ -3951,8 +4003,9 @@ class Worker:
             )
         return returned
 
-    def _settlement(self, delivery: Delivery, task: Task, outcome: Outcome) -> Settlement:
+    def _settlement(self, run: Run, outcome: Outcome) -> Settlement:
         """What to do with the message, its follow-up ready to be sent."""
+        delivery, task = run.delivery, run.task
         message_id = delivery.message_id or f"{self._bus.queue_name}:{delivery.sequence_number}"
         follow_up = None
         try:
@@ -3980,12 +4033,12 @@ class Worker:
 
     def _cancel(self, run: Run, ending: Ending) -> None:
         run.stopped = run.stopped or ending
-        run.runner.add_done_callback(functools.partial(self._forget, run))
-        run.runner.cancel()
-
-    def _forget(self, run: Run, runner: asyncio.Task[None]) -> None:
-        """Free the slot of a task that was cancelled before it began, and so could not do it itself."""
-        if self._running.pop(run.delivery, None) is not None and run.stopped is Ending.STOPPED:
+        if run.runner is not None:
+            run.runner.cancel()
+            return
+        self._ready.remove(run)
+        del self._running[run.delivery]
+        if ending is Ending.STOPPED:
             self._finished.append(Settlement(run.delivery, Disposition.ABANDON))
         self._wake.set()
 
@@ -4040,15 +4093,32 @@ class Worker:
 
     async def _stop_running(self) -> None:
         """Cancel what runs, and wait for it to end; not for ever."""
-        for run in self._running.values():
+        for run in list(self._running.values()):
             self._cancel(run, Ending.STOPPED)
-        if self._running:
-            await asyncio.wait([run.runner for run in self._running.values()], timeout=STOP_PATIENCE)
+        runners = [run.runner for run in self._running.values() if run.runner is not None]
+        if runners:
+            await asyncio.wait(runners, timeout=STOP_PATIENCE)
         while self._running:
             delivery, run = self._running.popitem()
             logger.error("[%s] Would not stop sequence_number=%s", run.task.function_name, delivery.sequence_number)
             held = run.task.acks_late and run.stopped is Ending.STOPPED
             self._finished.append(Settlement(delivery, Disposition.ABANDON if held else Disposition.LEAVE))
+
+
+@types.coroutine
+def _go_on(
+    context: contextvars.Context, coroutine: Coroutine[Any, Any, None], awaited: Any
+) -> Generator[Any, Any, None]:
+    """Take a coroutine that waits for something to its end, by the present asyncio task, in a context of its own."""
+    while True:
+        try:
+            step = functools.partial(coroutine.send, (yield awaited))
+        except BaseException as error:  # its own, such as a cancellation
+            step = functools.partial(coroutine.throw, error)
+        try:
+            awaited = context.run(step)
+        except StopIteration:
+            return
 
 
 def _rejections(settlements: Sequence[Settlement], settling: asyncio.Future[list[Rejection]]) -> list[Rejection]:
@@ -4059,6 +4129,18 @@ def _rejections(settlements: Sequence[Settlement], settling: asyncio.Future[list
     if isinstance(error, Exception):
         return [Rejection(settlement, error) for settlement in settlements]
     return settling.result()
+
+
+def _log_begin(task: Task) -> float | None:
+    """Say that a task begins; when that was, or None if nobody wants to know."""
+    if not logger.isEnabledFor(logging.INFO):
+        return None
+    logger.info("[%s] Begin Task sequence_number=%s", task.function_name, task.sequence_number)
+    return time.perf_counter()
+
+
+def _log_completion(task: Task, seconds: float) -> None:
+    logger.info("[%s] Completed Task sequence_number=%s in %.5fs", task.function_name, task.sequence_number, seconds)
 
 
 def _log_ending(task: Task, outcome: Outcome, decision: Decision) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import asyncio
 import contextlib
+import contextvars
 import copy
 import dataclasses
 import datetime
@@ -4645,6 +4646,90 @@ async def test_as_many_tasks_run_at_once_as_asked_for_and_no_more(open_bus):
     await work_off(app, concurrency=3)
     assert len(app.state) == 24
     assert await app.service_bus_client.peek(dead_letter=True) == []
+
+
+@pytest.mark.parametrize("waits", [False, True], ids=["never waits", "waits"])
+async def test_what_a_task_sets_in_its_context_is_not_seen_by_the_next(open_bus, waits):
+    user = contextvars.ContextVar("user", default="nobody")
+    app = Boilermaker([], open_bus())
+
+    @app.task
+    async def work(state, name):
+        state.append(user.get())
+        user.set(name)
+        if waits:
+            await asyncio.sleep(0)
+        state.append(user.get())
+
+    await app.publish_many([work.si("a"), work.si("b")])
+    await work_off(app, concurrency=2)
+    assert sorted(app.state) == ["a", "b", "nobody", "nobody"]
+
+
+async def test_a_task_that_waits_has_an_asyncio_task_of_its_own(open_bus):
+    app = Boilermaker([], open_bus())
+
+    @app.task
+    async def work(state):
+        before = asyncio.current_task()
+        await asyncio.sleep(0)
+        assert asyncio.current_task() is before
+        state.append(before)
+
+    await app.publish_many([work.si() for _ in range(5)])
+    await work_off(app)
+    assert len(set(app.state)) == 5
+
+
+async def test_a_task_may_limit_its_time(open_bus):
+    app = Boilermaker([], open_bus())
+
+    @app.task
+    async def work(state, number):
+        try:
+            async with asyncio.timeout(0.01 if number % 2 else 60):
+                await asyncio.sleep(0.1)
+            state.append("done")
+        except TimeoutError:
+            state.append("too late")
+
+    await app.publish_many([work.si(number) for number in range(6)])
+    await work_off(app)
+    assert Counter(app.state) == {"done": 3, "too late": 3}
+
+
+async def test_a_task_that_asks_to_be_cancelled_and_returns_does_not_harm_the_next(open_bus):
+    app = Boilermaker([], open_bus())
+
+    @app.task
+    async def suicidal(state):
+        asyncio.current_task().cancel()
+
+    @app.task
+    async def patient(state):
+        await asyncio.sleep(0)
+        state.append("done")
+
+    await app.publish_many([suicidal.si(), patient.si(), suicidal.si(), patient.si()])
+    await work_off(app)
+    assert app.state == ["done", "done"]
+    assert await ids_of(app.service_bus_client, dead_letter=True) == []
+
+
+async def test_a_worker_that_stops_gives_back_what_it_has_not_begun(open_bus):
+    app = Boilermaker([], open_bus())
+
+    @app.task
+    async def block(state):
+        time.sleep(boilermaker.LONGEST_TURN * 2)
+        state.append("ran")
+        if len(state) == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    await app.publish_many([block.si() for _ in range(30)])
+    await app.run(concurrency=30)
+    assert 1 <= len(app.state) < 10
+    assert [message.delivery_count for message in await app.service_bus_client.peek()] == [1] * (30 - len(app.state))
 
 
 async def test_a_worker_holds_only_what_it_runs(open_bus):
