@@ -4038,8 +4038,9 @@ class Worker:
             return
         self._ready.remove(run)
         del self._running[run.delivery]
-        if ending is Ending.STOPPED:
-            self._finished.append(Settlement(run.delivery, Disposition.ABANDON))
+        name, number = run.task.function_name, run.delivery.sequence_number
+        logger.warning("[%s] Task %s before it began sequence_number=%s", name, ending.text, number)
+        self._finished.append(Settlement(run.delivery, ending.disposition))
         self._wake.set()
 
     # -- the end
