@@ -1753,11 +1753,6 @@ class Store:
             if self._connection.in_transaction:
                 self._connection.execute("RELEASE part")
 
-    def attempt(self, works: Sequence[Callable[[], Any]]) -> list[Any]:
-        """Run statements in one transaction, without waiting; on any error nothing is done."""
-        with self.transaction(wait=False):
-            return [work() for work in works]
-
     def insist(self, works: Sequence[Callable[[], Any]]) -> list[Any]:
         """Run statements in one transaction, or, if one of them fails, each in its own; errors among the results."""
         try:
@@ -2143,10 +2138,10 @@ MAX_LOG_BYTES = 32 * 1024 * 1024
 CHECKPOINT_PATIENCE = 100
 """Milliseconds for which a checkpoint keeps writers waiting for somebody who reads, before it leaves it to the next."""
 
-QUICK_SYNC = 0.001
+QUICK_SYNC = 0.003
 """Seconds that an fdatasync may take for the event loop to wait for it, and ..."""
 
-QUICK_SYNCS = 5
+QUICK_SYNCS = 3
 """... how many in a row have to have been so quick, before the event loop does."""
 
 POLL_INTERVAL = 0.025
@@ -2259,8 +2254,9 @@ class QueueFile:
 class _Request(NamedTuple):
     work: Callable[[], Any]
     future: asyncio.Future[Any]
-    durable: bool
-    committed: Callable[[Any, bool], object] | None
+    durable: bool = False
+    committed: Callable[[Any, bool], object] | None = None
+    messages: Sequence[Outgoing] = ()
 
 
 _Unsynced: TypeAlias = tuple["asyncio.Future[Any]", Any]
@@ -2288,26 +2284,46 @@ class GroupCommit:
             durable: answer when the transaction is on the disk, not when it is committed.
             committed: called at once with the result, and whether the future was cancelled in the meantime.
         """
-        loop = asyncio.get_running_loop()
-        future: asyncio.Future[T] = loop.create_future()
-        self._requests.append(_Request(work, future, durable, committed))
+        future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        self._request(_Request(work, future, durable, committed))
+        return future
+
+    def send(self, messages: Sequence[Outgoing]) -> asyncio.Future[list[int | None]]:
+        """Enqueue messages in the next transaction, in one statement with what others send; their sequence numbers."""
+        future: asyncio.Future[list[int | None]] = asyncio.get_running_loop().create_future()
+        insert = functools.partial(self._insert, messages)
+        self._request(_Request(insert, future, durable=True, messages=messages))
+        return future
+
+    def _request(self, request: _Request) -> None:
+        self._requests.append(request)
         if not self._flushing:
             self._flushing = True
-            loop.call_soon(self._flush)
-        return future
+            request.future.get_loop().call_soon(self._flush)
 
     def _flush(self) -> None:
         requests = [request for request in self._requests if not request.future.done()]
         self._requests.clear()
-        works = [request.work for request in requests]
         try:
-            results = self.file.store.attempt(works)
+            with self.file.store.transaction(wait=False):
+                results = self._results(requests)
         except Exception:  # whatever it is, the thread meets it again, and has the time to deal with it
-            thread = self.file.in_a_thread(self.file.store.insist, works)
+            thread = self.file.in_a_thread(self.file.store.insist, [request.work for request in requests])
             thread.add_done_callback(functools.partial(self._thread_done, requests))
         else:
             self._flushing = False
             self._answer(requests, results)
+
+    def _results(self, requests: Sequence[_Request]) -> list[Any]:
+        """Do the work of all, in order, but for what is sent: that comes first, in one statement."""
+        numbers = iter(self._insert([message for request in requests for message in request.messages]))
+        return [
+            list(itertools.islice(numbers, len(request.messages))) if request.messages else request.work()
+            for request in requests
+        ]
+
+    def _insert(self, messages: Sequence[Outgoing]) -> list[int]:
+        return self.file.store.insert(messages, time.time())
 
     def _thread_done(self, requests: Sequence[_Request], thread: asyncio.Future[list[Any]]) -> None:
         self._flushing = bool(self._requests)
@@ -2417,7 +2433,7 @@ class LocalServiceBus:
 
     async def send(self, messages: Sequence[Outgoing]) -> list[int | None]:
         commit = await self._commit()
-        return await commit.submit(lambda: list(commit.file.store.insert(messages, time.time())), durable=True)
+        return await commit.send(messages)
 
     def size(self, message: Outgoing) -> int:
         return len(message.body)
@@ -4506,7 +4522,8 @@ class Boilermaker:
             registration = self._registration_of(task._function, task.function_name)
             if registration is not None:
                 task.function_name = registration.name
-                registration.apply_to(task)
+                if task.policy_is_default or task.default_options:
+                    registration.apply_to(task)
                 _check_call(task)
             elif task._function is not None and task.queue in (None, self.service_bus_client.queue_name):
                 raise _unregistered(task.function_name)

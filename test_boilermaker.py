@@ -3312,13 +3312,13 @@ def test_path_and_queue_name_can_be_read(tmp_path):
 def transactions(monkeypatch):
     """The numbers of requests that were tried in one transaction."""
     sizes = []
-    attempt = boilermaker.Store.attempt
+    results = boilermaker.GroupCommit._results
 
-    def counted(store, works):
-        sizes.append(len(works))
-        return attempt(store, works)
+    def counted(commit, requests):
+        sizes.append(len(requests))
+        return results(commit, requests)
 
-    monkeypatch.setattr(boilermaker.Store, "attempt", counted)
+    monkeypatch.setattr(boilermaker.GroupCommit, "_results", counted)
     return sizes
 
 
