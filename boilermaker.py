@@ -1036,43 +1036,77 @@ def decode(body: str | bytes, queue: str) -> Task:
     """
     try:
         text = body if isinstance(body, str) else body.decode("utf-8")
-        plain = _PLAIN.fullmatch(text)
-        return (plain and _decode_plain(plain, queue)) or _decode_workflow(_from_json(text), queue)
+        return _decode_plain(text, queue) or _decode_workflow(_from_json(text), queue)
     except (ValueError, RecursionError) as error:
         raise InvalidTaskFormat(f"The body is not JSON that can be read: {error}.") from error
 
 
-_PLAIN = re.compile(
-    r'{"task_id":"([\w.-]+)","function_name":"([\w.-]+)","payload":({.*}),"policy":({[^{}]*})'
-    r',"attempts":{"attempts":(0|[1-9][0-9]{0,8}),"last_retry":"([^"\\]+)"}'
+# Most messages are plain: a task without callbacks, as `encode` writes it. Two of them differ by id, arguments and
+# time, and hardly ever by what is around these, the frame, which is read once. That takes half the time of reading all.
+
+
+class _Frame(NamedTuple):
+    """What a plain body says besides id, arguments and time."""
+
+    function_name: str
+    policy: RetryPolicy
+    attempts: int
+    should_dead_letter: bool
+    acks_late: bool
+
+
+_FRAME = re.compile(
+    r'{"task_id":"\0","function_name":"([\w.-]+)","payload":\0,"policy":({[^{}]*})'
+    r',"attempts":{"attempts":(0|[1-9][0-9]{0,8}),"last_retry":"\0"}'
     r',"should_dead_letter":(true|false),"acks_late":(true|false),"graph_id":null,"on_success":null,"on_failure":null}'
 )
-"""A task without callbacks as `encode` writes it: most messages. Reading it by this takes half the time."""
+"""A plain body with zeros where id, arguments and time were cut out."""
 
+MAX_FRAME = 1000
+"""Characters of a frame that is worth keeping."""
 
-def _decode_plain(match: re.Match[str], queue: str) -> Task | None:
-    """The task, or None if something is wrong with it: to be found the long way."""
-    task_id, function_name, payload, policy, attempts, last_retry, should_dead_letter, acks_late = match.groups()
-    try:
-        args, kwargs = _decode_payload(_from_json(payload), "")
-        return Task(
-            function_name=function_name,
-            args=args,
-            kwargs=kwargs,
-            task_id=task_id,
-            policy=_policy_of(policy),
-            attempts=RetryAttempts(int(attempts), datetime.datetime.fromisoformat(last_retry)),
-            should_dead_letter=should_dead_letter == "true",
-            acks_late=acks_late == "true",
-            queue=queue,
-        )
-    except (ValueError, RecursionError, InvalidTaskFormat):
-        return None
+_TO_ID, _TO_NAME, _TO_TIME = (len(text) for text in ('{"task_id":"', '","function_name":"', '"last_retry":"'))
 
 
 @functools.lru_cache(maxsize=1024)
-def _policy_of(text: str) -> RetryPolicy:
-    return _decode_policy(_from_json(text), "policy", "the body")
+def _frame_of(*pieces: str) -> _Frame | None:
+    match = _FRAME.fullmatch("\0".join(pieces))
+    if match is None:
+        return None
+    name, policy, attempts, should_dead_letter, acks_late = match.groups()
+    policy = _decode_policy(_from_json(policy), "policy", "")
+    return _Frame(name, policy, int(attempts), should_dead_letter == "true", acks_late == "true")
+
+
+def _decode_plain(text: str, queue: str) -> Task | None:
+    """The task, or None if the body is not plain or something is wrong with it: to be found the long way."""
+    id_end = text.find('"', _TO_ID)
+    payload = text.find(":", id_end + _TO_NAME) + 1
+    last_retry = text.rfind('"last_retry":"') + _TO_TIME
+    policy = text.rfind(',"policy":', payload, last_retry)
+    time_end = text.find('"', last_retry)
+    task_id, sent = text[_TO_ID:id_end], text[last_retry:time_end]
+    if len(text) - (policy - payload) > MAX_FRAME:
+        return None
+    try:
+        frame = _frame_of(text[:_TO_ID], text[id_end:payload], text[policy:last_retry], text[time_end:])
+        if frame is None or not f"{task_id}{sent}".isprintable() or "\\" in task_id or "\\" in sent:
+            return None
+        args, kwargs = _decode_payload(_from_json(text[payload:policy]), "")
+        attempts = RetryAttempts(frame.attempts, datetime.datetime.fromisoformat(sent))
+    except (ValueError, AttributeError, RecursionError, InvalidTaskFormat):
+        return None
+    return Task(
+        function_name=frame.function_name,
+        args=args,
+        kwargs=kwargs,
+        task_id=task_id,
+        policy=frame.policy,
+        attempts=attempts,
+        should_dead_letter=frame.should_dead_letter,
+        acks_late=frame.acks_late,
+        queue=queue,
+    )
 
 
 def _decode_workflow(document: Any, queue: str) -> Task:

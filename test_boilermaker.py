@@ -1009,8 +1009,8 @@ def test_a_plain_task_reads_the_same_by_the_short_and_by_the_long_way(arguments,
     task = named("f", args=arguments, kwargs={"k": arguments}, **options)
     body = encode(task, "q", "q")
     short, long = decode(body, "q"), decode(f" {body}", "q")
-    assert boilermaker._PLAIN.fullmatch(body)
-    assert not boilermaker._PLAIN.fullmatch(f" {body}")
+    assert boilermaker._decode_plain(body, "q")
+    assert not boilermaker._decode_plain(f" {body}", "q")
     assert dataclasses.asdict(short) == dataclasses.asdict(long)
     assert (short.args, short.kwargs, short.attempts) == (task.args, task.kwargs, task.attempts)
 
@@ -1028,6 +1028,12 @@ def test_a_plain_task_reads_the_same_by_the_short_and_by_the_long_way(arguments,
         ('"max_tries":5,', ""),
         ('"attempts":0', '"attempts":999999999999'),
         ('"last_retry":"', '"last_retry":"never '),
+        ('"last_retry":"', '"last_retry":"\n'),
+        ('"task_id":"', '"task_id":"\n'),
+        ('"task_id":"', '"task_id":"\\x'),
+        ('"function_name":"f"', '"function_name":7'),
+        ('"on_failure":null', '"on_failure":7'),
+        ('"payload":{"args":[],"kwargs":{}}', '"payload":[]'),
     ],
 )
 def test_a_plain_task_with_something_wrong_is_the_same_error_by_either_way(old, new):
@@ -1039,6 +1045,33 @@ def test_a_plain_task_with_something_wrong_is_the_same_error_by_either_way(old, 
             decode(text, "q")
         errors.append(re.sub(r"\(char \d+\)|column \d+", "", str(caught.value)))
     assert errors[0] == errors[1]
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ('"task_id":"', '"task_id":"\\u0041'),
+        ('"function_name":"f"', '"function_name":"f","extra":{"payload":{"args":[7]}}'),
+        ('"payload":{', '"extra":{"a":1,"payload":{"args":[7]}},"payload":{'),
+        ('{"args":[]', '{"args":[7]},"payload":{"args":[8]'),
+        ('"args":[]', '"args":[{"policy":{},"attempts":{"attempts":3,"last_retry":"x"}}]'),
+        ('"graph_id":null', '"graph_id":null,"takes_result":true'),
+        ('"on_failure":null', '"on_failure":null,"payload":{"args":[9]}'),
+    ],
+)
+def test_a_body_that_looks_plain_and_is_not_reads_the_same_by_either_way(old, new):
+    body = encode(named("f"), "q", "q")
+    assert old in body
+    body = body.replace(old, new)
+    assert dataclasses.asdict(decode(body, "q")) == dataclasses.asdict(decode(f" {body}", "q"))
+
+
+def test_frames_of_huge_bodies_are_not_kept():
+    boilermaker._frame_of.cache_clear()
+    for size in (10, 10_000, 100_000):
+        decode(encode(named("f", args=["x" * size], on_success=named("g", args=["x" * size])), "q", "q"), "q")
+        decode(encode(named("f" * size), "q", "q"), "q")
+    assert boilermaker._frame_of.cache_info().currsize <= 2
 
 
 NOT_A_TASK = {

@@ -1,180 +1,745 @@
-"""How fast the embedded queue is, beside a bare sqlite3 loop that does the same.
+"""How fast the embedded queue is, beside a bare sqlite3 loop that does the same, and beside other task runners.
 
-    python -m examples.benchmark [--tasks 50000] [--concurrency 100] [--rounds 5]
+    python -m examples.benchmark [--rounds 5] [--tasks 20000] [--only drain,publish] [--picture benchmark.svg]
 
-One process publishes no-op tasks to a new file, in lists of 100; another drains it. The bare loop has the same schema,
-the same rows in batches of the same size, the same durability (synchronous=FULL to publish, NORMAL to claim and
-delete), and nothing around them: no JSON, no event loop, no tasks. Rounds alternate, so that both meet the same
-machine; the figures are medians, in messages a second. Each round checks that every task ran exactly once.
+Part by part, the medians of the rounds, with the lowest and the highest; rounds alternate between the contestants, so
+that all meet the same machine, and every measurement runs in new processes, on an empty queue:
+
+    drain      No-op tasks a second in one worker process, on a queue filled before. The tasks write down the time:
+               the rate is (N - 1) / (last - first).
+    publish    Tasks a second from one process: each awaited before the next, in lists of 100, and by 100 coroutines at
+               once. One by one, a tenth of the tasks.
+    latency    From `delay()` in one process to the first line of the task in another, both idle before, 50 tasks a
+               second: p50 and p99. Before that, what an idle worker costs: processor time and resident memory.
+    io         1,000 tasks that sleep 0.1 s, 100 at once: ideally 1 s.
+    processes  1, 2 and 4 worker processes of boilermaker on one file, started at once, four times the tasks.
+    import     Starting Python and importing boilermaker, beside `import asyncio, sqlite3, json`, and nothing.
+    kill       From `kill -9` of a worker to the task's second start in another one that runs already, both at their
+               default settings. Of boilermaker only, unless --kill: others take minutes, or never start it again.
+    growth     Only with --growth: drain and publish with 1,000,000 messages waiting, 100,000 scheduled and 100,000
+               dead-lettered, and with 1,000 waiting; the memory this takes, and the size of the file.
+
+Each task must run exactly once (in `kill`, twice): where one does not, or a worker of boilermaker says that the
+database is locked, this script says so at the end and exits with 1.
+
+The bare loop has boilermaker's schema, rows, batches and durability (synchronous=FULL to publish, NORMAL to claim and
+delete), and nothing around them: no JSON, no event loop, no tasks. The peers run at the best setting that their
+documentation has for the task; `python -m examples.peers` lists them. A peer that is not installed, or whose server
+does not answer, is skipped. To install them, each at its newest release:
+
+    pip install huey "pgqueuer[asyncpg]" uvloop "dramatiq[redis]" "celery[redis]" taskiq-redis streaq rq redis hiredis
+    pip install arq "saq[redis]"          # in a second environment: they demand an older client of Redis
+
+    python -m examples.benchmark --python Saq,Arq=second/bin/python
+
+Give an empty Redis database and a PostgreSQL database without tables of pgqueuer: both are emptied again and again.
+The servers keep their own settings, and with them their own durability: PostgreSQL as installed commits to the disk,
+Redis as installed writes a snapshot now and then, so that a crash loses the tasks of the last minutes.
+
+Where the microseconds go
+-------------------------
+
+(To be filled in.)
 """
 
+from __future__ import annotations
+
 import argparse
-import asyncio
-import multiprocessing
-import sqlite3
+import contextlib
+import functools
+import html
+import json
+import math
+import os
+import shutil
+import signal
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-import boilermaker
-from boilermaker import Boilermaker, LocalServiceBus
+from examples.peers import AZURE_PEERS, DOZE, NAP, PEERS, Ledger, Peer, memory, peak_memory
 
-BATCH = 100
+PATIENCE = 300
+"""Seconds to wait for all tasks of a measurement."""
 
+PACE = 50
+"""Tasks a second, where latency is measured."""
 
-def application(path: str) -> Boilermaker:
-    app = Boilermaker([], LocalServiceBus(path))
-
-    @app.task
-    async def noop(state: list[int], number: int) -> None:
-        state.append(number)
-
-    return app
+Figures = dict[str, float]
 
 
-def publish(path: str, count: int) -> float:
-    """Publish through boilermaker; messages a second."""
+class Failed(Exception):
+    """A measurement that cannot count."""
 
-    async def main() -> float:
-        async with application(path) as app:
-            noop = app.registration("noop")
-            assert noop is not None
-            batches = [
-                [app.create_task(noop.function, number) for number in range(start, start + BATCH)]
-                for start in range(0, count, BATCH)
-            ]
+
+# -- contestants
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A peer with a setting."""
+
+    name: str
+    place: str = ""  # a URL; if empty, a new file each time
+    python: str = sys.executable
+    variant: str = ""
+    concurrency: int = 0  # the peer's own if 0
+    logging: bool = False
+
+    @property
+    def peer(self) -> type[Peer]:
+        return PEERS[self.name]
+
+    @property
+    def label(self) -> str:
+        return f"{self.peer.label}, {self.variant}" if self.variant else self.peer.label
+
+    @property
+    def group(self) -> str:
+        """For the picture's colours."""
+        groups = {"Boilermaker": "ours", "BoilermakerOnAzure": "ours", "Bare": "bare", "BareSdk": "bare"}
+        return groups.get(self.name, "peer")
+
+
+OURS = Contestant("Boilermaker")
+BARE = Contestant("Bare")
+
+
+def found(options: argparse.Namespace) -> list[Contestant]:
+    """The peers that can run here; a line for each other."""
+    pythons = {name: path for names, path in options.python for name in names.split(",")}
+    places = {"file": "", "redis": options.redis, "postgres": options.postgres, "rabbitmq": options.rabbitmq}
+    contestants = [
+        Contestant(name, places[peer.server], pythons.get(name, sys.executable))
+        for name, peer in PEERS.items()
+        if peer.server in places
+    ]
+    wanted = options.peers or list(PEERS)
+    return [
+        contestant
+        for contestant in contestants
+        if contestant.group != "peer" or (contestant.name in wanted and is_there(contestant))
+    ]
+
+
+def is_there(contestant: Contestant) -> bool:
+    try:
+        reason = call(contestant, "check", contestant.place or ":memory:")
+    except Failed as error:
+        reason = str(error)
+    if reason:
+        print(f"Skipped: {contestant.label}: {reason}.")
+    return not reason
+
+
+# -- processes
+
+ROLE = "import examples.peers as peers; peers.main()"
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def compile_for(python: str) -> None:
+    """Write bytecode, as an installation does: else every process might compile for itself, which takes memory too."""
+    subprocess.run([python, "-m", "compileall", "-q", "boilermaker.py", "examples/peers.py"], cwd=ROOT, check=True)
+
+
+def command(contestant: Contestant, role: str, place: str, arguments: Mapping[str, Any]) -> list[str]:
+    name = contestant.name
+    return [contestant.python, "-c", ROLE, role, name, json.dumps({"place": place, **arguments})]
+
+
+def call(contestant: Contestant, role: str, place: str, **arguments: Any) -> Any:
+    """What a role of `examples.peers` gives, in a process of its own."""
+    line = command(contestant, role, place, arguments)
+    try:
+        ended = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
+    except subprocess.TimeoutExpired:
+        raise Failed(f"{contestant.label}: {role} took over {PATIENCE} s") from None
+    if ended.returncode:
+        raise Failed(f"{contestant.label}: {role}: {(ended.stderr.splitlines() or ['no output'])[-1]}")
+    return json.loads(ended.stdout.splitlines()[-1])
+
+
+@contextlib.contextmanager
+def folder_for(contestant: Contestant) -> Iterator[tuple[Path, str]]:
+    """A folder, and where the contestant's queue is."""
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
+        yield Path(name), contestant.place or str(Path(name, "queue.db"))
+
+
+@contextlib.contextmanager
+def worker(
+    contestant: Contestant, folder: Path, place: str, count: int, concurrency: int = 0, at: float = 0
+) -> Iterator[subprocess.Popen[bytes]]:
+    """A worker process, killed at the end; its ledger and its output are in the folder."""
+    arguments: dict[str, Any] = {"path": str(folder / "ledger"), "count": count, "at": at}
+    arguments["concurrency"] = concurrency or contestant.concurrency or contestant.peer.concurrency
+    arguments["log"] = contestant.logging
+    line = command(contestant, "work", place, arguments)
+    with (folder / "output").open("ab") as output:
+        process = subprocess.Popen(line, cwd=ROOT, stdout=output, stderr=output, start_new_session=True)
+    try:
+        yield process
+    finally:
+        kill(process)
+    if contestant.group == "ours" and b"database is locked" in (folder / "output").read_bytes():
+        raise Failed(f"{contestant.label}: a worker says that the database is locked")
+
+
+def kill(process: subprocess.Popen[bytes]) -> None:
+    if process.returncode is None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def until(done: Callable[[], bool], what: str, patience: float = PATIENCE) -> None:
+    end = time.monotonic() + patience
+    while not done():
+        if time.monotonic() > end:
+            raise Failed(f"{what} after {patience} s")
+        time.sleep(0.05)
+
+
+def first_ran(contestant: Contestant, times: Ledger, process: subprocess.Popen[bytes]) -> None:
+    until(lambda: times.first[0] > 0 or process.poll() is not None, f"{contestant.label}: the first task did not run")
+    if process.returncode is not None:
+        raise Failed(f"{contestant.label}: the worker ended")
+
+
+def all_ran(contestant: Contestant, times: Ledger, process: subprocess.Popen[bytes]) -> list[float]:
+    """Wait for the last task; when each ran, in order. Each must have run once."""
+    first_ran(contestant, times, process)
+    count = len(times.first)
+    until(lambda: bool(times.first[count - 1]) and min(times.first) > 0, f"{contestant.label}: not all tasks ran")
+    time.sleep(0.3)
+    if again := sum(1 for moment in times.again if moment):
+        raise Failed(f"{contestant.label}: {again} tasks of {count} ran more than once")
+    return sorted(times.first)
+
+
+# -- rounds and tables
+
+
+@dataclass(frozen=True)
+class Row:
+    """A contestant's figures, one a round."""
+
+    label: str
+    values: tuple[float, ...]
+    group: str = "peer"
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.values)
+
+
+@dataclass(frozen=True)
+class Table:
+    """Figures of one kind, the first row boilermaker's."""
+
+    title: str
+    unit: str
+    rows: Sequence[Row]
+
+    def ratio(self, row: Row, other: Row) -> float:
+        """The median of the rounds' ratios, or the ratio of the medians if there are not as many rounds."""
+        if len(row.values) == len(other.values) and all(other.values):
+            return statistics.median(a / b for a, b in zip(row.values, other.values, strict=True))
+        return row.median / other.median if other.median else math.nan
+
+
+@dataclass
+class Benchmark:
+    """What the parts are given, and what went wrong in them."""
+
+    options: argparse.Namespace
+    contestants: Sequence[Contestant]
+    failures: list[str] = field(default_factory=list)
+
+    @property
+    def peers(self) -> list[Contestant]:
+        return [contestant for contestant in self.contestants if contestant.group == "peer"]
+
+    def figures(
+        self, part: str, contestants: Sequence[Contestant], measure: Callable[[Contestant], Figures]
+    ) -> dict[Contestant, list[Figures]]:
+        """Measure each contestant in each round; one that fails is left out."""
+        results: dict[Contestant, list[Figures]] = {contestant: [] for contestant in contestants}
+        for number in range(self.options.rounds):
+            for contestant in list(results):
+                try:
+                    results[contestant].append(measured := measure(contestant))
+                except Failed as error:
+                    self.failures.append(f"{part}, round {number + 1}: {error}")
+                    del results[contestant]
+                else:
+                    shown = ", ".join(f"{name} {value:.5g}" for name, value in measured.items())
+                    print(f"{part}, round {number + 1}: {contestant.label}: {shown}", file=sys.stderr, flush=True)
+        return results
+
+
+def table(title: str, unit: str, results: Mapping[Contestant, list[Figures]], name: str) -> Table:
+    rows = [
+        Row(contestant.label, tuple(figures[name] for figures in rounds), contestant.group)
+        for contestant, rounds in results.items()
+        if rounds and not math.isnan(rounds[0][name])
+    ]
+    return Table(title, unit, rows)
+
+
+# -- the parts
+
+
+def drain(benchmark: Benchmark) -> list[Table]:
+    count = benchmark.options.tasks
+    contestants = [
+        Contestant("Boilermaker", variant="concurrency 100", concurrency=100),
+        Contestant("Boilermaker", variant="concurrency 10", concurrency=10),
+        Contestant("Boilermaker", variant="100, logs INFO", concurrency=100, logging=True),
+        BARE,
+        *benchmark.peers,
+    ]
+    results = benchmark.figures("drain", contestants, functools.partial(drain_one, count=count))
+    return [table(f"Drain: {count:,} no-op tasks, one worker process", "tasks/s", results, "rate")]
+
+
+def drain_one(contestant: Contestant, count: int) -> Figures:
+    with folder_for(contestant) as (folder, place):
+        call(contestant, "fill", place, task="noop", count=count)
+        times = Ledger.create(str(folder / "ledger"), count)
+        with worker(contestant, folder, place, count) as process:
+            moments = all_ran(contestant, times, process)
+    return {"rate": rate(moments)}
+
+
+def rate(moments: Sequence[float]) -> float:
+    return (len(moments) - 1) / (moments[-1] - moments[0])
+
+
+def publish(benchmark: Benchmark) -> list[Table]:
+    many, few = benchmark.options.tasks, max(100, benchmark.options.tasks // 10)
+    everybody = [OURS, BARE, *benchmark.peers]
+    one = benchmark.figures("publish", everybody, functools.partial(publish_one, how="one", count=few))
+    crowd = Contestant("Boilermaker", variant="100 coroutines")
+    bulk = benchmark.figures(
+        "publish in bulk",
+        [
+            Contestant("Boilermaker", variant="publish_many"),
+            crowd,
+            *(contestant for contestant in everybody[1:] if contestant.peer.bulk),
+        ],
+        lambda contestant: publish_one(contestant, "crowd" if contestant == crowd else "many", many),
+    )
+    return [
+        table(f"Publish: {few:,} tasks one by one, each awaited", "tasks/s", one, "rate"),
+        table(f"Publish: {many:,} tasks in bulk, 100 at a time", "tasks/s", bulk, "rate"),
+    ]
+
+
+def publish_one(contestant: Contestant, how: str, count: int) -> Figures:
+    with folder_for(contestant) as (_, place):
+        return {"rate": call(contestant, "publish", place, how=how, start=0, count=count)["rate"]}
+
+
+def latency(benchmark: Benchmark) -> list[Table]:
+    seconds = benchmark.options.seconds
+    measure = functools.partial(latency_one, seconds=seconds)
+    results = benchmark.figures("latency", [OURS, *benchmark.peers], measure)
+    nothing = Row("Python: asyncio, sqlite3, json", tuple(memory_of_nothing() for _ in range(benchmark.options.rounds)))
+    resident = table("An idle worker's resident memory (the server's not counted)", "MB", results, "memory")
+    return [
+        table(f"Latency, {PACE} tasks a second for {seconds:g} s: p50", "ms", results, "p50"),
+        table(f"Latency, {PACE} tasks a second for {seconds:g} s: p99", "ms", results, "p99"),
+        table(f"An idle worker's processor time, over {seconds:g} s", "% of a core", results, "processor"),
+        Table(resident.title, resident.unit, [*resident.rows, nothing]),
+    ]
+
+
+def latency_one(contestant: Contestant, seconds: float) -> Figures:
+    count = 1 + int(PACE * seconds)
+    with folder_for(contestant) as (folder, place):
+        call(contestant, "fill", place, task="noop", count=1)
+        times = Ledger.create(str(folder / "ledger"), count)
+        with worker(contestant, folder, place, count) as process:
+            first_ran(contestant, times, process)
+            time.sleep(2)
+            figures = idle(process.pid, seconds)
+            call(contestant, "drip", place, path=str(folder / "ledger"), count=count, pace=PACE)
+            all_ran(contestant, times, process)
+    delays = [(times.first[number] - times.published[number]) * 1000 for number in range(1, count)]
+    return {"p50": statistics.median(delays), "p99": sorted(delays)[math.ceil(0.99 * len(delays)) - 1], **figures}
+
+
+def idle(pid: int, seconds: float) -> Figures:
+    """What a process uses that has nothing to do; NaN where there is no /proc."""
+    before = processor_seconds(pid)
+    time.sleep(seconds)
+    return {"processor": (processor_seconds(pid) - before) / seconds * 100, "memory": memory(pid)}
+
+
+def processor_seconds(pid: int) -> float:
+    """By all threads of a process so far."""
+    try:
+        threads = list(Path(f"/proc/{pid}/task").iterdir())
+        return sum(int((thread / "schedstat").read_text().split()[0]) for thread in threads) / 1e9
+    except OSError:
+        return math.nan
+
+
+def memory_of_nothing() -> float:
+    code = "import asyncio, sqlite3, json; print(flush=True); input()"
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        used = memory(process.pid)
+        process.kill()
+    return used
+
+
+def io(benchmark: Benchmark) -> list[Table]:
+    contestants = [OURS, *(contestant for contestant in benchmark.peers if contestant.peer.parallel)]
+    results = benchmark.figures("io", contestants, io_one)
+    return [table(f"I/O: 1,000 tasks that sleep {NAP} s, 100 at once", "x the ideal 1.0 s", results, "seconds")]
+
+
+def io_one(contestant: Contestant) -> Figures:
+    with folder_for(contestant) as (folder, place):
+        call(contestant, "fill", place, task="nap", count=1000)
+        times = Ledger.create(str(folder / "ledger"), 1000)
+        with worker(contestant, folder, place, 1000, concurrency=100) as process:
+            moments = all_ran(contestant, times, process)
+    return {"seconds": moments[-1] - moments[0] + NAP}
+
+
+def processes(benchmark: Benchmark) -> list[Table]:
+    count = 4 * benchmark.options.tasks
+    contestants = [Contestant("Boilermaker", variant=f"{number} of them") for number in (1, 2, 4)]
+    results = benchmark.figures(
+        "processes",
+        contestants,
+        lambda contestant: processes_one(contestant, int(contestant.variant.split()[0]), count),
+    )
+    return [table(f"Several worker processes on one file, {count:,} tasks", "tasks/s", results, "rate")]
+
+
+def processes_one(contestant: Contestant, number: int, count: int) -> Figures:
+    with folder_for(contestant) as (folder, place):
+        call(contestant, "fill", place, task="noop", count=count)
+        times = Ledger.create(str(folder / "ledger"), count)
+        with contextlib.ExitStack() as stack:
+            at = time.monotonic() + 0.5 + 0.5 * number
+            workers = [stack.enter_context(worker(contestant, folder, place, count, at=at)) for _ in range(number)]
+            moments = all_ran(contestant, times, workers[0])
+    return {"rate": rate(moments)}
+
+
+def imports(benchmark: Benchmark) -> list[Table]:
+    programs = ("import boilermaker", "import asyncio, sqlite3, json", "pass")
+    times: dict[str, list[float]] = {program: [] for program in programs}
+    for number in range(5 * benchmark.options.rounds + 1):
+        for program in programs:
             started = time.perf_counter()
-            for batch in batches:
-                await app.publish_many(batch)
-            return count / (time.perf_counter() - started)
-
-    return asyncio.run(main())
-
-
-def drain(path: str, count: int, concurrency: int) -> float:
-    """Run all that is on the queue; messages a second."""
-
-    async def main() -> float:
-        async with application(path) as app:
-            await app.service_bus_client.peek(1)
-            started = time.perf_counter()
-            await app.run(concurrency=concurrency, burst=True)
-            seconds = time.perf_counter() - started
-            if sorted(app.state) != list(range(count)):
-                sys.exit(f"{len(app.state)} tasks ran of {count}")
-            return count / seconds
-
-    return asyncio.run(main())
+            subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
+            if number:  # the first may have had to compile
+                times[program].append((time.perf_counter() - started) * 1000)
+    groups = ("ours", "bare", "bare")
+    rows = [Row(program, tuple(times[program]), group) for program, group in zip(programs, groups, strict=True)]
+    return [Table("Starting Python, with an import", "ms", rows)]
 
 
-def bare(path: str, synchronous: str) -> sqlite3.Connection:
-    connection = sqlite3.connect(path, isolation_level=None)
-    connection.execute("PRAGMA journal_mode = WAL")
-    connection.execute(f"PRAGMA synchronous = {synchronous}")
-    connection.execute("PRAGMA secure_delete = OFF")
-    return connection
+def killed(benchmark: Benchmark) -> list[Table]:
+    patience = benchmark.options.patience
+    measure = functools.partial(kill_one, patience=patience)
+    results = benchmark.figures("kill", [OURS], measure)
+    if benchmark.options.kill:
+        once = Benchmark(argparse.Namespace(rounds=1), benchmark.contestants, benchmark.failures)
+        results.update(once.figures("kill", benchmark.peers, measure))
+    rows = table("From kill -9 of a worker to the task's second start", "s", results, "seconds").rows
+    never = [row.label for row in rows if math.inf in row.values]
+    if never:
+        print(f"Not started again within {patience:g} s of kill -9: {'; '.join(never)}.")
+    again = [row for row in rows if row.label not in never]
+    return [Table("From kill -9 of a worker to the task's second start", "s", again)]
 
 
-def bare_publish(path: str, count: int) -> float:
-    """Insert the same rows by a loop."""
-    connection = bare(path, "FULL")
-    connection.executescript(boilermaker.SCHEMA)
-    body = boilermaker.encode(boilermaker.Task(function_name="noop", args=[count]), "tasks", "tasks")
-    started = time.perf_counter()
-    for _ in range(0, count, BATCH):
-        now = time.time()
-        connection.execute("BEGIN IMMEDIATE")
-        connection.executemany(
-            """
-            INSERT INTO message (queue_id, state, due, enqueued_time, message_id, body)
-            VALUES              (1,        1,     ?,   ?,             ?,          ?)
-            """,
-            [(now, now, "5d3b1a0e-6f1c-4b39-9d3b-0d7b1f6a6c11", body)] * BATCH,
-        )
-        connection.execute("COMMIT")
-    seconds = time.perf_counter() - started
-    connection.close()
-    return count / seconds
+def kill_one(contestant: Contestant, patience: float) -> Figures:
+    with folder_for(contestant) as (folder, place):
+        call(contestant, "fill", place, task="hold", count=1)
+        times = Ledger.create(str(folder / "ledger"), 1)
+        with worker(contestant, folder, place, 1) as first:
+            first_ran(contestant, times, first)
+            with worker(contestant, folder, place, 1):
+                time.sleep(3)
+                started = time.monotonic()
+                kill(first)
+                with contextlib.suppress(Failed):
+                    until(lambda: times.again[0] > 0, "not run again", patience)
+                return {"seconds": times.again[0] - started if times.again[0] else math.inf}
 
 
-def bare_drain(path: str, count: int, concurrency: int) -> float:
-    """Claim and delete the same rows by a loop, as many at a time as the worker holds."""
-    connection = bare(path, "NORMAL")
-    done = 0
-    started = time.perf_counter()
-    while True:
-        now = time.time()
-        connection.execute("BEGIN IMMEDIATE")
-        rows = connection.execute(
-            """
-            UPDATE message
-            SET    state = 0, due = ?, delivery_count = delivery_count + 1
-            WHERE  sequence_number IN (
-                       SELECT   sequence_number
-                       FROM     message
-                       WHERE    queue_id = 1 AND state IN (0, 1) AND due <= ?
-                       ORDER BY state, due
-                       LIMIT    ?
-                   )
-            RETURNING sequence_number, delivery_count, message_id, body, application_properties, expires
-            """,
-            (now + 10, now, concurrency),
-        ).fetchall()
-        connection.execute("COMMIT")
-        if not rows:
-            break
-        connection.execute("BEGIN IMMEDIATE")
-        connection.executemany(
-            "DELETE FROM message WHERE sequence_number = ? AND delivery_count = ? AND state = 0",
-            [row[:2] for row in rows],
-        )
-        connection.execute("COMMIT")
-        done += len(rows)
-    seconds = time.perf_counter() - started
-    connection.close()
-    if done != count:
-        sys.exit(f"{done} rows claimed of {count}")
-    return count / seconds
+def growth(benchmark: Benchmark) -> list[Table]:
+    options = benchmark.options
+    few, large = 1000, options.waiting
+    contestants = [Contestant("Boilermaker", variant=f"{number:,} waiting") for number in (few, large)]
+    results = benchmark.figures(
+        "growth", contestants, lambda contestant: growth_one(contestant, few, large, options.tasks)
+    )
+    return [
+        table(f"Growth: draining {options.tasks:,} tasks", "tasks/s", results, "drain"),
+        table(f"Growth: publishing {options.tasks // 10:,} tasks one by one", "tasks/s", results, "one"),
+        table(f"Growth: publishing {options.tasks:,} tasks in lists of 100", "tasks/s", results, "many"),
+        table("Growth: the publisher's peak memory", "MB", results, "publisher"),
+        table("Growth: the worker's peak memory", "MB", results, "worker"),
+        table("Growth: the file before the drain", "MB", results, "before"),
+        table("Growth: the file when all that was due has run", "MB", results, "after"),
+    ]
 
 
-def in_a_process(function: Callable[..., float], *arguments: object) -> float:
-    """Call in a process of its own, as users do."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(function, arguments)
+def growth_one(contestant: Contestant, few: int, large: int, count: int) -> Figures:
+    """Publish to a queue that is as full as the contestant's variant says, and drain it."""
+    waiting = large if contestant.variant == f"{large:,} waiting" else few
+    others = 0 if waiting == few else large // 10
+    total = waiting + count + count // 10 + 2
+    with folder_for(contestant) as (folder, place):
+        call(contestant, "grow", place, waiting=waiting, scheduled=others, dead=others)
+        publishing = functools.partial(call, contestant, "publish", place, clear=False)
+        one = publishing(how="one", start=waiting, count=count // 10)
+        many = publishing(how="many", start=waiting + count // 10 + 1, count=count)
+        times = Ledger.create(str(folder / "ledger"), total)
+        before = megabytes(folder)
+        with worker(contestant, folder, place, total) as process:
+            moments = all_ran(contestant, times, process)
+            ledger = 8 * total / 2**20  # the tasks' own notes of the time
+            figures = {"worker": peak_memory(process.pid) - ledger, "before": before, "after": megabytes(folder)}
+    figures |= {"one": one["rate"], "many": many["rate"], "publisher": many["memory"]}
+    return figures | {"drain": rate(moments[:count])}
 
 
-def one_round(tasks: int, concurrency: int) -> tuple[float, float, float, float]:
-    with tempfile.TemporaryDirectory() as folder:
-        ours, theirs = str(Path(folder, "ours.db")), str(Path(folder, "bare.db"))
-        return (
-            in_a_process(publish, ours, tasks),
-            in_a_process(bare_publish, theirs, tasks),
-            in_a_process(drain, ours, tasks, concurrency),
-            in_a_process(bare_drain, theirs, tasks, concurrency),
-        )
+def megabytes(folder: Path) -> float:
+    """The size of the queue's file, and of those that SQLite has beside it."""
+    return sum(path.stat().st_size for path in folder.glob("queue.db*")) / 1e6
 
 
-def row(name: str, ours: Sequence[float], theirs: Sequence[float]) -> str:
-    """Medians, and the median of the rounds' ratios."""
-    ratio = statistics.median(mine / other for mine, other in zip(ours, theirs, strict=True))
-    return f"{name:<12} {statistics.median(ours):>12,.0f} {statistics.median(theirs):>12,.0f} {ratio:>8.2f}"
+def azure(benchmark: Benchmark) -> list[Table]:
+    count = max(100, benchmark.options.tasks // 10)
+    pythons = {name: path for names, path in benchmark.options.python for name in names.split(",")}
+    nowhere = "Endpoint=sb://localhost;SharedAccessKeyName=x;SharedAccessKey=x"
+    everybody = [Contestant(peer.__name__, nowhere, pythons.get(peer.__name__, sys.executable)) for peer in AZURE_PEERS]
+    contestants = [contestant for contestant in everybody if is_there(contestant)]
+    tables = []
+    for task, what in (("noop", "no-op tasks"), ("doze", f"tasks that sleep {DOZE} s")):
+        results = benchmark.figures(f"azure, {task}", contestants, functools.partial(azure_one, task=task, count=count))
+        tables.append(table(f"Azure, over the emulator: {count:,} {what}, 32 at once", "tasks/s", results, "rate"))
+    publishers = [contestant for contestant in contestants if contestant.peer.bulk]
+    results = benchmark.figures("azure, publish", publishers, functools.partial(azure_publish, count=count))
+    return [
+        *tables,
+        table(f"Azure, over the emulator: publish {count:,} tasks in lists of 100", "tasks/s", results, "rate"),
+    ]
+
+
+def azure_one(contestant: Contestant, task: str, count: int) -> Figures:
+    with tempfile.TemporaryDirectory() as name, emulator() as place:
+        folder = Path(name)
+        call(Contestant("BareSdk"), "fill", place, task=task, count=count)
+        times = Ledger.create(str(folder / "ledger"), count)
+        with worker(contestant, folder, place, count) as process:
+            moments = all_ran(contestant, times, process)
+    return {"rate": rate(moments)}
+
+
+def azure_publish(contestant: Contestant, count: int) -> Figures:
+    with emulator() as place:
+        return {"rate": call(contestant, "publish", place, how="many", start=0, count=count)["rate"]}
+
+
+@contextlib.contextmanager
+def emulator() -> Iterator[str]:
+    """The connection string of a Service Bus with an empty queue."""
+    line = [sys.executable, "-m", "examples.servicebus_emulator", "--queue", "tasks", "--port", "0"]
+    with subprocess.Popen(line, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        try:
+            place = next((text for text in process.stdout if text.startswith("Endpoint=")), "")
+            if not place:
+                raise Failed("examples.servicebus_emulator did not start: pip install python-qpid-proton")
+            yield place.strip()
+        finally:
+            process.kill()
+
+
+PARTS: dict[str, Callable[[Benchmark], list[Table]]] = {
+    "drain": drain,
+    "publish": publish,
+    "latency": latency,
+    "io": io,
+    "processes": processes,
+    "import": imports,
+    "kill": killed,
+    "growth": growth,
+    "azure": azure,
+}
+
+
+# -- the report
+
+
+def number_of(value: float) -> str:
+    """With two digits that tell, or more."""
+    if math.isnan(value):
+        return "-"
+    digits = next((places for least, places in ((100, 0), (10, 1), (0.1, 2)) if value >= least), 3)
+    return f"{value:,.{digits}f}"
+
+
+def lines_of(shown: Table) -> Iterator[str]:
+    bare = next((row for row in shown.rows if row.group == "bare" and "loop" in row.label), None)
+    yield f"{shown.title}, {shown.unit}"
+    heads = ("median", "lowest", "highest", "to first", *(["to bare"] if bare else []))
+    yield f"  {'':<36}" + "".join(f"{head:>11}" for head in heads)
+    for row in shown.rows:
+        figures = [number_of(value) for value in (row.median, min(row.values), max(row.values))]
+        ratios = [number_of(shown.ratio(row, other)) for other in (shown.rows[0], bare) if other]
+        yield f"  {row.label:<36}" + "".join(f"{figure:>11}" for figure in (*figures, *ratios))
+    yield ""
+
+
+def notes(benchmark: Benchmark) -> Iterator[str]:
+    yield f"{benchmark.options.rounds} rounds; Python {sys.version.split()[0]}, {os.cpu_count()} processors. Settings:"
+    for contestant in benchmark.contestants:
+        bulk = f"; in bulk: {contestant.peer.bulk}" if contestant.peer.bulk else ""
+        yield f"  {contestant.label}: {contestant.peer.setting}{bulk}"
+    for failure in benchmark.failures:
+        yield f"FAILED: {failure}"
+
+
+# -- the picture
+
+WIDTH, MARGIN, GAP, LINE, HEAD, LABEL, NUMBER = 1000, 16, 24, 17, 44, 200, 62
+COLOURS = {"ours": "#b7410e", "bare": "#6e7781", "peer": "#8db4d9"}
+
+
+def picture(tables: Sequence[Table]) -> str:
+    """Horizontal bars, a panel for each table, in two columns on a ground of its own."""
+    panels: list[str] = []
+    heights = [MARGIN, MARGIN]
+    width = (WIDTH - 2 * MARGIN - GAP) // 2
+    for shown in tables:
+        column = heights.index(min(heights))
+        panels.append(panel(shown, MARGIN + column * (width + GAP), heights[column], width))
+        heights[column] += HEAD + LINE * len(shown.rows) + 14
+    height = max(heights)
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" height="{height}" '
+        'font-family="Helvetica, Arial, sans-serif" font-size="11" fill="#1f2328" role="img">\n'
+        "<title>boilermaker beside a bare sqlite3 loop and other task runners</title>\n"
+        f'<rect width="{WIDTH}" height="{height}" rx="8" fill="#ffffff" stroke="#d0d7de"/>\n' + "\n".join(panels) + "\n"
+        "</svg>\n"
+    )
+
+
+def panel(shown: Table, left: int, top: int, width: int) -> str:
+    length, scale = bar_lengths([row.median for row in shown.rows], width - LABEL - NUMBER)
+    head = (
+        f'<text x="{left}" y="{top + 14}" font-size="13" font-weight="bold">{html.escape(shown.title)}</text>\n'
+        f'<text x="{left}" y="{top + 30}" fill="#59636e">{html.escape(shown.unit + scale)}</text>'
+    )
+    bars = [bar(row, left, top + HEAD - 6 + LINE * place, length(row.median)) for place, row in enumerate(shown.rows)]
+    return "\n".join([head, *bars])
+
+
+def bar(row: Row, left: int, top: int, length: float) -> str:
+    weight = ' font-weight="bold"' if row.group == "ours" else ""
+    start, base = left + LABEL, top + 11
+    return (
+        f'<text x="{start - 6}" y="{base}" text-anchor="end"{weight}>{html.escape(row.label)}</text>'
+        f'<rect x="{start}" y="{top + 2}" width="{length:.1f}" height="{LINE - 5}" fill="{COLOURS[row.group]}"/>'
+        f'<text x="{start + length + 4:.1f}" y="{base}"{weight}>{number_of(row.median)}</text>'
+    )
+
+
+def bar_lengths(values: Sequence[float], width: int) -> tuple[Callable[[float], float], str]:
+    """The length of each value's bar, and what to say of the scale: logarithmic if linear bars could not be told."""
+    most, least = max(values), min(values)
+    if least <= 0 or most / least < 500:
+        return lambda value: max(1, width * value / most), ""
+    floor = 10 ** math.floor(math.log10(least) - 0.3)
+    return lambda value: width * math.log(value / floor) / math.log(most / floor), ", logarithmic"
+
+
+# -- the command line
+
+
+def a_python(text: str) -> tuple[str, str]:
+    names, separator, path = text.partition("=")
+    if not separator or not shutil.which(path) or not set(names.split(",")) <= set(PEERS):
+        raise argparse.ArgumentTypeError(f"{text!r} must be PEER[,PEER]=INTERPRETER, peers of {', '.join(PEERS)}")
+    return names, os.path.abspath(path) if os.sep in path else path
+
+
+def some_of(names: Mapping[str, object]) -> Callable[[str], list[str]]:
+    def check(text: str) -> list[str]:
+        if unknown := set(text.split(",")) - set(names):
+            raise argparse.ArgumentTypeError(f"{', '.join(sorted(unknown))}: must be of {', '.join(names)}")
+        return text.split(",")
+
+    return check
+
+
+def parsed() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="boilermaker beside a bare sqlite3 loop and other task runners.")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--tasks", type=int, default=20_000)
+    parser.add_argument("--seconds", type=float, default=4, help="of the latency and of the idle worker")
+    parser.add_argument("--only", type=some_of(PARTS), metavar="PARTS", help=f"some of {','.join(PARTS)}")
+    parser.add_argument("--peers", type=some_of(PEERS), metavar="PEERS", help=f"some of {','.join(PEERS)}")
+    parser.add_argument("--python", type=a_python, action="append", default=[], metavar="PEERS=INTERPRETER")
+    parser.add_argument("--picture", type=Path, help="write an SVG to this path")
+    parser.add_argument("--kill", action="store_true", help="kill workers of the peers too, once each")
+    parser.add_argument("--patience", type=float, default=700, help="seconds to wait for a task of a killed worker")
+    parser.add_argument("--growth", action="store_true", help="measure a queue with many messages")
+    parser.add_argument("--waiting", type=int, default=1_000_000, help="messages in it, and a tenth more of each kind")
+    for server, url in (
+        ("redis", "redis://localhost:6379/15"),
+        ("postgres", "postgresql://postgres@localhost:5432/postgres"),
+        ("rabbitmq", "amqp://guest:guest@localhost:5672//"),
+    ):
+        variable = f"BENCHMARK_{server.upper()}"
+        parser.add_argument(f"--{server}", default=os.environ.get(variable, url), help=f"its URL; or ${variable}")
+    return parser.parse_args()
+
+
+def report(benchmark: Benchmark, tables: Sequence[Table]) -> None:
+    for shown in tables:
+        print("\n".join(lines_of(shown)))
+    print("\n".join(notes(benchmark)))
+    if benchmark.options.picture:
+        benchmark.options.picture.write_text(picture(tables))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="The embedded queue beside a bare sqlite3 loop.")
-    parser.add_argument("--tasks", type=int, default=50_000)
-    parser.add_argument("--concurrency", type=int, default=100)
-    parser.add_argument("--rounds", type=int, default=5)
-    options = parser.parse_args()
-    tasks = options.tasks // BATCH * BATCH or BATCH
-    rounds = [one_round(tasks, options.concurrency) for _ in range(options.rounds)]
-    published, bare_published, drained, bare_drained = zip(*rounds, strict=True)
-    print(f"{'':<12} {'boilermaker':>12} {'bare sqlite3':>12} {'ratio':>8}")
-    print(row("publish", published, bare_published))
-    print(row("drain", drained, bare_drained))
+    options = parsed()
+    chosen = options.only or [name for name in PARTS if name != "growth" or options.growth]
+    for python in {sys.executable, *(path for _, path in options.python)}:
+        compile_for(python)
+    benchmark = Benchmark(options, found(options))
+    tables: list[Table] = []
+    try:
+        for name in chosen:
+            tables += [shown for shown in PARTS[name](benchmark) if shown.rows]
+    finally:
+        for contestant in benchmark.peers:
+            with contextlib.suppress(Failed):
+                call(contestant, "remove", contestant.place or ":memory:")
+    report(benchmark, tables)
+    sys.exit(1 if benchmark.failures else 0)
 
 
 if __name__ == "__main__":
