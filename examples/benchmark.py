@@ -18,6 +18,8 @@ that all meet the same machine, and every measurement runs in new processes, on 
                default settings. Of boilermaker only, unless --kill: others take minutes, or never start it again.
     growth     Only with --growth: drain and publish with 1,000,000 messages waiting, 100,000 scheduled and 100,000
                dead-lettered, and with 1,000 waiting; the memory this takes, and the size of the file.
+    azure      The Azure bus over examples.servicebus_emulator, 32 tasks at once, beside the loop that one would write
+               with the SDK alone, and beside boilermaker-servicebus 1.4.1. A tenth of the tasks.
 
 Each task must run exactly once (in `kill`, twice): where one does not, or a worker of boilermaker says that the
 database is locked, this script says so at the end and exits with 1.
@@ -30,7 +32,9 @@ does not answer, is skipped. To install them, each at its newest release:
     pip install huey "pgqueuer[asyncpg]" uvloop "dramatiq[redis]" "celery[redis]" taskiq-redis streaq rq redis hiredis
     pip install arq "saq[redis]"          # in a second environment: they demand an older client of Redis
 
-    python -m examples.benchmark --python Saq,Arq=second/bin/python
+    pip install boilermaker-servicebus==1.4.1     # in a third one: it has the same name
+
+    python -m examples.benchmark --python Saq,Arq=second/bin/python --python Original=third/bin/python
 
 Give an empty Redis database and a PostgreSQL database without tables of pgqueuer: both are emptied again and again.
 The servers keep their own settings, and with them their own durability: PostgreSQL as installed commits to the disk,
@@ -39,7 +43,13 @@ Redis as installed writes a snapshot now and then, so that a crash loses the tas
 Where the microseconds go
 -------------------------
 
-(To be filled in.)
+Of a drain at concurrency 100, by a sampling profiler: the transactions take 46 % (claiming 22, completing 15, the
+commit 7, the rest 2), decoding the bodies 26 % (half of it for the arguments' JSON and the Task), running the tasks
+17 % (a context and a coroutine each, the decision and the settlement), the event loop and the worker's pump the other
+11 %. So SQLite's part is the bare loop's, in one transaction where that has two, and what bounds the rest is how many
+Python objects a message becomes. Publishing in lists is bounded by encoding and by SQLite's inserts, publishing one by
+one by the disk: a fdatasync for each, as in the bare loop, and two turns of the event loop. Logging at INFO writes two
+records a task, which take the logging module about as long as everything else takes boilermaker.
 """
 
 from __future__ import annotations
