@@ -817,7 +817,7 @@ def _check_fields(task: Task) -> None:
     attempts, last_retry = task.attempts
     if type(attempts) is not int or not 0 <= attempts <= MAX_SECONDS or not isinstance(last_retry, datetime.datetime):
         raise UsageError(f"{task!r}: attempts={_short(task.attempts)} must be a count from 0, and a datetime.")
-    if task.default_options and not set(_OPTIONS).issuperset(task.default_options):
+    if not all(option in _OPTIONS for option in task.default_options):
         raise UsageError(f"{task!r}: default_options={_short(task.default_options)} must be among {_OPTIONS}.")
     if task.queue is not None:
         _checked_queue_name(task.queue)
@@ -2198,6 +2198,7 @@ class QueueFile:
         self.log_path = None if path == ":memory:" else path + "-wal"
         self._log = None if self.log_path is None else os.open(self.log_path, os.O_RDWR)
         self._inodes = self._inodes_now()
+        self._syncing = threading.Lock()
         self._sync_failed = False
         self._seen_changes = 0
         self._logged_pages = 0
@@ -2215,25 +2216,38 @@ class QueueFile:
 
     @property
     def syncs_quickly(self) -> bool:
-        return self._quick_syncs >= QUICK_SYNCS and not self.store.checkpointing.locked()
+        busy = self._syncing.locked() or self.store.checkpointing.locked()
+        return self._quick_syncs >= QUICK_SYNCS and not busy
 
     def sync(self) -> ServiceBusUnavailable | None:
         """Wait until all that is committed is on the disk; the error if that failed."""
         if self._log is None:
             return None
         started = time.perf_counter()
-        try:
-            if self._inodes_now() != self._inodes:
-                raise FileNotFoundError("the file was replaced")
-            if self._sync_failed and not self._move_log_to_file("TRUNCATE"):
-                raise OSError("an earlier failure is not mended yet")  # the system does not write that by itself again
-            getattr(os, "fdatasync", os.fsync)(self._log)
-        except (OSError, sqlite3.Error) as error:
-            self._sync_failed, self._quick_syncs = True, 0
-            return ServiceBusUnavailable(f"{self.store.path} could not be synced to the disk: {error}")
-        self._sync_failed = False
-        self._quick_syncs = self._quick_syncs + 1 if time.perf_counter() - started < QUICK_SYNC else 0
+        with self._syncing:  # after another's that may fail: the system reports a failure once
+            try:
+                if self._inodes_now() != self._inodes:
+                    raise FileNotFoundError("the file was replaced")
+                if self._sync_failed:
+                    self._mend()
+                getattr(os, "fdatasync", os.fsync)(self._log)
+            except (OSError, sqlite3.Error) as error:
+                self._sync_failed, self._quick_syncs = True, 0
+                return ServiceBusUnavailable(f"{self.store.path} could not be synced to the disk: {error}")
+            self._sync_failed = False
+            self._quick_syncs = self._quick_syncs + 1 if time.perf_counter() - started < QUICK_SYNC else 0
         return None
+
+    def _mend(self) -> None:
+        """Write again what an fdatasync could not: the system does not do that by itself."""
+        mended = False
+        if self.store.checkpointing.acquire(blocking=False):
+            try:
+                mended = self._move_log_to_file("TRUNCATE")
+            finally:
+                self.store.checkpointing.release()
+        if not mended:
+            raise OSError("an earlier failure is not mended yet")
 
     def _inodes_now(self) -> list[int]:
         """What tells a file that was deleted, or replaced by another."""
@@ -2613,10 +2627,10 @@ class LocalReceiver:
 
     async def _reopen(self) -> None:
         """Go on with the bus, which was closed, and is used again by that."""
+        commit = await self._bus._commit()
         self._watcher.close()
-        self._commit = await self._bus._commit()
-        self._store = self._commit.file.store
-        self._watcher = FileWatcher(self._commit.file.log_path, self._store)
+        self._commit, self._store = commit, commit.file.store
+        self._watcher = FileWatcher(commit.file.log_path, commit.file.store)
 
     async def _claim(self, max_message_count: int) -> tuple[list[Delivery], float | None]:
         """Lock messages; none, and when to look again. What a cancelled claim locked is given back."""
@@ -2775,8 +2789,9 @@ class FileWatcher:
             self._poll_handle.cancel()
 
     def close(self) -> None:
-        if self._inotify is not None:
-            os.close(self._inotify)
+        inotify, self._inotify = self._inotify, None
+        if inotify is not None:
+            os.close(inotify)
 
     def _written(self) -> None:
         assert self._inotify is not None
@@ -2833,6 +2848,9 @@ SEND_PAUSES = (0.25, 1.0, 4.0)
 
 RETRY_PAUSE = 0.25
 """Seconds between two attempts to settle."""
+
+SHORTEST_LOCK = 5
+"""Seconds that a lock is taken to last where the clocks leave it open: shorter ones are of no use to anybody."""
 
 START_PATIENCE = 2
 """Seconds for which a worker that starts tries to connect."""
@@ -3502,6 +3520,7 @@ class AzureReceiver:
         self._connecting: asyncio.Task[None] | None = None
         self._failures = 0
         self._busy = False
+        self._clock_is_ahead = False
         self._stopping = False
         self._settling: set[asyncio.Future[list[Rejection]]] = set()
         self._renew_at: dict[Delivery, float] = {}
@@ -3609,18 +3628,30 @@ class AzureReceiver:
         return messages
 
     def _hold(self, raw: ServiceBusReceivedMessage) -> Delivery:
-        until = raw.locked_until_utc.timestamp() if raw.locked_until_utc else time.time()
         delivery = Delivery(
             sequence_number=raw.sequence_number or 0,
             delivery_count=raw.delivery_count or 0,
             message_id=raw.message_id,
             body=_body_of(raw),
             application_properties=_properties_of(raw),
-            locked_until=until,
+            locked_until=self._locked_until(raw.locked_until_utc),
             raw=raw,
         )
         self._schedule_renewal(delivery)
         return delivery
+
+    def _locked_until(self, granted: datetime.datetime | None) -> float:
+        """When a lock that the service has just granted runs out. By a clock that is ahead of the service's it may have
+        done so already: then the service is asked again soon."""
+        now = time.time()
+        if granted is not None and granted.timestamp() > now:
+            return granted.timestamp()
+        if not self._clock_is_ahead:
+            self._clock_is_ahead = True
+            logger.warning(
+                "Messages of %r come with locks that have run out by this machine's clock: set the clock.", self._bus
+            )
+        return now + SHORTEST_LOCK
 
     # -- settling
 
@@ -3669,6 +3700,7 @@ class AzureReceiver:
             # Its delivery number may be another message's on this link. What the SDK takes for deferred it settles by
             # the lock token, in a management request.
             delivery.raw._is_deferred_message = True
+        delivery.raw._expiry = _utc(delivery.locked_until)  # by which the SDK refuses to settle
         started = time.monotonic()
         match settlement.disposition:
             case Disposition.COMPLETE:
@@ -3711,7 +3743,7 @@ class AzureReceiver:
         except BoilermakerError as error:
             logger.info("Renewing a lock of %r failed, will try again: %s", self._bus, error)
         else:
-            delivery.locked_until = until.timestamp()
+            delivery.locked_until = self._locked_until(until)
         if delivery in self._renew_at:
             self._schedule_renewal(delivery)
 
@@ -3809,6 +3841,9 @@ STOP_PATIENCE = 2.0
 LONGEST_TURN = 0.01
 """Seconds for which tasks that never wait are run one after the other, before the event loop has its turn."""
 
+MOST_STARTING = 5
+"""Runners that are made before one of them has begun: often the first runs all that is lined up."""
+
 
 @dataclass(slots=True, eq=False)
 class Run:
@@ -3839,6 +3874,7 @@ class Worker:
         self._receiver: Receiver
         self._running: dict[Delivery, Run] = {}
         self._ready: collections.deque[Run] = collections.deque()
+        self._starting = 0
         self._finished: list[Settlement] = []
         self._settling: set[asyncio.Future[list[Rejection]]] = set()
         self._resending: list[Settlement] = []
@@ -3850,7 +3886,7 @@ class Worker:
 
     async def run(self) -> None:
         """Work until a signal, until cancelled, or, in a burst, until there is nothing to do."""
-        self._loop = asyncio.get_running_loop()
+        self._loop, self._own = asyncio.get_running_loop(), asyncio.current_task()
         self._receiver = await self._bus.open_receiver(self._lock_lost, self._max_renewal)
         with _on_signals(self._signalled):
             logger.info("Worker started: %r, concurrency=%d", self._bus, self._concurrency)
@@ -3880,7 +3916,7 @@ class Worker:
             deliveries = await self._receiver.receive(free, 0 if self._burst else MAX_WAIT)
             for delivery in deliveries:
                 self._line_up(delivery)
-            self._make_runners(min(1, len(self._ready)))
+            self._make_runners(1)
             if self._burst and not deliveries:
                 await self._end_of_burst(alone)
         except Exception as error:
@@ -3955,6 +3991,7 @@ class Worker:
 
     async def _run_ready(self) -> None:
         """Run what is lined up, one after the other, until one has to wait or it is the event loop's turn."""
+        self._starting -= 1
         runner = asyncio.current_task()
         assert runner is not None
         latest = self._loop.time() + LONGEST_TURN
@@ -3965,17 +4002,19 @@ class Worker:
             try:
                 awaited = context.run(coroutine.send, None)
             except StopIteration:
-                if runner.cancelling() or self._loop.time() > latest:
-                    self._make_runners(min(1, len(self._ready)))
+                if _is_cancelled(runner) or self._loop.time() > latest:
+                    self._make_runners(1)
                     return
             else:
-                self._make_runners(len(self._ready))
+                self._make_runners(MOST_STARTING)
                 await _go_on(context, coroutine, awaited)
                 return
 
-    def _make_runners(self, count: int) -> None:
-        for _ in range(count):
-            self._loop.create_task(self._run_ready())
+    def _make_runners(self, most: int) -> None:
+        """Have as many that are about to begin as there are messages to run, up to a limit."""
+        for _ in range(min(most, len(self._ready)) - self._starting):
+            self._starting += 1
+            asyncio.Task(self._run_ready(), loop=self._loop)  # begins later, whatever task factory the loop has
 
     async def _process(self, run: Run) -> None:
         """Run a task and leave its settlement with the pump."""
@@ -4017,11 +4056,17 @@ class Worker:
             outcome = self._returned(await registration.function(self._app.state, *task.args, **task.kwargs), task)
         except BaseException as error:
             outcome = Outcome(ending_of(task, error), error=error)
+            if isinstance(error, asyncio.CancelledError) and self._is_cancelled():
+                run.stopped = run.stopped or Ending.STOPPED
         if run.stopped is Ending.LOCK_LOST or (run.stopped is not None and outcome.ending is not Ending.RETURNED):
             return Outcome(run.stopped)
         if started is not None and outcome.ending is Ending.RETURNED:
             _log_completion(task, time.perf_counter() - started)
         return outcome
+
+    def _is_cancelled(self) -> bool:
+        """Whether the worker is: `asyncio.run`, when it ends, cancels a task and its worker at the same time."""
+        return self._own is not None and self._own.cancelling() > 0
 
     async def _complete_early(self, run: Run) -> Outcome | None:
         """Complete the message of a task that is to run at most once; how it ended if that came in between."""
@@ -4154,6 +4199,11 @@ class Worker:
             logger.error("[%s] Would not stop sequence_number=%s", run.task.function_name, delivery.sequence_number)
             held = run.task.acks_late and run.stopped is Ending.STOPPED
             self._finished.append(Settlement(delivery, Disposition.ABANDON if held else Disposition.LEAVE))
+
+
+def _is_cancelled(runner: asyncio.Task[None]) -> bool:
+    """Whether a task that has ended cancelled what it ran in: the next must not be met by that."""
+    return bool(runner.cancelling() or getattr(runner, "_must_cancel", False))
 
 
 @types.coroutine

@@ -2283,6 +2283,7 @@ async def test_publishing_that_fails_at_every_attempt_is_one_error_with_the_erro
         ("policy_is_default", 1),
         ("default_options", None),
         ("default_options", ("policy",)),
+        ("default_options", ([],)),
         ("scheduled_policy", 3),
         ("attempts", 0),
         ("attempts", RetryAttempts(-1, datetime.datetime.now(datetime.UTC))),
@@ -3265,6 +3266,26 @@ async def test_a_worker_goes_on_with_a_bus_that_was_closed_and_is_used_again(ope
         await until(lambda: app.state == [1, 2])
 
 
+async def test_a_worker_goes_on_when_the_file_of_a_closed_bus_was_away(open_bus, monkeypatch, tmp_path):
+    monkeypatch.setattr(boilermaker, "MAX_WAIT", 0.1)
+    (tmp_path / "volume").mkdir()
+    app = Boilermaker([], open_bus(path=tmp_path / "volume" / "queue.db"))
+
+    @app.task
+    async def work(state, number):
+        state.append(number)
+
+    async with working(app):
+        await work.delay(1)
+        await until(lambda: app.state == [1])
+        await app.close()
+        (tmp_path / "volume").rename(tmp_path / "elsewhere")
+        await asyncio.sleep(0.5)
+        (tmp_path / "elsewhere").rename(tmp_path / "volume")
+        await work.delay(2)
+        await until(lambda: app.state == [1, 2])
+
+
 def test_a_bus_can_be_used_by_one_event_loop_after_the_other(tmp_path):
     bus = LocalServiceBus(tmp_path / "queue.db")
     assert asyncio.run(bus.send([letter("a")])) == [1]
@@ -3492,6 +3513,31 @@ async def test_after_a_disk_that_could_not_sync_the_log_is_written_to_the_file(o
     await bus.send([letter("b")])
     shutil.copy(tmp_path / "queue.db", tmp_path / "copy.db")  # without the log
     assert await ids_of(open_bus(path=tmp_path / "copy.db")) == ["a", "b"]
+
+
+def test_a_failure_to_sync_is_met_by_all_event_loops_although_the_system_tells_only_one(monkeypatch, tmp_path):
+    async def both():
+        sending = [asyncio.to_thread(asyncio.run, bus.send([letter(name)])) for name in "bc"]
+        return await asyncio.gather(*sending, return_exceptions=True)
+
+    bus = LocalServiceBus(tmp_path / "queue.db")
+    asyncio.run(bus.send([letter("a")]))
+    copied = []
+    fails = threading.Lock()
+
+    def fdatasync(file):
+        if fails.acquire(blocking=False):
+            time.sleep(0.1)
+            raise OSError(5, "Input/output error")
+        shutil.copy(tmp_path / "queue.db", tmp_path / f"copy{len(copied)}.db")  # what is on the disk by now
+        copied.append(tmp_path / f"copy{len(copied)}.db")
+
+    monkeypatch.setattr(os, "fdatasync", fdatasync, raising=False)
+    results = asyncio.run(both())
+    assert sorted(type(result).__name__ for result in results) == ["ServiceBusUnavailable", "list"]
+    [accepted] = ["bc"[number] for number, result in enumerate(results) if isinstance(result, list)]
+    asyncio.run(bus.close())
+    assert accepted in asyncio.run(ids_of(LocalServiceBus(copied[0])))
 
 
 async def test_closing_lets_go_of_the_file_even_if_the_disk_fails(open_bus, monkeypatch):
@@ -4714,6 +4760,36 @@ async def test_a_task_that_waits_has_an_asyncio_task_of_its_own(open_bus):
     assert len(set(app.state)) == 5
 
 
+async def test_many_tasks_that_wait_take_no_more_asyncio_tasks_than_they_are(open_bus):
+    app = Boilermaker([], open_bus())
+
+    @app.task
+    async def work(state):
+        state.append(len(asyncio.all_tasks()))
+        await asyncio.sleep(0)
+        state.append(len(asyncio.all_tasks()))
+
+    await app.publish_many([work.si() for _ in range(300)])
+    await work_off(app, concurrency=300)
+    assert len(app.state) == 600
+    assert max(app.state) < 320
+
+
+@pytest.mark.skipif(not hasattr(asyncio, "eager_task_factory"), reason="Python 3.12 has it")
+async def test_tasks_may_begin_eagerly(open_bus):
+    asyncio.get_running_loop().set_task_factory(asyncio.eager_task_factory)
+    app = Boilermaker([], open_bus())
+
+    @app.task
+    async def work(state):
+        await asyncio.sleep(0)
+        state.append("done")
+
+    await app.publish_many([work.si() for _ in range(600)])
+    await work_off(app, concurrency=600)
+    assert app.state == ["done"] * 600
+
+
 async def test_a_task_may_limit_its_time(open_bus):
     app = Boilermaker([], open_bus())
 
@@ -4731,12 +4807,15 @@ async def test_a_task_may_limit_its_time(open_bus):
     assert Counter(app.state) == {"done": 3, "too late": 3}
 
 
-async def test_a_task_that_asks_to_be_cancelled_and_returns_does_not_harm_the_next(open_bus):
+@pytest.mark.parametrize("changes_its_mind", [False, True])
+async def test_a_task_that_asks_to_be_cancelled_and_returns_does_not_harm_the_next(open_bus, changes_its_mind):
     app = Boilermaker([], open_bus())
 
     @app.task
     async def suicidal(state):
         asyncio.current_task().cancel()
+        if changes_its_mind:
+            asyncio.current_task().uncancel()
 
     @app.task
     async def patient(state):
@@ -4747,6 +4826,29 @@ async def test_a_task_that_asks_to_be_cancelled_and_returns_does_not_harm_the_ne
     await work_off(app)
     assert app.state == ["done", "done"]
     assert await ids_of(app.service_bus_client, dead_letter=True) == []
+
+
+def test_a_program_that_ends_around_its_worker_gives_running_tasks_back(tmp_path):
+    bus = LocalServiceBus(tmp_path / "queue.db")
+    app = Boilermaker([], bus)
+
+    @app.task
+    async def slow(state):
+        state.append(asyncio.create_task(app.run()))  # any asyncio task: all are cancelled at the same time
+        await asyncio.sleep(PATIENCE)
+
+    async def program():
+        await slow.delay()
+        app.state.append(asyncio.create_task(app.run()))
+        await until(lambda: len(app.state) == 2)
+
+    async def left():
+        waiting, dead = await bus.peek(), await bus.peek(dead_letter=True)
+        await bus.close()
+        return [message.delivery_count for message in waiting], dead
+
+    asyncio.run(program())
+    assert asyncio.run(left()) == ([1], [])
 
 
 async def test_a_worker_that_stops_gives_back_what_it_has_not_begun(open_bus):
@@ -5880,6 +5982,31 @@ async def test_a_lock_is_renewed_for_as_long_as_its_task_runs(quick_azure_bus):
     await work_off(app)
     assert len(runs) == 1
     assert await is_empty(app.service_bus_client)
+
+
+async def test_a_worker_whose_clock_is_ahead_keeps_its_locks_and_says_so(quick_azure_bus, caplog, monkeypatch):
+    monkeypatch.setattr(boilermaker, "SHORTEST_LOCK", 1)
+    app = Boilermaker([], quick_azure_bus())
+
+    @app.task
+    async def slow(state):
+        await asyncio.sleep(3)
+        state.append("slow")
+
+    @app.task
+    async def step(state):
+        state.append("step")
+
+    await app.publish_task(slow.si() | step.si())
+    now = time.time
+    monkeypatch.setattr(time, "time", lambda: now() + 60)
+    monkeypatch.setattr(
+        "azure.servicebus._common.message.utc_now", lambda: datetime.datetime.fromtimestamp(time.time(), datetime.UTC)
+    )
+    await work_off(app)
+    assert app.state == ["slow", "step"]
+    assert await is_empty(app.service_bus_client)
+    assert sum("run out by this machine's clock" in message for message in caplog.messages) == 1
 
 
 async def test_a_task_whose_lock_is_taken_away_is_cancelled_and_runs_again(quick_azure_bus, quick_emulator, caplog):
