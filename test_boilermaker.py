@@ -3979,10 +3979,11 @@ async def test_publishing_into_a_file_that_was_deleted_is_an_error(tmp_path):
     await app.close()
 
 
-async def test_publishing_into_a_file_whose_log_alone_is_left_is_an_error(open_bus, tmp_path):
+@pytest.mark.parametrize("name", ["queue.db", "queue.db-wal"])
+async def test_publishing_into_a_file_of_which_a_part_is_gone_is_an_error(open_bus, tmp_path, name):
     bus = open_bus()
     await bus.send([letter("a")])
-    (tmp_path / "queue.db").unlink()
+    (tmp_path / name).unlink()
     with pytest.raises(ServiceBusUnavailable, match=r"queue\.db"):
         await bus.send([letter("b")])
 
