@@ -52,6 +52,7 @@ import inspect
 import itertools
 import json
 import logging
+import math
 import operator
 import os
 import random
@@ -361,6 +362,8 @@ class RetryException(BoilermakerError):
     def __init__(self, msg: str = "", policy: RetryPolicy | None = None) -> None:
         if policy is not None and not isinstance(policy, RetryPolicy):
             raise UsageError(f"{type(self).__name__}: policy={policy!r} must be a RetryPolicy.")
+        if isinstance(msg, RetryPolicy):
+            raise UsageError(f"{type(self).__name__}: the message comes first, then the policy: policy={msg!r}.")
         super().__init__(msg)
         self.msg = msg
         self.policy = policy
@@ -650,8 +653,20 @@ def _as_task(operand: object, role: str = "A workflow's member") -> Task:
     if isinstance(operand, Task):
         return operand
     if isinstance(operand, TaskFunction):
-        return operand.si()
-    raise UsageError(f"{role} must be a Task or a decorated function, not {operand!r}.")
+        try:
+            return operand.si()
+        except InvalidArguments as error:
+            name = operand.registration.name
+            raise InvalidArguments(
+                f"{error} Alone, a function stands for {name}.si(); {name}.s() receives its parent's result."
+            ) from None
+    hint = ""
+    if inspect.iscoroutine(operand):
+        operand.close()
+        hint = " To publish by delay(), await it; si() makes a task to be published later."
+    elif inspect.iscoroutinefunction(operand):
+        hint = f" Use Task.si({operand.__name__}, ...)."
+    raise UsageError(f"{role} must be a Task or a decorated function, not {operand!r}.{hint}")
 
 
 def _task_of(registration: Registration, app: Boilermaker, args: Sequence[Any], kwargs: dict[str, Any]) -> Task:
@@ -825,9 +840,9 @@ def _check_fields(task: Task) -> None:
 
 def _check_head(task: Task) -> None:
     """Refuse what cannot be published by itself."""
+    _check_beginning(task)
     if task.takes_result:
         raise UsageError(f"{task!r} was made by .s(), for a parent's result, but has no parent: make it by .si().")
-    _check_beginning(task)
 
 
 def _check_beginning(task: Task) -> None:
@@ -890,7 +905,7 @@ def _explain_arguments(task: Task, error: Exception) -> InvalidArguments:
         except (TypeError, ValueError, RecursionError) as cause:
             return InvalidArguments(
                 f"{task.function_name}: JSON cannot carry argument {name} = {_short(value)}: {cause}. "
-                "Pass numbers, strings, lists and dicts, or an id to look it up by."
+                "Pass numbers, strings (such as `.isoformat()` of a date), lists and dicts, or an id to look it up by."
             )
     return InvalidArguments(f"{task.function_name}: JSON cannot carry the arguments: {error}.")
 
@@ -1685,9 +1700,9 @@ class Store:
         self.checkpointing = threading.Lock()
         self._queues: dict[str, tuple[int, QueueSettings]] = {}
         with _explained(path):
-            _patiently(self._connect)
+            _patiently(path, self._connect)
             try:
-                _patiently(self._prepare)
+                _patiently(path, self._prepare)
             except BaseException:
                 self._connection.close()
                 raise
@@ -1752,7 +1767,7 @@ class Store:
             wait: for other threads and processes, up to LOCK_PATIENCE; else `sqlite3.OperationalError` at once.
         """
         begin = functools.partial(self._begin, wait)
-        _patiently(begin) if wait else begin()
+        _patiently(self.path, begin) if wait else begin()
         try:
             yield
             self._connection.execute("COMMIT")
@@ -2105,7 +2120,7 @@ LOCK_PATIENCE = 30
 """Seconds to wait for another process's transaction."""
 
 
-def _patiently(action: Callable[[], T]) -> T:
+def _patiently(path: str, action: Callable[[], T]) -> T:
     """Repeat an action that another process's lock may keep from happening."""
     for _ in range(LOCK_PATIENCE * 1000):
         try:
@@ -2114,7 +2129,7 @@ def _patiently(action: Callable[[], T]) -> T:
             if not _is_locked(error):
                 raise
             time.sleep(random.uniform(0.0005, 0.0015))
-    raise ServiceBusUnavailable(f"Another process has locked the queue file for over {LOCK_PATIENCE} s: is it stopped?")
+    raise ServiceBusUnavailable(f"Another process has locked {path} for over {LOCK_PATIENCE} s: is it stopped?")
 
 
 def _is_locked(error: sqlite3.Error) -> bool:
@@ -2130,7 +2145,7 @@ def _is_about_the_file(error: Exception) -> bool:
 
 _HOPELESS = {
     sqlite3.SQLITE_NOTADB: "is not a SQLite database: choose another path",
-    sqlite3.SQLITE_CANTOPEN: "cannot be opened: the directory has to exist and be writable",
+    sqlite3.SQLITE_CANTOPEN: "cannot be opened: it must be a file, in a directory that exists, and both writable",
     sqlite3.SQLITE_READONLY: "is read-only: the file and its directory have to be writable",
     sqlite3.SQLITE_PERM: "may not be opened: check its permissions",
     sqlite3.SQLITE_CORRUPT: "is damaged: restore it, or choose another path",
@@ -2188,16 +2203,19 @@ class QueueFile:
     def __init__(self, path: str, queue: str, settings: QueueSettings) -> None:
         self.pid = os.getpid()
         self.closed = False
+        self.log_path = None if path == ":memory:" else path + "-wal"
         self.store = Store(path)
         try:
             self.store.open_queue(queue, settings)
+            self._inode = None if self.log_path is None else os.stat(path).st_ino
+            self._log = None if self.log_path is None else os.open(self.log_path, os.O_RDWR)
+        except OSError as error:
+            self.store.close()
+            raise ServiceBusUnavailable(f"{path} cannot be opened: {error}") from error
         except BaseException:
             self.store.close()
             raise
         self.threads = ThreadPoolExecutor(3, thread_name_prefix="boilermaker")
-        self.log_path = None if path == ":memory:" else path + "-wal"
-        self._log = None if self.log_path is None else os.open(self.log_path, os.O_RDWR)
-        self._inode = None if self._log is None else os.stat(path).st_ino
         self._syncing = threading.Lock()
         self._sync_failed = False
         self._seen_changes = 0
@@ -2230,6 +2248,9 @@ class QueueFile:
                 if self._sync_failed:
                     self._mend()
                 getattr(os, "fdatasync", os.fsync)(self._log)
+            except FileNotFoundError:
+                path = self.store.path
+                return ServiceBusUnavailable(f"{path} was deleted or replaced while open: close the bus, or restart.")
             except (OSError, sqlite3.Error) as error:
                 self._sync_failed, self._quick_syncs = True, 0
                 return ServiceBusUnavailable(f"{self.store.path} could not be synced to the disk: {error}")
@@ -2450,7 +2471,8 @@ class LocalServiceBus:
 
     Raises:
         ConfigurationError: an argument is out of range; at the first use, the file cannot hold a queue.
-        ServiceBusUnavailable: at use, the disk is full or the file locked for long. Nothing was changed then.
+        ServiceBusUnavailable: at use, the disk is full or the file locked for long: nothing was changed then. Or what
+            was sent could not be synced to the disk: then it may be there all the same.
     """
 
     system = "boilermaker"
@@ -2507,8 +2529,7 @@ class LocalServiceBus:
         commit = await self._commit()
         store = commit.file.store
         cancel = functools.partial(store.cancel, self.queue_name, sequence_number)
-        fits = abs(sequence_number) < 2**63  # what SQLite can hold
-        if not fits or not await commit.submit(lambda: cancel(time.time()), durable=True):
+        if not _is_64_bit(sequence_number) or not await commit.submit(lambda: cancel(time.time()), durable=True):
             raise MessageNotFound(f"{self.queue_name} has no scheduled message with sequence number {sequence_number}.")
 
     async def open_receiver(self, on_lock_lost: Callable[[Delivery], None], max_renewal: float) -> LocalReceiver:
@@ -2518,11 +2539,13 @@ class LocalServiceBus:
         """Close the file. The bus opens it again if it is used again."""
         file, self._file = self._file, None
         commit = self._commits.get(asyncio.get_running_loop())
-        if commit is not None and commit.file is file:
-            with contextlib.suppress(ServiceBusUnavailable):
-                await commit.submit(lambda: None, durable=True)  # after all that was asked for before
-        if file is not None and file.pid == os.getpid():
-            await asyncio.to_thread(file.close)
+        try:
+            if commit is not None and commit.file is file:
+                with contextlib.suppress(ServiceBusUnavailable):
+                    await commit.submit(lambda: None, durable=True)  # after all that was asked for before
+        finally:
+            if file is not None and file.pid == os.getpid():
+                await asyncio.to_thread(file.close)
 
     async def _commit(self) -> GroupCommit:
         """This event loop's transactions, on the file as this process has it open."""
@@ -2539,24 +2562,26 @@ class LocalServiceBus:
     def _open(self) -> QueueFile:
         """Open the file, anew after a fork: a connection must not be shared, nor closed, by a child."""
         with self._opening.setdefault(os.getpid(), threading.Lock()):
-            if self._file is None or self._file.pid != os.getpid():
-                if self._file is not None:
-                    _inherited.append(self._file)  # a child must not even close what it inherited
-                self._file = QueueFile(self._real_path, self.queue_name, self._settings)
-            return self._file
+            file = self._file  # another event loop may close the bus meanwhile
+            if file is None or file.pid != os.getpid():
+                if file is not None:
+                    _inherited.append(file)  # a child must not even close what it inherited
+                file = self._file = QueueFile(self._real_path, self.queue_name, self._settings)
+            return file
 
 
 _inherited: list[QueueFile] = []
 
 
-def _positive(name: str, value: float) -> float:
+def _positive(name: str, value: float, least: str = "over 0,") -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= MAX_SECONDS:
-        raise ConfigurationError(f"{name}={value!r} must be a number over 0, up to {MAX_SECONDS}.")
+        raise ConfigurationError(f"{name}={value!r} must be a number {least} up to {MAX_SECONDS}.")
     return value
 
 
 def _checked_path(path: object) -> str:
-    if not isinstance(path, (str, os.PathLike)) or not isinstance(text := os.fspath(path), str) or not text:
+    text = os.fspath(path) if isinstance(path, (str, os.PathLike)) else None
+    if not isinstance(text, str) or not text or "\0" in text:
         raise ConfigurationError(f"path={path!r} must be that of a file, or ':memory:'.")
     return text
 
@@ -2570,6 +2595,11 @@ def _count(name: str, value: int) -> int:
 def _check_sequence_number(number: object) -> None:
     if type(number) is not int:
         raise UsageError(f"sequence_number={number!r} must be an int: that of a task published with delay or eta.")
+
+
+def _is_64_bit(number: int) -> bool:
+    """Whether SQLite and AMQP can hold a number, and so whether a message can have it."""
+    return abs(number) < 2**63
 
 
 def _checked_queue_name(name: object) -> str:
@@ -2617,7 +2647,7 @@ class LocalReceiver:
         deadline = self._loop.time() + max_wait_time
         changed = asyncio.Event()
         with self._watching(changed.set):
-            while True:
+            while not self._commit.file.closed:
                 changed.clear()
                 deliveries, next_due = await self._claim(max_message_count)
                 remaining = deadline - self._loop.time()
@@ -2628,6 +2658,7 @@ class LocalReceiver:
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(remaining):
                         await changed.wait()
+        return []
 
     async def _reopen(self) -> None:
         """Go on with the bus, which was closed, and is used again by that."""
@@ -2671,9 +2702,16 @@ class LocalReceiver:
 
     def settle(self, settlements: Sequence[Settlement], durable: bool = False) -> asyncio.Future[list[Rejection]]:
         self._held.difference_update(settlement.delivery for settlement in settlements)
-        return self._commit.submit(functools.partial(self._settle_now, settlements), durable=durable)
+        if self._commit.file.closed:
+            return asyncio.ensure_future(self._settle_anew(settlements, durable))
+        return self._commit.submit(functools.partial(self._settle_now, self._store, settlements), durable=durable)
 
-    def _settle_now(self, settlements: Sequence[Settlement]) -> list[Rejection]:
+    async def _settle_anew(self, settlements: Sequence[Settlement], durable: bool) -> list[Rejection]:
+        """Settle by the bus as it is opened again; the next receive goes on with that too."""
+        commit = await self._bus._commit()
+        return await commit.submit(functools.partial(self._settle_now, commit.file.store, settlements), durable=durable)
+
+    def _settle_now(self, store: Store, settlements: Sequence[Settlement]) -> list[Rejection]:
         """All in the one transaction; those that only delete, together."""
         now = time.time()
         plain: list[Settlement] = []
@@ -2681,50 +2719,50 @@ class LocalReceiver:
         for one in settlements:
             only_deletes = one.disposition is Disposition.COMPLETE and one.follow_up is None
             (plain if only_deletes else others).append(one)
-        if not self._complete_all(plain):
+        if not self._complete_all(store, plain):
             others += plain  # one by one, to know which
-        return [rejection for one in others if (rejection := self._settle_one(one, now)) is not None]
+        return [rejection for one in others if (rejection := self._settle_one(store, one, now)) is not None]
 
-    def _complete_all(self, settlements: Sequence[Settlement]) -> bool:
+    def _complete_all(self, store: Store, settlements: Sequence[Settlement]) -> bool:
         """Complete, all or none; False if one was not held any more."""
         if not settlements:
             return True
         try:
-            with self._store.savepoint():
-                if self._store.complete([one.delivery for one in settlements]) < len(settlements):
+            with store.savepoint():
+                if store.complete([one.delivery for one in settlements]) < len(settlements):
                     raise MessageLockLost
         except MessageLockLost:
             return False
         return True
 
-    def _settle_one(self, settlement: Settlement, now: float) -> Rejection | None:
+    def _settle_one(self, store: Store, settlement: Settlement, now: float) -> Rejection | None:
         """Settle and publish what follows, both or, if the lock was lost or something is wrong with them, neither."""
         try:
-            with self._store.savepoint():
-                if not self._dispose(settlement, now):
+            with store.savepoint():
+                if not self._dispose(store, settlement, now):
                     return _lock_lost(settlement)
                 if settlement.follow_up is not None:
-                    self._store.insert([settlement.follow_up], now)
+                    store.insert([settlement.follow_up], now)
         except (ValueError, OverflowError) as error:  # text or a number that SQLite cannot hold
             return Rejection(settlement, error)
         return None
 
-    def _dispose(self, settlement: Settlement, now: float) -> bool:
+    def _dispose(self, store: Store, settlement: Settlement, now: float) -> bool:
         """Whether the message was still held."""
         delivery = settlement.delivery
         match settlement.disposition:
             case Disposition.COMPLETE:
-                return self._store.complete([delivery]) == 1
+                return store.complete([delivery]) == 1
             case Disposition.DEAD_LETTER:
-                return self._store.dead_letter(self._queue, delivery, settlement.reason, settlement.description, now)
+                return store.dead_letter(self._queue, delivery, settlement.reason, settlement.description, now)
             case Disposition.ABANDON:
-                return self._store.abandon(delivery)
+                return store.abandon(delivery)
             case Disposition.LEAVE:
                 return True
 
     def _keep_locks(self) -> None:
         """Renew in a thread, so that a task which blocks the event loop keeps its lock."""
-        while not self._closed.wait(self._lock_duration / 2):
+        while not self._closed.wait(self._lock_duration / 2) and not self._loop.is_closed():
             try:
                 lost = self._renew(list(self._held))
             except Exception as error:
@@ -2758,9 +2796,9 @@ class LocalReceiver:
             self._watcher.close()
 
 
-def _lock_lost(settlement: Settlement) -> Rejection:
+def _lock_lost(settlement: Settlement, how: str = "and another receiver had it") -> Rejection:
     number = settlement.delivery.sequence_number
-    return Rejection(settlement, MessageLockLost(f"the lock of message {number} ran out, and another receiver had it"))
+    return Rejection(settlement, MessageLockLost(f"the lock of message {number} ran out {how}"))
 
 
 class FileWatcher:
@@ -2804,8 +2842,11 @@ class FileWatcher:
         self._changed()
 
     def _poll(self) -> None:
+        try:
+            version = self._store.data_version()
+        except sqlite3.Error:  # it has been closed: the next receive opens it again
+            return
         self._poll_handle = asyncio.get_running_loop().call_later(POLL_INTERVAL, self._poll)
-        version = self._store.data_version()
         if version != self._version:
             self._version = version
             self._changed()
@@ -2887,7 +2928,7 @@ def _default_credential(include_msi: bool) -> Any:
     try:
         from azure.identity import DefaultAzureCredential
     except ImportError as error:
-        raise ConfigurationError(f"Azure needs more packages: pip install {AZURE_PACKAGES}.") from error
+        raise ConfigurationError(f"Azure needs more packages: pip install {AZURE_PACKAGES} ({error}).") from error
     return DefaultAzureCredential(exclude_managed_identity_credential=not include_msi)
 
 
@@ -2939,9 +2980,8 @@ class Config:
         if not self.service_bus_queue_name:
             raise ConfigurationError(
                 "The queue is missing: pass service_bus_queue_name, "
-                "or set SERVICE_BUS_QUEUE_NAME or SERVICEBUS_QUEUE_NAME."
+                "set SERVICE_BUS_QUEUE_NAME or SERVICEBUS_QUEUE_NAME, or use a connection string with an EntityPath."
             )
-
         if self.service_bus_namespace_url:
             _namespace_of(self.service_bus_namespace_url)
 
@@ -3113,6 +3153,8 @@ class AzureServiceBus:
             MessageNotFound: none is waiting under that number; it may be due already.
         """
         _check_sequence_number(sequence_number)
+        if not _is_64_bit(sequence_number):
+            raise MessageNotFound(f"{self!r} has no scheduled message with sequence number {sequence_number}.")
         async with self.sender_link(self.queue_name) as link:
             await link.call(link.sdk.cancel_scheduled_messages, sequence_number, timeout=ATTEMPT_TIMEOUT)
 
@@ -3120,10 +3162,12 @@ class AzureServiceBus:
         """Close all connections of this event loop. The bus opens new ones if it is used again."""
         opened = self._opened.pop(asyncio.get_running_loop(), None)
         if opened is not None:
-            client, senders = opened
-            for sender in senders.values():
-                await sender.close()
-            await client.close()
+            await asyncio.shield(asyncio.ensure_future(self._close(*opened)))
+
+    async def _close(self, client: ServiceBusClient, senders: Mapping[str, AzureSender]) -> None:
+        for sender in senders.values():
+            await sender.close()
+        await client.close()
 
     @contextlib.contextmanager
     def explained(self, queue: str | None = None) -> Iterator[None]:
@@ -3140,7 +3184,7 @@ def _import_azure() -> Any:
     try:
         import azure.servicebus.aio
     except ImportError as error:
-        raise ConfigurationError(f"AzureServiceBus needs more packages: pip install {AZURE_PACKAGES}.") from error
+        raise ConfigurationError(f"Azure needs more packages: pip install {AZURE_PACKAGES} ({error}).") from error
     return azure.servicebus
 
 
@@ -3197,7 +3241,7 @@ def _azure_error(error: Exception, namespace: str, queue: str) -> BoilermakerErr
         case exceptions.MessageSizeExceededError():
             return MessageTooLarge(f"{where} refused a message as too large: {error}")
         case exceptions.MessagingEntityNotFoundError():
-            return ConfigurationError(f"There is no {where}: create it, or correct SERVICE_BUS_QUEUE_NAME. {error}")
+            return ConfigurationError(f"There is no {where}: create it, or correct the queue's name. {error}")
         case exceptions.ServiceBusAuthenticationError() | exceptions.ServiceBusAuthorizationError():
             return ConfigurationError(
                 f"Access to {where} was refused: check the key and the queue's name, or give the identity the roles "
@@ -3207,7 +3251,7 @@ def _azure_error(error: Exception, namespace: str, queue: str) -> BoilermakerErr
             return Throttled(f"{where} is throttled: {error}")
         case exceptions.ServiceBusConnectionError():
             return ServiceBusUnavailable(
-                f"{where} cannot be reached: check the namespace's name, and that port 5671 is open. {error}"
+                f"{where} cannot be reached: check the namespace's name, and that port 5671 (AMQP) is open. {error}"
             )
         case ClientAuthenticationError():
             return ConfigurationError(
@@ -3220,7 +3264,7 @@ def _message_of_sdk(raw: ServiceBusReceivedMessage) -> Message:
     body = _body_of(raw)
     return Message(
         body=body if isinstance(body, str) else body.decode("utf-8", "replace"),
-        message_id=raw.message_id,
+        message_id=_message_id_of(raw),
         sequence_number=raw.sequence_number or 0,
         delivery_count=raw.delivery_count or 0,
         enqueued_time_utc=raw.enqueued_time_utc,
@@ -3229,6 +3273,11 @@ def _message_of_sdk(raw: ServiceBusReceivedMessage) -> Message:
         dead_letter_error_description=raw.dead_letter_error_description,
         application_properties=_properties_of(raw),
     )
+
+
+def _message_id_of(raw: ServiceBusReceivedMessage) -> str | None:
+    """As text: AMQP has numbers, UUIDs and bytes too."""
+    return None if raw.message_id is None else str(raw.message_id)
 
 
 def _body_of(raw: ServiceBusReceivedMessage) -> str | bytes:
@@ -3275,6 +3324,8 @@ class AzureLink:
         self._calls = 0
         self._answered = False
         self._opened = 0.0
+        self._listen: Callable[..., Coroutine[Any, Any, None]] | None = None
+        self._sdk_listens = False
         self._turn = asyncio.Lock()
         self._tamed = all(hasattr(sdk, name) for name in self.INTERNALS)
         if self._tamed:
@@ -3291,6 +3342,8 @@ class AzureLink:
             raise
         if self._tamed:
             self.sdk._open = self._check_open
+        if self._listen is not None:
+            del self.sdk._handler._connection.listen
         self._opened = time.monotonic()
         return self
 
@@ -3302,13 +3355,33 @@ class AzureLink:
         opening = asyncio.ensure_future(self.sdk.__aenter__())
         try:
             while not opening.done():
-                with contextlib.suppress(Exception):  # the SDK meets it too
-                    if self.sdk._handler._session:
-                        await self.sdk._handler._connection.listen(wait=OPENING_TICK)
                 await asyncio.wait([opening], timeout=OPENING_TICK)
-            await opening
+                if self._tamed and not opening.done():
+                    # In a task of its own: wait_for, by which the SDK reads, may lose a cancellation in Python 3.11.
+                    await asyncio.wait([asyncio.ensure_future(self._read_a_frame())])
         finally:
-            opening.cancel()
+            if not opening.done():
+                opening.cancel()
+                opening.add_done_callback(_retrieved)
+        opening.result()
+
+    async def _read_a_frame(self) -> None:
+        """Read a frame, while the SDK opens the link, when it is not itself at it: the next might overtake it."""
+        connection = getattr(self.sdk._handler, "_connection", None)
+        if connection is None:
+            return
+        if self._listen is None:
+            self._listen, connection.listen = connection.listen, self._listen_in_turn
+        elif self._sdk_listens:
+            with contextlib.suppress(Exception):  # the SDK meets it too
+                async with self._turn:
+                    await self._listen(wait=OPENING_TICK)
+
+    async def _listen_in_turn(self, *args: Any, **options: Any) -> None:
+        assert self._listen is not None
+        self._sdk_listens = True  # so what it read before is done with
+        async with self._turn:
+            await self._listen(*args, **options)
 
     @property
     def works(self) -> bool:
@@ -3369,6 +3442,12 @@ class AzureLink:
         async with self._turn:
             self.requests += 1
             return await self._request(*args, **options)
+
+
+def _retrieved(task: asyncio.Task[Any]) -> None:
+    """Look at a task's error, that nobody else will."""
+    if not task.cancelled():
+        task.exception()
 
 
 _SendRequest: TypeAlias = "tuple[Outgoing, asyncio.Future[int | None]]"
@@ -3524,7 +3603,8 @@ class AzureReceiver:
         self._connecting: asyncio.Task[None] | None = None
         self._failures = 0
         self._busy = False
-        self._clock_is_ahead = False
+        self._behind = 0.0
+        self._clock_is_off = False
         self._stopping = False
         self._settling: set[asyncio.Future[list[Rejection]]] = set()
         self._renew_at: dict[Delivery, float] = {}
@@ -3566,7 +3646,7 @@ class AzureReceiver:
         if former.has_worked:
             self._failures = 0
         while True:
-            if not former.worn_out:
+            if error is not None or not former.worn_out:
                 await self._back_off(error)
             try:
                 self._link = await self._bus.receiver_link().__aenter__()
@@ -3632,10 +3712,12 @@ class AzureReceiver:
         return messages
 
     def _hold(self, raw: ServiceBusReceivedMessage) -> Delivery:
+        if raw.enqueued_time_utc is not None:  # by the service's clock
+            self._behind = max(self._behind, raw.enqueued_time_utc.timestamp() - time.time())
         delivery = Delivery(
             sequence_number=raw.sequence_number or 0,
             delivery_count=raw.delivery_count or 0,
-            message_id=raw.message_id,
+            message_id=_message_id_of(raw),
             body=_body_of(raw),
             application_properties=_properties_of(raw),
             locked_until=self._locked_until(raw.locked_until_utc),
@@ -3645,17 +3727,18 @@ class AzureReceiver:
         return delivery
 
     def _locked_until(self, granted: datetime.datetime | None) -> float:
-        """When a lock that the service has just granted runs out. By a clock that is ahead of the service's it may have
-        done so already: then the service is asked again soon."""
+        """When a lock that the service has just granted runs out, by this machine's clock.
+
+        If that is ahead of the service's, it may have done so already: then the service is asked again soon.
+        """
         now = time.time()
-        if granted is not None and granted.timestamp() > now:
-            return granted.timestamp()
-        if not self._clock_is_ahead:
-            self._clock_is_ahead = True
+        until = now if granted is None else granted.timestamp() - self._behind
+        if (until <= now or self._behind > 1) and not self._clock_is_off:
+            self._clock_is_off = True
             logger.warning(
-                "Messages of %r come with locks that have run out by this machine's clock: set the clock.", self._bus
+                "The clocks of this machine and of %r differ, which may cost locks: set the clock", self._bus
             )
-        return now + SHORTEST_LOCK
+        return until if until > now else now + SHORTEST_LOCK
 
     # -- settling
 
@@ -3674,7 +3757,7 @@ class AzureReceiver:
         delivery, disposition, follow_up = settlement.delivery, settlement.disposition, settlement.follow_up
         if disposition is not Disposition.LEAVE and delivery.locked_until <= time.time():
             self._renew_at.pop(delivery, None)
-            return _lock_lost(settlement)
+            return _lock_lost(settlement, "before it was renewed: is the connection lost, or the event loop blocked?")
         try:
             if follow_up is not None:
                 await self._while_locked(delivery, functools.partial(self._bus.send, [follow_up]))
@@ -3733,7 +3816,7 @@ class AzureReceiver:
                 if delivery.locked_until < now or time.monotonic() - delivery.received > self._max_renewal:
                     self._lose(delivery)
                 elif due <= now:
-                    self._renew_at[delivery] = MAX_SECONDS
+                    self._renew_at[delivery] = math.inf
                     self._spawn(self._renew(delivery))
 
     async def _renew(self, delivery: Delivery) -> None:
@@ -3774,7 +3857,7 @@ class Tracing:
             from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
         except ImportError as error:
             raise ConfigurationError(
-                "enable_opentelemetry=True needs opentelemetry-api: pip install 'boilermaker[otel]'."
+                "enable_opentelemetry=True needs opentelemetry-api: pip install opentelemetry-api."
             ) from error
         self._bus = bus
         self._trace = trace
@@ -3893,7 +3976,10 @@ class Worker:
         self._loop, self._own = asyncio.get_running_loop(), asyncio.current_task()
         self._receiver = await self._bus.open_receiver(self._lock_lost, self._max_renewal)
         with _on_signals(self._signalled):
-            logger.info("Worker started: %r, concurrency=%d", self._bus, self._concurrency)
+            names = self._app.task_names
+            logger.info("Worker started: %r, concurrency=%d, tasks: %s", self._bus, self._concurrency, ", ".join(names))
+            if not names:
+                logger.warning("No task is registered: import the modules that register some before app.run()")
             try:
                 await self._pump()
                 await self._stop_receiving()
@@ -3982,7 +4068,7 @@ class Worker:
 
     def _line_up(self, delivery: Delivery) -> None:
         try:
-            task = decode(delivery.body, self._bus.queue_name)
+            task = decode(delivery.body, self._app.queue_name)
         except InvalidTaskFormat as error:
             logger.error("Invalid task sequence_number=%s: %s", delivery.sequence_number, error)
             ending = Ending.UNDECODABLE
@@ -4003,10 +4089,12 @@ class Worker:
             run = self._ready.popleft()
             run.runner = runner
             context, coroutine = contextvars.copy_context(), self._process(run)
+            references = sys.getrefcount(runner)
             try:
                 awaited = context.run(coroutine.send, None)
             except StopIteration:
-                if _is_cancelled(runner) or self._loop.time() > latest:
+                kept = sys.getrefcount(runner) > references  # somebody may yet cancel it, or wait for its end
+                if kept or _cancels_itself(runner) or self._loop.time() > latest:
                     self._make_runners(1)
                     return
             else:
@@ -4045,7 +4133,8 @@ class Worker:
         task = run.task
         registration = self._app.registration(task.function_name)
         if registration is None:
-            unknown = UsageError(f"Function {task.function_name!r} is not registered with this worker.")
+            name = task.function_name
+            unknown = UsageError(f"{name!r} is not registered: import its module before run().")
             return Outcome(Ending.UNREGISTERED, error=unknown)
         if task.policy_is_default or task.default_options:
             registration.apply_to(task)
@@ -4060,7 +4149,7 @@ class Worker:
             outcome = self._returned(await registration.function(self._app.state, *task.args, **task.kwargs), task)
         except BaseException as error:
             outcome = Outcome(ending_of(task, error), error=error)
-            if isinstance(error, asyncio.CancelledError) and self._is_cancelled():
+            if isinstance(error, asyncio.CancelledError) and self._program_ends():
                 run.stopped = run.stopped or Ending.STOPPED
         if run.stopped is Ending.LOCK_LOST or (run.stopped is not None and outcome.ending is not Ending.RETURNED):
             return Outcome(run.stopped)
@@ -4068,8 +4157,8 @@ class Worker:
             _log_completion(task, time.perf_counter() - started)
         return outcome
 
-    def _is_cancelled(self) -> bool:
-        """Whether the worker is: `asyncio.run`, when it ends, cancels a task and its worker at the same time."""
+    def _program_ends(self) -> bool:
+        """Whether the worker is cancelled: `asyncio.run`, when it ends, cancels a task and its worker at once."""
         return self._own is not None and self._own.cancelling() > 0
 
     async def _complete_early(self, run: Run) -> Outcome | None:
@@ -4080,7 +4169,10 @@ class Worker:
             await asyncio.wait([settling])
         except asyncio.CancelledError:
             return Outcome(run.stopped or Ending.STOPPED)
-        return Outcome(Ending.LOCK_LOST) if _rejections(settlements, settling) else None
+        rejections = _rejections(settlements, settling)
+        if rejections and not isinstance(rejections[0].error, MessageLockLost):
+            logger.error("Settling failed sequence_number=%s: %s", run.delivery.sequence_number, rejections[0].error)
+        return Outcome(Ending.LOCK_LOST) if rejections else None
 
     def _returned(self, result: Any, task: Task) -> Outcome:
         """What a task's result means; a task that it returned is checked."""
@@ -4088,6 +4180,12 @@ class Worker:
             return _RETURNED
         if result is TaskFailureResult:
             return Outcome(Ending.FAILED, result)
+        if isinstance(result, RetryException) or inspect.iscoroutine(result):
+            way_out = "raise"
+            if inspect.iscoroutine(result):
+                result.close()
+                way_out = "await"
+            raise UsageError(f"{task.function_name} returned {_short(result)}: {way_out} it.")
         if isinstance(result, (Task, TaskFunction)):
             result = self._successor(_as_task(result), task)
         return Outcome(Ending.RETURNED, result)
@@ -4109,7 +4207,7 @@ class Worker:
         follow_up = None
         try:
             if outcome.ending is Ending.RETRY:  # with the arguments as they came, whatever the function did to them
-                original = decode(delivery.body, self._bus.queue_name)
+                original = decode(delivery.body, self._app.queue_name)
                 task.args, task.kwargs = original.args, original.kwargs
             decision = decide(task, outcome, message_id)
             if decision.follow_up is not None:
@@ -4148,15 +4246,21 @@ class Worker:
         """The first signal stops the worker, the second ends the grace period."""
         self._signals += 1
         self._stopping = True
-        logger.warning(
-            "Received %s: %s", signal.Signals(number).name, "shutting down" if self._signals == 1 else "ending at once"
-        )
+        name = signal.Signals(number).name
+        if self._signals == 1:
+            logger.warning(
+                "Received %s: shutting down; tasks running: %d, for %g s at most; a second signal ends them at once",
+                *(name, len(self._running) - len(self._ready), self._grace_period),
+            )
+        else:
+            logger.warning("Received %s: ending at once", name)
         self._wake.set()
 
     async def _stop_receiving(self) -> None:
         if self._receiving is not None:
-            self._receiving.cancel()
-            await asyncio.wait([self._receiving])
+            if not self._receiving.cancelling():  # a second time would keep it from giving back what just arrived
+                self._receiving.cancel()
+            await asyncio.wait([self._receiving], timeout=MAX_WAIT + STOP_PATIENCE)
 
     async def _finish_running(self) -> None:
         """Give running tasks the grace period."""
@@ -4205,7 +4309,7 @@ class Worker:
             self._finished.append(Settlement(delivery, Disposition.ABANDON if held else Disposition.LEAVE))
 
 
-def _is_cancelled(runner: asyncio.Task[None]) -> bool:
+def _cancels_itself(runner: asyncio.Task[None]) -> bool:
     """Whether a task that has ended cancelled what it ran in: the next must not be met by that."""
     return bool(runner.cancelling() or getattr(runner, "_must_cancel", False))
 
@@ -4262,49 +4366,76 @@ def _log_ending(task: Task, outcome: Outcome, decision: Decision) -> None:
             fate = "given back" if task.acks_late else "not to run again, as acks_late=False"
             logger.warning("[%s] Stopped with the worker, %s sequence_number=%s", name, fate, number)
         case Ending.LOCK_LOST:
-            logger.error("[%s] Lock lost, cancelled: it will run again sequence_number=%s", name, number)
+            again = "it will run again" if task.acks_late else "not to run, as acks_late=False, if it was completed"
+            logger.error("[%s] Lock lost, cancelled: %s sequence_number=%s", name, again, number)
         case _:
             logger.error(
                 "[%s] Task %s sequence_number=%s: %s",
                 *(name, outcome.ending.text, number, describe(error)),
-                exc_info=error,
+                exc_info=error if error is not None and error.__traceback__ is not None else None,
             )
 
 
-_listeners: dict[asyncio.AbstractEventLoop, tuple[list[Callable[[int], None]], dict[int, Any]]] = {}
+class Listeners(NamedTuple):
+    """The workers of an event loop that are told of signals, the handlers that there were, the signals that came.
+
+    A handler is the one of the process, and that of the event loop, if it is behind it.
+    """
+
+    listeners: list[Callable[[int], None]]
+    previous: dict[int, tuple[Any, Any]]
+    received: list[int]
+
+
+_listeners: dict[asyncio.AbstractEventLoop, Listeners] = {}
 
 
 @contextlib.contextmanager
 def _on_signals(listener: Callable[[int], None]) -> Iterator[None]:
-    """Tell a worker of SIGINT and SIGTERM; all the workers of the event loop are told."""
+    """Tell a worker of SIGINT and SIGTERM; all the workers of the event loop are told.
+
+    A handler of the program's own, such as a web server's, hears of them when the last worker has ended.
+    """
     loop = asyncio.get_running_loop()
-    listeners, previous = _listeners.setdefault(loop, ([], {}))
-    listeners.append(listener)
-    if len(listeners) == 1:
-        _listen(loop, listeners, previous)
+    all_of_them = _listeners.setdefault(loop, Listeners([], {}, []))
+    all_of_them.listeners.append(listener)
+    if len(all_of_them.listeners) == 1:
+        _listen(loop, all_of_them)
     try:
         yield
     finally:
-        listeners.remove(listener)
-        if not listeners:
+        all_of_them.listeners.remove(listener)
+        if not all_of_them.listeners:
             del _listeners[loop]
-            for number, handler in previous.items():
+            for number, (handler, handle) in all_of_them.previous.items():
                 loop.remove_signal_handler(number)
                 signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+                if handle is not None:
+                    loop.add_signal_handler(number, handle._callback, *handle._args)
+            for number in set(all_of_them.received):
+                if _is_of_the_program(all_of_them.previous[number][0]):
+                    signal.raise_signal(number)
 
 
-def _listen(loop: asyncio.AbstractEventLoop, listeners: list[Callable[[int], None]], previous: dict[int, Any]) -> None:
+def _is_of_the_program(handler: Any) -> bool:
+    """Whether a signal handler is neither the system's nor Python's nor that of `asyncio.run`."""
+    owner = getattr(getattr(handler, "func", None), "__self__", None)
+    return callable(handler) and handler is not signal.default_int_handler and not isinstance(owner, asyncio.Runner)
+
+
+def _listen(loop: asyncio.AbstractEventLoop, all_of_them: Listeners) -> None:
     """Take over the signals where that is possible: in the main thread, on Unix. Keep the handlers there were."""
 
     def tell(number: int) -> None:
-        for listener in list(listeners):
+        all_of_them.received.append(number)
+        for listener in list(all_of_them.listeners):
             listener(number)
 
     for number in (signal.SIGINT, signal.SIGTERM):
         with contextlib.suppress(NotImplementedError, RuntimeError, ValueError):
-            before = signal.getsignal(number)
+            before = signal.getsignal(number), getattr(loop, "_signal_handlers", {}).get(number)
             loop.add_signal_handler(number, tell, number)
-            previous[number] = before
+            all_of_them.previous[number] = before
 
 
 # ======================================================================================================================
@@ -4384,6 +4515,9 @@ class Boilermaker:
             UsageError: the name is taken, or the function is not `async def`.
         """
 
+        if isinstance(function, str):
+            raise UsageError(f"Options are given by keyword: @app.task(name={function!r}).")
+
         def decorate(function: TaskCallable[P, R]) -> TaskFunction[P, R]:
             registration = self._register(
                 function, name=name, policy=policy, should_dead_letter=should_dead_letter, acks_late=acks_late
@@ -4392,15 +4526,30 @@ class Boilermaker:
 
         return decorate if function is None else decorate(function)
 
-    def register_async(self, fn: TaskCallable[..., Any] | TaskFunction[..., Any], **options: Any) -> Boilermaker:
+    def register_async(
+        self,
+        fn: TaskCallable[..., Any] | TaskFunction[..., Any],
+        *,
+        name: str | None = None,
+        policy: RetryPolicy | None = None,
+        should_dead_letter: bool = True,
+        acks_late: bool = True,
+    ) -> Boilermaker:
         """Register a function without changing it; options as for `task`. Returns the application."""
-        self._register(fn, **options)
+        self._register(fn, name=name, policy=policy, should_dead_letter=should_dead_letter, acks_late=acks_late)
         return self
 
-    def register_many_async(self, fns: Iterable[TaskCallable[..., Any]], **options: Any) -> Boilermaker:
+    def register_many_async(
+        self,
+        fns: Iterable[TaskCallable[..., Any] | TaskFunction[..., Any]],
+        *,
+        policy: RetryPolicy | None = None,
+        should_dead_letter: bool = True,
+        acks_late: bool = True,
+    ) -> Boilermaker:
         """Register several functions with the same options."""
-        for fn in fns:
-            self.register_async(fn, **options)
+        for fn in _listed(fns, "register_many_async"):
+            self.register_async(fn, policy=policy, should_dead_letter=should_dead_letter, acks_late=acks_late)
         return self
 
     def _register(
@@ -4433,6 +4582,15 @@ class Boilermaker:
         self._registry[name] = self._by_function[function] = registration
         logger.info("Registered background function fn=%s", name)
         return registration
+
+    @property
+    def task_names(self) -> list[str]:
+        return list(self._registry)
+
+    @property
+    def queue_name(self) -> str:
+        """The queue to publish to: of an application that works on a dead-letter queue, the one it belongs to."""
+        return self.service_bus_client.queue_name.removesuffix(DEAD_LETTER_SUFFIX)
 
     def registration(self, name: str) -> Registration | None:
         """What is registered under a name; boilermaker-servicebus's connection test always is."""
@@ -4469,6 +4627,11 @@ class Boilermaker:
         name = fn.registration.name if isinstance(fn, TaskFunction) else ""
         registration = self._registration_of(function, name)
         if registration is None:
+            if not callable(fn):
+                raise UsageError(
+                    f"What is to be run must be a function, not {_short(fn)}: a Task is published by publish_task, "
+                    "a task known by name alone by send_task."
+                )
             raise _unregistered(getattr(fn, "__name__", repr(fn)))
         task = _task_of(registration, self, args, kwargs)
         if policy is not None:
@@ -4482,7 +4645,8 @@ class Boilermaker:
             on_failure: the callback of each step; without it each keeps its own.
         """
         if len(tasks) < 2:
-            raise UsageError(f"A chain needs at least two tasks, not {len(tasks)}.")
+            hint = " Pass them one by one: app.chain(*tasks)." if tasks and isinstance(tasks[0], (list, tuple)) else ""
+            raise UsageError(f"A chain needs at least two tasks, not {len(tasks)}.{hint}")
         members = [_as_task(task) for task in tasks]
         _check_beginning(members[0])
         failure = None if on_failure is None else _as_task(on_failure, "on_failure")
@@ -4564,7 +4728,7 @@ class Boilermaker:
                 duplicate detection takes one.
 
         Raises:
-            UsageError: `delay` and `eta` are both given or no time to come; the task is not the head; a function of
+            UsageError: `delay` and `eta` are both given, or no time; the task is not the head; a function of
                 the workflow is not registered.
             InvalidArguments: the arguments do not fit the function, or JSON cannot carry them.
             MessageTooLarge: the message with all its callbacks is over the limit of the bus.
@@ -4589,7 +4753,7 @@ class Boilermaker:
         if type(publish_attempts) is not int or publish_attempts < 1:
             raise UsageError(f"publish_attempts={publish_attempts!r} must be an int of at least 1.")
         due = _due_time(delay, eta)
-        heads = [self.bound(_as_task(task)) for task in tasks]
+        heads = [self.bound(_as_task(task, "What is published")) for task in _listed(tasks, "publish_many")]
         with contextlib.ExitStack() as spans:
             messages = [self.outgoing(head, head.task_id, due, spans) for head in heads]
             numbers = await self._send(messages, publish_attempts)
@@ -4613,7 +4777,7 @@ class Boilermaker:
                 if task.policy_is_default or task.default_options:
                     registration.apply_to(task)
                 _check_call(task)
-            elif task._function is not None and task.queue in (None, self.service_bus_client.queue_name):
+            elif task._function is not None and task.queue in (None, self.queue_name):
                 raise _unregistered(task.function_name)
             task._app = task._app or self
         return head
@@ -4627,11 +4791,12 @@ class Boilermaker:
             spans: where a span that covers the sending is ended; if None, it covers only the making.
         """
         bus = self.service_bus_client
-        queue = task.queue or bus.queue_name
+        home = self.queue_name
+        queue = task.queue or home
         if len(message_id) > MAX_MESSAGE_ID_LENGTH:
             raise UsageError(f"{task!r}: a message id has at most {MAX_MESSAGE_ID_LENGTH} characters.")
         properties = _NO_PROPERTIES if self.tracing is None else self._traced(task, queue, message_id, spans)
-        message = Outgoing(encode(task, queue, bus.queue_name), message_id, queue, due, properties)
+        message = Outgoing(encode(task, queue, home), message_id, queue, due, properties)
         if (size := bus.size(message)) > bus.max_message_bytes:
             raise MessageTooLarge(
                 f"{task!r} with its callbacks makes a message of {size} bytes, the limit is {bus.max_message_bytes}: "
@@ -4691,8 +4856,14 @@ class Boilermaker:
             raise UsageError(f"concurrency={concurrency!r} must be an int of at least 1.")
         _positive("max_lock_renewal", max_lock_renewal)
         if grace_period != 0:
-            _positive("grace_period", grace_period)
+            _positive("grace_period", grace_period, "of seconds, 0")
         await Worker(self, concurrency, burst, grace_period, max_lock_renewal).run()
+
+
+def _listed(things: Iterable[T], taker: str) -> list[T]:
+    if not isinstance(things, Iterable):
+        raise UsageError(f"{taker} takes a list, not {_short(things)}.")
+    return list(things)
 
 
 def _unregistered(name: str) -> UsageError:

@@ -30,6 +30,7 @@ import tempfile
 import textwrap
 import threading
 import time
+import uuid
 import venv
 import zipfile
 from collections import Counter
@@ -2056,9 +2057,13 @@ def test_a_function_that_is_not_async_is_an_error_that_says_which():
     assert app.registration("resize_image") is None
 
 
-@pytest.mark.parametrize("thing", ["fetch", 3, print, LocalServiceBus], ids=repr)
-def test_what_is_no_function_cannot_be_registered(thing):
-    with pytest.raises(UsageError, match="must be async"):
+@pytest.mark.parametrize(
+    ("thing", "says"),
+    [("fetch", r"@app.task\(name='fetch'\)"), (3, "async"), (print, "async"), (LocalServiceBus, "async")],
+    ids=repr,
+)
+def test_what_is_no_function_cannot_be_registered(thing, says):
+    with pytest.raises(UsageError, match=says):
         Boilermaker(None, LocalServiceBus()).task(thing)
 
 
@@ -2331,6 +2336,63 @@ async def test_publishing_what_rshift_gave_is_an_error_that_names_the_head():
         await app.publish_task(a)
         [message] = await app.service_bus_client.peek()
         assert names_along(decode(message.body, "tasks")) == ["parse_page", "store_rows", "clean_up"]
+
+
+async def test_publishing_what_rshift_gave_is_such_an_error_for_s_too():
+    async def with_page(state, page): ...
+
+    app = app_with_pages()
+    head = app.create_task(parse_page)
+    with pytest.raises(UsageError, match=rf"take the chain's head, {re.escape(repr(head))}"):
+        await app.publish_task(head >> Task.s(with_page))
+
+
+async def test_a_bare_function_that_lacks_arguments_is_an_error_that_names_s():
+    app = Boilermaker(None, LocalServiceBus())
+
+    @app.task
+    async def parse(state, page): ...
+
+    with pytest.raises(InvalidArguments, match=r"parse\.s\(\) receives its parent's result"):
+        _ = parse.si("page") | parse
+
+
+@pytest.mark.parametrize("coroutine", [True, False])
+async def test_publishing_what_has_another_way_says_which(coroutine):
+    app = Boilermaker(None, LocalServiceBus())
+
+    @app.task
+    async def work(state): ...
+
+    async def plain(state): ...
+
+    with pytest.raises(UsageError, match=r"await it" if coroutine else r"Use Task\.si\(plain, \.\.\.\)"):
+        await app.publish_task(work.delay() if coroutine else plain)
+
+
+async def test_one_task_where_a_list_is_asked_for_is_an_error_that_shows_it():
+    app = app_with_pages()
+    with pytest.raises(UsageError, match=r"publish_many takes a list, not <Task parse_p"):
+        await app.publish_many(app.create_task(parse_page))
+    with pytest.raises(UsageError, match="register_many_async takes a list, not <function"):
+        app.register_many_async(parse_page)
+
+
+def test_a_list_where_tasks_are_asked_for_is_an_error_that_says_so():
+    app = app_with_pages()
+    with pytest.raises(UsageError, match=r"app\.chain\(\*tasks\)"):
+        app.chain([app.create_task(parse_page), app.create_task(parse_page)])
+
+
+@pytest.mark.parametrize("thing", ["parse_page", Task(function_name="parse_page")], ids=["a name", "a task"])
+async def test_scheduling_a_name_or_a_task_says_by_what_to_publish_it(thing):
+    with pytest.raises(UsageError, match=r"publish_task, .*send_task"):
+        await app_with_pages().apply_async(thing)
+
+
+def test_a_policy_in_place_of_the_message_is_an_error():
+    with pytest.raises(UsageError, match="the message comes first"):
+        RetryException(RetryPolicy(delay=3))
 
 
 async def test_publishing_what_lshift_gave_is_an_error_that_names_the_head():
@@ -2875,18 +2937,44 @@ async def test_the_dead_letter_queue_can_be_received_from(open_bus):
 
 
 async def test_what_fails_again_out_of_the_dead_letter_queue_waits_for_the_end_of_its_lock(open_bus):
-    app = Boilermaker([], open_bus(queue_name=f"tasks{boilermaker.DEAD_LETTER_SUFFIX}", lock_duration=600))
+    app = Boilermaker([], open_bus())
+    app_of_dead_letters = Boilermaker(
+        [], open_bus(queue_name=f"tasks{boilermaker.DEAD_LETTER_SUFFIX}", lock_duration=600)
+    )
 
-    @app.task
     async def broken(state):
         state.append("ran")
         raise ValueError("again")
 
-    await broken.delay()
+    for one in (app, app_of_dead_letters):
+        one.register_async(broken)
+    await app.apply_async(broken)
     await work_off(app)
-    [message] = await app.service_bus_client.peek()
-    assert app.state == ["ran"]
+    await work_off(app_of_dead_letters)
+    [message] = await app.service_bus_client.peek(dead_letter=True)
+    assert app_of_dead_letters.state == ["ran"]
     assert (message.dead_letter_reason, message.dead_letter_error_description) == ("TaskFailed", "ValueError: again")
+
+
+async def test_what_follows_a_task_out_of_the_dead_letter_queue_goes_to_the_queue_itself(open_bus):
+    app = Boilermaker([], open_bus())
+    app_of_dead_letters = Boilermaker([], open_bus(queue_name=f"tasks{boilermaker.DEAD_LETTER_SUFFIX}"))
+
+    async def fixed(state):
+        return "fixed"
+
+    async def note(state, result):
+        state.append(result)
+
+    app.register_async(note)
+    app_of_dead_letters.register_many_async([fixed, note])
+    await app_of_dead_letters.publish_task(Task.si(fixed) | Task.s(note))  # a worker that does not know it yet
+    await work_off(app)
+    assert len(await app.service_bus_client.peek(dead_letter=True)) == 1
+    await work_off(app_of_dead_letters)
+    await work_off(app)
+    assert app.state == ["fixed"]
+    assert await ids_of(app.service_bus_client, dead_letter=True) == []
 
 
 async def test_what_is_delivered_too_often_is_dead_lettered(open_bus):
@@ -3292,6 +3380,106 @@ def test_a_bus_can_be_used_by_one_event_loop_after_the_other(tmp_path):
     assert asyncio.run(bus.send([letter("b")])) == [2]
     assert asyncio.run(ids_of(bus)) == ["a", "b"]
     asyncio.run(bus.close())
+
+
+async def test_a_task_that_ends_after_the_bus_was_closed_is_settled(open_bus, caplog):
+    app = Boilermaker([], open_bus())
+    closed = asyncio.Event()
+
+    @app.task
+    async def slow(state):
+        state.append("slow")
+        await closed.wait()
+
+    await slow.delay()
+    async with working(app):
+        await until(lambda: app.state == ["slow"])
+        await app.close()
+        closed.set()
+        await until(lambda: is_empty(app.service_bus_client))
+    assert app.state == ["slow"]
+    assert [record for record in caplog.records if record.levelno >= logging.ERROR] == []
+
+
+@pytest.mark.parametrize("notified", [True, False], ids=["notified", "polling"])
+async def test_a_worker_that_waits_does_not_mind_that_its_bus_is_closed(open_bus, monkeypatch, caplog, notified):
+    monkeypatch.setattr(boilermaker, "MAX_WAIT", 0.1)
+    if not notified:
+        monkeypatch.setattr(boilermaker, "_inotify", lambda path: None)
+    unhandled = []
+    asyncio.get_running_loop().set_exception_handler(lambda loop, context: unhandled.append(context))
+    app = Boilermaker(None, open_bus())
+    async with working(app):
+        await asyncio.sleep(0.05)
+        await app.close()
+        await asyncio.sleep(0.3)
+    assert unhandled == []
+    assert [record for record in caplog.records if record.levelno >= logging.ERROR] == []
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="lists the open files as Linux does")
+@pytest.mark.parametrize("turns", range(4))
+async def test_a_close_that_is_cancelled_closes_all_the_same(open_bus, tmp_path, turns):
+    def opened():
+        descriptors = [f"/proc/self/fd/{name}" for name in os.listdir("/proc/self/fd")]
+        return [path for one in descriptors if os.path.exists(one) and str(tmp_path) in (path := os.readlink(one))]
+
+    bus = open_bus()
+    await bus.send([letter("a")])
+    assert opened()
+    closing = asyncio.create_task(bus.close())
+    for _ in range(turns):
+        await asyncio.sleep(0)
+    closing.cancel()
+    await asyncio.wait([closing])
+    await bus.close()
+    await until(lambda: not opened())
+
+
+async def test_a_file_that_cannot_be_opened_for_now_is_tried_again(open_bus, monkeypatch):
+    opens, tries = os.open, []
+
+    def crowded(path, *arguments, **options):
+        if str(path).endswith("-wal") and len(tries) < 2:
+            tries.append(path)
+            raise OSError(24, "Too many open files")
+        return opens(path, *arguments, **options)
+
+    monkeypatch.setattr(os, "open", crowded)
+    app = Boilermaker(None, open_bus())
+    with pytest.raises(BoilermakerAppException, match=r"queue\.db cannot be opened: .*Too many open files"):
+        await app.send_task("work")
+    await app.send_task("work", publish_attempts=2)
+    assert len(tries) == 2
+
+
+def test_the_locks_of_an_event_loop_that_was_closed_are_not_kept(tmp_path):
+    bus = LocalServiceBus(tmp_path / "queue.db", lock_duration=0.2)
+    app = Boilermaker([], bus)
+
+    @app.task
+    async def slow(state):
+        state.append("ran")
+        await asyncio.sleep(PATIENCE)
+
+    loop = asyncio.new_event_loop()
+    loop.run_until_complete(slow.delay())
+    worker = loop.create_task(app.run())  # a reference, or it would be noticed that it never ended
+    loop.call_later(0.1, loop.stop)
+    loop.run_forever()
+    for task in asyncio.all_tasks(loop):
+        task._log_destroy_pending = False
+    loop.close()
+
+    async def take():
+        async with receiving(bus) as receiver:
+            [delivery] = await receiver.receive(1, PATIENCE)
+            await settle(receiver, delivery)
+        await bus.close()
+
+    assert app.state == ["ran"]
+    asyncio.run(asyncio.wait_for(take(), PATIENCE))
+    assert not worker.done()
 
 
 @pytest.mark.parametrize("turns", range(6))
@@ -3736,8 +3924,8 @@ FILE_ERRORS = [
     (not_a_database, r"is not a SQLite database: choose another path"),
     (another_programs_database, r"is the database of another program: choose another path"),
     (a_newer_schema, r"has schema version 99, .* newer one. Update boilermaker, or choose another path"),
-    (a_directory, r"cannot be opened: the directory has to exist and be writable"),
-    (a_missing_directory, r"cannot be opened: the directory has to exist and be writable"),
+    (a_directory, r"cannot be opened: it must be a file, in a directory that exists"),
+    (a_missing_directory, r"cannot be opened: it must be a file, in a directory that exists"),
 ]
 
 
@@ -3926,7 +4114,7 @@ async def test_a_write_lock_that_is_never_released_is_an_error_after_a_while(
     monkeypatch.setattr(boilermaker, "LOCK_PATIENCE", 1)
     start_program(HOLD_THE_WRITE_LOCK)
     await until((tmp_path / "locked").exists)
-    with pytest.raises(ServiceBusUnavailable, match="locked the queue file"):
+    with pytest.raises(ServiceBusUnavailable, match=r"locked .*queue\.db"):
         await bus.send([letter("a")])
     monkeypatch.setattr(boilermaker, "LOCK_PATIENCE", PATIENCE)
     (tmp_path / "release").touch()
@@ -4852,6 +5040,44 @@ def test_a_program_that_ends_around_its_worker_gives_running_tasks_back(tmp_path
     assert asyncio.run(left()) == ([1], [])
 
 
+async def test_what_a_task_leaves_behind_does_not_cancel_the_next(open_bus):
+    app = Boilermaker([], open_bus())
+
+    @app.task
+    async def leaves(state):
+        asyncio.get_running_loop().call_later(0.02, asyncio.current_task().cancel)
+
+    @app.task
+    async def patient(state):
+        await asyncio.sleep(0.1)
+        state.append("done")
+
+    await app.publish_many([leaves.si(), patient.si()])
+    await work_off(app)
+    assert app.state == ["done"]
+    assert await ids_of(app.service_bus_client, dead_letter=True) == []
+
+
+@pytest.mark.parametrize(("wrong", "says"), [("exception", "raise it"), ("coroutine", "await it")])
+async def test_returning_what_has_to_be_raised_or_awaited_fails_the_task(open_bus, wrong, says):
+    app = Boilermaker([], open_bus())
+
+    @app.task
+    async def forgetful(state):
+        return RetryException("later") if wrong == "exception" else forgetful.delay()
+
+    await forgetful.delay()
+    await work_off(app)
+    [message] = await app.service_bus_client.peek(dead_letter=True)
+    assert message.dead_letter_reason == "TaskFailed"
+    assert says in message.dead_letter_error_description
+
+
+async def test_a_worker_without_tasks_says_so(open_bus, caplog):
+    await work_off(Boilermaker(None, open_bus()))
+    assert any("No task is registered" in message for message in caplog.messages)
+
+
 async def test_a_worker_that_stops_gives_back_what_it_has_not_begun(open_bus):
     app = Boilermaker([], open_bus())
 
@@ -5027,6 +5253,47 @@ def journal(tmp_path):
 
 
 SIGNALS = [signal.SIGTERM, signal.SIGINT]
+
+
+@pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
+@pytest.mark.parametrize("by_loop", [False, True], ids=["of the process", "of the event loop"])
+async def test_the_programs_own_handler_hears_of_a_signal_when_the_worker_has_ended(start_program, number, by_loop):
+    program = start_program(
+        """
+import asyncio, signal, sys
+from boilermaker import Boilermaker, LocalServiceBus
+
+number, by_loop = int(sys.argv[1]), sys.argv[2] == "True"
+app = Boilermaker([], LocalServiceBus("queue.db"))
+
+@app.task
+async def work(state):
+    signal.raise_signal(number)
+    await asyncio.sleep(0.1)
+    state.append("finished")
+
+def heard(*arguments):
+    app.state.append("heard")
+
+async def main():
+    if by_loop:
+        asyncio.get_running_loop().add_signal_handler(number, heard)
+    else:
+        signal.signal(number, heard)
+    await work.delay()
+    await app.run()
+    await asyncio.sleep(0.1)
+    signal.raise_signal(number)
+    await asyncio.sleep(0.1)
+    print(*app.state)
+
+asyncio.run(main())
+""",
+        int(number),
+        by_loop,
+    )
+    assert await exit_code(program) == 0
+    assert program[1].read_text().splitlines()[-1] == "finished heard heard"
 
 
 @pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
@@ -5970,6 +6237,98 @@ def chains(app, run_for=0.01):
     return runs, steps, [work.si(number) | step.s() for number in range(100)]
 
 
+async def test_a_worker_that_is_cancelled_while_it_connects_ends(azure_bus):
+    for turn in range(40):
+        app = Boilermaker(None, azure_bus())
+        worker = asyncio.create_task(app.run())
+        await asyncio.sleep(0.02 + turn * 0.001)
+        worker.cancel()
+        done, _ = await asyncio.wait([worker], timeout=PATIENCE)
+        assert done
+        await app.close()
+
+
+async def test_a_worker_that_is_cancelled_while_it_stops_leaves_nothing_locked(azure_bus):
+    bus = azure_bus()
+    app, publisher = Boilermaker(None, bus), Boilermaker(None, azure_bus(bus.queue_name))
+
+    @app.task
+    async def work(state): ...
+
+    publisher.register_async(work)
+    await publisher.apply_async(work)
+    worker = asyncio.create_task(app.run())
+    await until(lambda: is_empty(bus))
+    os.kill(os.getpid(), signal.SIGTERM)
+    await asyncio.sleep(0.05)
+    worker.cancel()
+    await publisher.apply_async(work)
+    await asyncio.wait([worker])
+    await work_off(publisher)
+    assert await is_empty(bus)
+
+
+async def test_a_worker_stops_although_the_service_is_away(monkeypatch):
+    monkeypatch.setattr(boilermaker, "STOP_PATIENCE", 0.5)
+    with ServiceBusEmulator(queues=["tasks"]) as emulator:
+        app = Boilermaker([], AzureServiceBus.from_connection_string(emulator.connection_string, "tasks"))
+
+        @app.task
+        async def slow(state):
+            state.append("begun")
+            await asyncio.sleep(PATIENCE)
+
+        await slow.delay()
+        worker = asyncio.create_task(app.run(grace_period=0))
+        await until(lambda: app.state == ["begun"])
+        emulator.control("refuse 600")
+        os.kill(os.getpid(), signal.SIGTERM)
+        await asyncio.wait_for(worker, PATIENCE)
+        await app.close()
+
+
+async def test_an_id_that_is_no_text_is_read_as_text(azure_bus, emulator):
+    from azure.servicebus.aio import ServiceBusClient
+    from azure.servicebus.amqp import AmqpAnnotatedMessage, AmqpMessageProperties
+
+    app = Boilermaker([], azure_bus())
+
+    @app.task
+    async def work(state):
+        state.append(current_task().message_id)
+
+    @app.task
+    async def then(state):
+        state.append("then")
+
+    number = uuid.uuid4()
+    queue = app.service_bus_client.queue_name
+    body = boilermaker.encode(work.si() | then, queue, queue)
+    message = AmqpAnnotatedMessage(data_body=body.encode(), properties=AmqpMessageProperties(message_id=number))
+    async with (
+        ServiceBusClient.from_connection_string(emulator.connection_string) as client,
+        client.get_queue_sender(queue) as sender,
+    ):
+        await sender.send_messages(message)
+    assert [message.message_id for message in await app.service_bus_client.peek()] == [str(number)]
+    await work_off(app)
+    assert app.state == [str(number), "then"]
+
+
+async def test_a_close_that_is_cancelled_leaves_no_connection(azure_bus):
+    bus = azure_bus()  # that none is left the fixture checks
+    await bus.send([letter(queue=bus.queue_name)])
+    closing = asyncio.create_task(bus.close())
+    await asyncio.sleep(0)
+    closing.cancel()
+    await asyncio.wait([closing])
+
+
+async def test_cancelling_a_number_that_cannot_be_is_message_not_found(azure_bus):
+    with pytest.raises(MessageNotFound):
+        await azure_bus().cancel(2**70)
+
+
 async def test_a_lock_is_renewed_for_as_long_as_its_task_runs(quick_azure_bus):
     app = Boilermaker(None, quick_azure_bus())
     runs = []
@@ -5985,7 +6344,8 @@ async def test_a_lock_is_renewed_for_as_long_as_its_task_runs(quick_azure_bus):
     assert await is_empty(app.service_bus_client)
 
 
-async def test_a_worker_whose_clock_is_ahead_keeps_its_locks_and_says_so(quick_azure_bus, caplog, monkeypatch):
+@pytest.mark.parametrize("seconds", [60, -60], ids=["ahead", "behind"])
+async def test_a_worker_whose_clock_is_wrong_keeps_its_locks_and_says_so(quick_azure_bus, caplog, monkeypatch, seconds):
     monkeypatch.setattr(boilermaker, "SHORTEST_LOCK", 1)
     app = Boilermaker([], quick_azure_bus())
 
@@ -6000,14 +6360,14 @@ async def test_a_worker_whose_clock_is_ahead_keeps_its_locks_and_says_so(quick_a
 
     await app.publish_task(slow.si() | step.si())
     now = time.time
-    monkeypatch.setattr(time, "time", lambda: now() + 60)
+    monkeypatch.setattr(time, "time", lambda: now() + seconds)
     monkeypatch.setattr(
         "azure.servicebus._common.message.utc_now", lambda: datetime.datetime.fromtimestamp(time.time(), datetime.UTC)
     )
     await work_off(app)
     assert app.state == ["slow", "step"]
     assert await is_empty(app.service_bus_client)
-    assert sum("run out by this machine's clock" in message for message in caplog.messages) == 1
+    assert sum("set the clock" in message for message in caplog.messages) == 1
 
 
 async def test_a_task_whose_lock_is_taken_away_is_cancelled_and_runs_again(quick_azure_bus, quick_emulator, caplog):

@@ -21,7 +21,7 @@ prints, in three seconds:
 
     Dead letters:
       check_age: TaskFailed: The task returned TaskFailureResult.
-      refund: UnregisteredFunction: boilermaker.UsageError: Function 'refund' is not registered with this worker.
+      refund: UnregisteredFunction: boilermaker.UsageError: 'refund' is not registered: import its module before run().
       call_partner: RetriesExhausted: boilermaker.RetryExceptionDefaultLinear: too many requests
 """
 
