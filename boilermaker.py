@@ -1711,6 +1711,10 @@ class Store:
         with self._mutex:
             self._connection.close()
 
+    def __del__(self) -> None:
+        with contextlib.suppress(AttributeError, sqlite3.Error):  # it was never opened, or is closed
+            self._connection.close()
+
     def _connect(self) -> None:
         with _connecting:
             self._connection = connect(self.path)
@@ -2203,12 +2207,13 @@ class QueueFile:
     def __init__(self, path: str, queue: str, settings: QueueSettings) -> None:
         self.pid = os.getpid()
         self.closed = False
+        self._log: int | None = None
         self.log_path = None if path == ":memory:" else path + "-wal"
         self.store = Store(path)
         try:
             self.store.open_queue(queue, settings)
             self._inode = None if self.log_path is None else os.stat(path).st_ino
-            self._log = None if self.log_path is None else os.open(self.log_path, os.O_RDWR)
+            self._log = os.open(self.log_path, os.O_RDWR) if self.log_path is not None else None
         except OSError as error:
             self.store.close()
             raise ServiceBusUnavailable(f"{path} cannot be opened: {error}") from error
@@ -2320,8 +2325,15 @@ class QueueFile:
         self.closed = True
         self.threads.shutdown(wait=True)
         self.store.close()
-        if self._log is not None:
-            os.close(self._log)
+        self._close_log()
+
+    def __del__(self) -> None:
+        self._close_log()
+
+    def _close_log(self) -> None:
+        log, self._log = self._log, None
+        if log is not None:
+            os.close(log)
 
 
 class _Request(NamedTuple):

@@ -3417,23 +3417,40 @@ async def test_a_worker_that_waits_does_not_mind_that_its_bus_is_closed(open_bus
     assert [record for record in caplog.records if record.levelno >= logging.ERROR] == []
 
 
-@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="lists the open files as Linux does")
+def opened_in(folder):
+    """The descriptors that this process has open on files of a folder."""
+    descriptors = [f"/proc/self/fd/{name}" for name in os.listdir("/proc/self/fd")]
+    return [path for one in descriptors if os.path.exists(one) and str(folder) in (path := os.readlink(one))]
+
+
+LIKE_LINUX = pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="lists the open files as Linux does")
+
+
+@LIKE_LINUX
+def test_a_bus_that_is_forgotten_lets_go_of_its_file(tmp_path):
+    def forget():
+        bus = LocalServiceBus(tmp_path / "queue.db")
+        asyncio.run(bus.send([letter("a")]))
+        assert opened_in(tmp_path)
+
+    forget()
+    gc.collect()
+    assert opened_in(tmp_path) == []
+
+
+@LIKE_LINUX
 @pytest.mark.parametrize("turns", range(4))
 async def test_a_close_that_is_cancelled_closes_all_the_same(open_bus, tmp_path, turns):
-    def opened():
-        descriptors = [f"/proc/self/fd/{name}" for name in os.listdir("/proc/self/fd")]
-        return [path for one in descriptors if os.path.exists(one) and str(tmp_path) in (path := os.readlink(one))]
-
     bus = open_bus()
     await bus.send([letter("a")])
-    assert opened()
+    assert opened_in(tmp_path)
     closing = asyncio.create_task(bus.close())
     for _ in range(turns):
         await asyncio.sleep(0)
     closing.cancel()
     await asyncio.wait([closing])
     await bus.close()
-    await until(lambda: not opened())
+    await until(lambda: not opened_in(tmp_path))
 
 
 async def test_a_file_that_cannot_be_opened_for_now_is_tried_again(open_bus, monkeypatch):

@@ -888,7 +888,7 @@ ROLES: dict[str, Callable[..., Any]] = {
 
 def main() -> None:
     """Play a role, where the command line is ROLE PEER ARGUMENTS; else list the peers."""
-    if len(sys.argv) > 1:
+    if len(sys.argv) == 4:
         role, peer, arguments = sys.argv[1:]
         print(json.dumps(ROLES[role](peer, **json.loads(arguments))), flush=True)
         os._exit(0)  # without waiting for threads that a library left

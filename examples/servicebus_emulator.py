@@ -37,7 +37,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
-import proton
+try:
+    import proton
+except ImportError as error:
+    raise ImportError("The emulator needs python-qpid-proton: pip install python-qpid-proton.") from error
 
 from boilermaker import DEAD_LETTER_SUFFIX, DEFERRED, LOCKED, READY, Delivery, Outgoing, QueueSettings, Store
 
@@ -891,4 +894,4 @@ if __name__ == "__main__":
     try:
         asyncio.run(serve(options()))
     except (OSError, OverflowError) as error:  # a port that is taken, or too large
-        sys.exit(f"servicebus_emulator: error: {error}")
+        sys.exit(f"servicebus_emulator: error: {error}; --port 0 takes any that is free")
