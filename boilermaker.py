@@ -2473,7 +2473,7 @@ class LocalServiceBus:
     use, and must be on a local disk.
 
     Args:
-        path: the file, made where there is none; ":memory:" for a queue that ends with the process.
+        path: the file, made where there is none; ":memory:" for a queue that ends with `close()`.
         queue_name: the queue in the file.
         lock_duration: seconds before an unsettled message is delivered again, unless its lock is renewed.
         max_delivery_count: deliveries before a message is dead-lettered, None for no limit.
@@ -4850,8 +4850,8 @@ class Boilermaker:
         """Receive and run tasks until SIGINT or SIGTERM, or until cancelled.
 
         On a signal the worker takes no more, gives running tasks the grace period, and then gives their messages back;
-        a second signal ends the grace period. Cancelling gives them back at once. A lost connection is reconnected
-        without end.
+        a second signal ends the grace period. Handlers that the program had set hear of it afterwards. Cancelling gives
+        them back at once. A lost connection is reconnected without end.
 
         Args:
             concurrency: how many tasks run at the same time.
