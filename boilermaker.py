@@ -3355,7 +3355,7 @@ class AzureLink:
         if self._tamed:
             self.sdk._open = self._check_open
         if self._listen is not None:
-            del self.sdk._handler._connection.listen
+            vars(self.sdk._handler._connection).pop("listen", None)
         self._opened = time.monotonic()
         return self
 
@@ -3559,9 +3559,8 @@ class AzureSender:
             return [None]
         batch = await link.call(link.sdk.create_message_batch)
         for message in messages:
-            if (
-                batch.size_in_bytes + self._bus.size(message) > batch.max_size_in_bytes
-            ):  # the SDK's sum is a little short
+            size = batch.size_in_bytes + self._bus.size(message)  # the SDK's own sum is a little short
+            if size > batch.max_size_in_bytes:
                 break
             batch.add_message(_sdk_message(message))
         if not len(batch):
@@ -4101,11 +4100,11 @@ class Worker:
             run = self._ready.popleft()
             run.runner = runner
             context, coroutine = contextvars.copy_context(), self._process(run)
-            references = sys.getrefcount(runner)
+            references = _references(runner)
             try:
                 awaited = context.run(coroutine.send, None)
             except StopIteration:
-                kept = sys.getrefcount(runner) > references  # somebody may yet cancel it, or wait for its end
+                kept = _references(runner) > references  # somebody may yet cancel it, or wait for its end
                 if kept or _cancels_itself(runner) or self._loop.time() > latest:
                     self._make_runners(1)
                     return
@@ -4321,6 +4320,9 @@ class Worker:
             self._finished.append(Settlement(delivery, Disposition.ABANDON if held else Disposition.LEAVE))
 
 
+_references: Callable[[object], int] = getattr(sys, "getrefcount", lambda thing: 0)  # PyPy does not count
+
+
 def _cancels_itself(runner: asyncio.Task[None]) -> bool:
     """Whether a task that has ended cancelled what it ran in: the next must not be met by that."""
     return bool(runner.cancelling() or getattr(runner, "_must_cancel", False))
@@ -4378,7 +4380,7 @@ def _log_ending(task: Task, outcome: Outcome, decision: Decision) -> None:
             fate = "given back" if task.acks_late else "not to run again, as acks_late=False"
             logger.warning("[%s] Stopped with the worker, %s sequence_number=%s", name, fate, number)
         case Ending.LOCK_LOST:
-            again = "it will run again" if task.acks_late else "not to run, as acks_late=False, if it was completed"
+            again = "it will run again" if task.acks_late else "it may not run again, as acks_late=False"
             logger.error("[%s] Lock lost, cancelled: %s sequence_number=%s", name, again, number)
         case _:
             logger.error(
