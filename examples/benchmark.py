@@ -544,7 +544,7 @@ def azure(benchmark: Benchmark) -> list[Table]:
     everybody = [Contestant(peer.__name__, nowhere, pythons.get(peer.__name__, sys.executable)) for peer in AZURE_PEERS]
     contestants = [contestant for contestant in everybody if is_there(contestant)]
     tables = []
-    for task, what in (("noop", "no-op tasks"), ("doze", f"tasks that sleep {DOZE} s")):
+    for task, what in (("noop", "no-op tasks"), ("doze", f"tasks of {DOZE} s")):
         results = benchmark.figures(f"azure, {task}", contestants, functools.partial(azure_one, task=task, count=count))
         tables.append(table(f"Azure, over the emulator: {count:,} {what}, 32 at once", "tasks/s", results, "rate"))
     publishers = [contestant for contestant in contestants if contestant.peer.bulk]
