@@ -3372,9 +3372,10 @@ class AzureLink:
                     # In a task of its own: wait_for, by which the SDK reads, may lose a cancellation in Python 3.11.
                     await asyncio.wait([asyncio.ensure_future(self._read_a_frame())])
         finally:
-            if not opening.done():
+            if not opening.done():  # whatever it is at has to end before the link is closed
                 opening.cancel()
                 opening.add_done_callback(_retrieved)
+                await asyncio.wait([opening], timeout=CLOSE_TIMEOUT)
         opening.result()
 
     async def _read_a_frame(self) -> None:
