@@ -4391,45 +4391,40 @@ def _log_ending(task: Task, outcome: Outcome, decision: Decision) -> None:
             )
 
 
-class Listeners(NamedTuple):
-    """The workers of an event loop that are told of signals, the handlers that there were, the signals that came.
-
-    A handler is the one of the process, and that of the event loop, if it is behind it.
-    """
-
-    listeners: list[Callable[[int], None]]
-    previous: dict[int, tuple[Any, Any]]
-    received: list[int]
-
-
-_listeners: dict[asyncio.AbstractEventLoop, Listeners] = {}
-
-
-@contextlib.contextmanager
-def _on_signals(listener: Callable[[int], None]) -> Iterator[None]:
-    """Tell a worker of SIGINT and SIGTERM; all the workers of the event loop are told.
+class Signals:
+    """SIGINT and SIGTERM while workers run in an event loop: all of its workers are told, where that is possible: in
+    the main thread, on Unix.
 
     A handler of the program's own, such as a web server's, hears of them when the last worker has ended.
     """
-    loop = asyncio.get_running_loop()
-    all_of_them = _listeners.setdefault(loop, Listeners([], {}, []))
-    all_of_them.listeners.append(listener)
-    if len(all_of_them.listeners) == 1:
-        _listen(loop, all_of_them)
-    try:
-        yield
-    finally:
-        all_of_them.listeners.remove(listener)
-        if not all_of_them.listeners:
-            del _listeners[loop]
-            for number, (handler, handle) in all_of_them.previous.items():
-                loop.remove_signal_handler(number)
-                signal.signal(number, handler if handler is not None else signal.SIG_DFL)
-                if handle is not None:
-                    loop.add_signal_handler(number, handle._callback, *handle._args)
-            for number in set(all_of_them.received):
-                if _is_of_the_program(all_of_them.previous[number][0]):
-                    signal.raise_signal(number)
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.listeners: list[Callable[[int], None]] = []
+        self._loop = loop
+        self._previous: dict[int, tuple[Any, Any]] = {}  # the process's handler, and the event loop's behind it
+        self._received: set[int] = set()
+
+    def take_over(self) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            with contextlib.suppress(NotImplementedError, RuntimeError, ValueError):
+                previous = signal.getsignal(number), getattr(self._loop, "_signal_handlers", {}).get(number)
+                self._loop.add_signal_handler(number, self._tell, number)
+                self._previous[number] = previous
+
+    def _tell(self, number: int) -> None:
+        self._received.add(number)
+        for listener in list(self.listeners):
+            listener(number)
+
+    def give_back(self) -> None:
+        for number, (handler, handle) in self._previous.items():
+            self._loop.remove_signal_handler(number)
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+            if handle is not None:
+                self._loop.add_signal_handler(number, handle._callback, *handle._args)
+        for number in self._received:
+            if _is_of_the_program(self._previous[number][0]):
+                signal.raise_signal(number)
 
 
 def _is_of_the_program(handler: Any) -> bool:
@@ -4438,19 +4433,24 @@ def _is_of_the_program(handler: Any) -> bool:
     return callable(handler) and handler is not signal.default_int_handler and not isinstance(owner, asyncio.Runner)
 
 
-def _listen(loop: asyncio.AbstractEventLoop, all_of_them: Listeners) -> None:
-    """Take over the signals where that is possible: in the main thread, on Unix. Keep the handlers there were."""
+_signals: dict[asyncio.AbstractEventLoop, Signals] = {}
 
-    def tell(number: int) -> None:
-        all_of_them.received.append(number)
-        for listener in list(all_of_them.listeners):
-            listener(number)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        with contextlib.suppress(NotImplementedError, RuntimeError, ValueError):
-            before = signal.getsignal(number), getattr(loop, "_signal_handlers", {}).get(number)
-            loop.add_signal_handler(number, tell, number)
-            all_of_them.previous[number] = before
+@contextlib.contextmanager
+def _on_signals(listener: Callable[[int], None]) -> Iterator[None]:
+    """Have a worker told of signals."""
+    loop = asyncio.get_running_loop()
+    signals = _signals.setdefault(loop, Signals(loop))
+    signals.listeners.append(listener)
+    if len(signals.listeners) == 1:
+        signals.take_over()
+    try:
+        yield
+    finally:
+        signals.listeners.remove(listener)
+        if not signals.listeners:
+            del _signals[loop]
+            signals.give_back()
 
 
 # ======================================================================================================================
