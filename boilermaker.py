@@ -1806,11 +1806,11 @@ class Store:
             if self._connection.in_transaction:
                 self._connection.execute("RELEASE part")
 
-    def insist(self, works: Sequence[Callable[[], Any]]) -> list[Any]:
+    def insist(self, works: Sequence[Callable[[Store], Any]]) -> list[Any]:
         """Run statements in one transaction, or, if one of them fails, each in its own; errors among the results."""
         try:
             with _explained(self.path), self.transaction():
-                return [work() for work in works]
+                return [work(self) for work in works]
         except Exception as error:
             if len(works) == 1 or _is_about_the_file(error):
                 return [error] * len(works)
@@ -2337,7 +2337,9 @@ class QueueFile:
 
 
 class _Request(NamedTuple):
-    work: Callable[[], Any]
+    """Something to do in a transaction. What only sends has its messages too, to be sent along with others'."""
+
+    work: Callable[[Store], Any]
     future: asyncio.Future[Any]
     durable: bool = False
     committed: Callable[[Any, bool], object] | None = None
@@ -2360,7 +2362,7 @@ class GroupCommit:
         self._syncing = False
 
     def submit(
-        self, work: Callable[[], T], durable: bool = False, committed: Callable[[T, bool], object] | None = None
+        self, work: Callable[[Store], T], durable: bool = False, committed: Callable[[T, bool], object] | None = None
     ) -> asyncio.Future[T]:
         """Run statements in the next transaction.
 
@@ -2376,8 +2378,7 @@ class GroupCommit:
     def send(self, messages: Sequence[Outgoing]) -> asyncio.Future[list[int | None]]:
         """Enqueue messages in the next transaction, in one statement with what others send; their sequence numbers."""
         future: asyncio.Future[list[int | None]] = asyncio.get_running_loop().create_future()
-        insert = functools.partial(self._insert, messages)
-        self._request(_Request(insert, future, durable=True, messages=messages))
+        self._request(_Request(functools.partial(_insert, messages), future, durable=True, messages=messages))
         return future
 
     def _request(self, request: _Request) -> None:
@@ -2401,14 +2402,12 @@ class GroupCommit:
 
     def _results(self, requests: Sequence[_Request]) -> list[Any]:
         """Do the work of all, in order, but for what is sent: that comes first, in one statement."""
-        numbers = iter(self._insert([message for request in requests for message in request.messages]))
+        store = self.file.store
+        numbers = iter(_insert([message for request in requests for message in request.messages], store))
         return [
-            list(itertools.islice(numbers, len(request.messages))) if request.messages else request.work()
+            list(itertools.islice(numbers, len(request.messages))) if request.messages else request.work(store)
             for request in requests
         ]
-
-    def _insert(self, messages: Sequence[Outgoing]) -> list[int]:
-        return self.file.store.insert(messages, time.time())
 
     def _thread_done(self, requests: Sequence[_Request], thread: asyncio.Future[list[Any]]) -> None:
         self._flushing = bool(self._requests)
@@ -2453,6 +2452,10 @@ class GroupCommit:
     def _synced(self, waiting: Sequence[_Unsynced], failure: BaseException | None) -> None:
         for future, result in waiting:
             _resolve(future, failure or result)
+
+
+def _insert(messages: Sequence[Outgoing], store: Store) -> list[int]:
+    return store.insert(messages, time.time())
 
 
 def _resolve(future: asyncio.Future[Any], result: Any) -> None:
@@ -2529,7 +2532,7 @@ class LocalServiceBus:
         _count("max_message_count", max_message_count)
         commit = await self._commit()
         queue = dead_letter_queue(self.queue_name) if dead_letter else self.queue_name
-        return await commit.submit(lambda: commit.file.store.peek(queue, max_message_count))
+        return await commit.submit(lambda store: store.peek(queue, max_message_count))
 
     async def cancel(self, sequence_number: int) -> None:
         """Take back a scheduled message.
@@ -2539,9 +2542,11 @@ class LocalServiceBus:
         """
         _check_sequence_number(sequence_number)
         commit = await self._commit()
-        store = commit.file.store
-        cancel = functools.partial(store.cancel, self.queue_name, sequence_number)
-        if not _is_64_bit(sequence_number) or not await commit.submit(lambda: cancel(time.time()), durable=True):
+
+        def cancel(store: Store) -> bool:
+            return _is_64_bit(sequence_number) and store.cancel(self.queue_name, sequence_number, time.time())
+
+        if not await commit.submit(cancel, durable=True):
             raise MessageNotFound(f"{self.queue_name} has no scheduled message with sequence number {sequence_number}.")
 
     async def open_receiver(self, on_lock_lost: Callable[[Delivery], None], max_renewal: float) -> LocalReceiver:
@@ -2554,7 +2559,7 @@ class LocalServiceBus:
         try:
             if commit is not None and commit.file is file:
                 with contextlib.suppress(ServiceBusUnavailable):
-                    await commit.submit(lambda: None, durable=True)  # after all that was asked for before
+                    await commit.submit(lambda store: None, durable=True)  # after all that was asked for before
         finally:
             if file is not None and file.pid == os.getpid():
                 await asyncio.to_thread(file.close)
@@ -2639,14 +2644,13 @@ class LocalReceiver:
         self._queue = bus.queue_name
         self._lock_duration = bus.lock_duration
         self._commit = commit
-        self._store = commit.file.store
         self._on_lock_lost = on_lock_lost
         self._max_renewal = max_renewal
         self._held: set[Delivery] = set()
         self._closed = threading.Event()
         self._bus = bus
         self._loop = asyncio.get_running_loop()
-        self._watcher = FileWatcher(commit.file.log_path, self._store)
+        self._watcher = FileWatcher(commit.file.log_path, commit.file.store)
         self._renewer = threading.Thread(target=self._keep_locks, name="boilermaker-locks", daemon=True)
         self._renewer.start()
 
@@ -2676,7 +2680,7 @@ class LocalReceiver:
         """Go on with the bus, which was closed, and is used again by that."""
         commit = await self._bus._commit()
         self._watcher.close()
-        self._commit, self._store = commit, commit.file.store
+        self._commit = commit
         self._watcher = FileWatcher(commit.file.log_path, commit.file.store)
 
     async def _claim(self, max_message_count: int) -> tuple[list[Delivery], float | None]:
@@ -2697,9 +2701,9 @@ class LocalReceiver:
         else:
             self._held.update(claim[0])
 
-    def _claim_now(self, max_message_count: int) -> tuple[list[Delivery], float | None]:
-        deliveries = self._store.claim(self._queue, max_message_count, self._lock_duration, time.time())
-        return deliveries, None if deliveries else self._store.next_due(self._queue)
+    def _claim_now(self, max_message_count: int, store: Store) -> tuple[list[Delivery], float | None]:
+        deliveries = store.claim(self._queue, max_message_count, self._lock_duration, time.time())
+        return deliveries, None if deliveries else store.next_due(self._queue)
 
     @contextlib.contextmanager
     def _watching(self, changed: Callable[[], None]) -> Iterator[None]:
@@ -2716,14 +2720,14 @@ class LocalReceiver:
         self._held.difference_update(settlement.delivery for settlement in settlements)
         if self._commit.file.closed:
             return asyncio.ensure_future(self._settle_anew(settlements, durable))
-        return self._commit.submit(functools.partial(self._settle_now, self._store, settlements), durable=durable)
+        return self._commit.submit(functools.partial(self._settle_now, settlements), durable=durable)
 
     async def _settle_anew(self, settlements: Sequence[Settlement], durable: bool) -> list[Rejection]:
         """Settle by the bus as it is opened again; the next receive goes on with that too."""
         commit = await self._bus._commit()
-        return await commit.submit(functools.partial(self._settle_now, commit.file.store, settlements), durable=durable)
+        return await commit.submit(functools.partial(self._settle_now, settlements), durable=durable)
 
-    def _settle_now(self, store: Store, settlements: Sequence[Settlement]) -> list[Rejection]:
+    def _settle_now(self, settlements: Sequence[Settlement], store: Store) -> list[Rejection]:
         """All in the one transaction; those that only delete, together."""
         now = time.time()
         plain: list[Settlement] = []
@@ -2789,9 +2793,10 @@ class LocalReceiver:
         latest = time.monotonic() - self._max_renewal
         if not held:
             return []
-        with _explained(self._store.path), self._store.transaction():
+        store = self._commit.file.store
+        with _explained(store.path), store.transaction():
             now = time.time()
-            return [d for d in held if d.received < latest or not self._store.renew(d, self._lock_duration, now)]
+            return [d for d in held if d.received < latest or not store.renew(d, self._lock_duration, now)]
 
     def _lose(self, delivery: Delivery) -> None:
         if delivery in self._held:
@@ -2802,7 +2807,7 @@ class LocalReceiver:
         self._closed.set()
         try:
             with contextlib.suppress(ServiceBusUnavailable):
-                await self._commit.submit(lambda: None)  # what was given back just now comes before
+                await self._commit.submit(lambda store: None)  # what was given back just now comes before
         finally:
             await asyncio.to_thread(self._renewer.join)
             self._watcher.close()
