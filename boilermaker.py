@@ -653,20 +653,29 @@ def _as_task(operand: object, role: str = "A workflow's member") -> Task:
     if isinstance(operand, Task):
         return operand
     if isinstance(operand, TaskFunction):
-        try:
-            return operand.si()
-        except InvalidArguments as error:
-            name = operand.registration.name
-            raise InvalidArguments(
-                f"{error} Alone, a function stands for {name}.si(); {name}.s() receives its parent's result."
-            ) from None
-    hint = ""
+        return _alone(operand)
+    raise UsageError(f"{role} must be a Task or a decorated function, not {operand!r}.{_instead_of(operand)}")
+
+
+def _alone(function: TaskFunction[..., Any]) -> Task:
+    """What a decorated function by itself stands for."""
+    try:
+        return function.si()
+    except InvalidArguments as error:
+        name = function.registration.name
+        raise InvalidArguments(
+            f"{error} Alone, a function stands for {name}.si(); {name}.s() receives its parent's result."
+        ) from None
+
+
+def _instead_of(operand: object) -> str:
+    """The way out for what is taken for a task and is none."""
     if inspect.iscoroutine(operand):
         operand.close()
-        hint = " To publish by delay(), await it; si() makes a task to be published later."
-    elif inspect.iscoroutinefunction(operand):
-        hint = f" Use Task.si({operand.__name__}, ...)."
-    raise UsageError(f"{role} must be a Task or a decorated function, not {operand!r}.{hint}")
+        return " To publish by delay(), await it; si() makes a task to be published later."
+    if inspect.iscoroutinefunction(operand):
+        return f" Use Task.si({operand.__name__}, ...)."
+    return ""
 
 
 def _task_of(registration: Registration, app: Boilermaker, args: Sequence[Any], kwargs: dict[str, Any]) -> Task:
@@ -817,6 +826,7 @@ _field_values = operator.attrgetter(*_FIELD_TYPES)
 
 @functools.lru_cache(maxsize=1024)
 def _field_of_wrong_type(*types_of_values: type) -> str | None:
+    """The first field whose type is none of its own; hardly any two tasks differ in these, so it is mostly known."""
     fields = zip(_FIELD_TYPES.items(), types_of_values, strict=True)
     return next((name for (name, allowed), actual in fields if not issubclass(actual, allowed)), None)
 
@@ -1075,7 +1085,7 @@ _FRAME = re.compile(
     r',"attempts":{"attempts":(0|[1-9][0-9]{0,8}),"last_retry":"\0"}'
     r',"should_dead_letter":(true|false),"acks_late":(true|false),"graph_id":null,"on_success":null,"on_failure":null}'
 )
-"""A plain body with zeros where id, arguments and time were cut out."""
+"""A plain body with a NUL wherever id, arguments and time were cut out."""
 
 MAX_FRAME = 1000
 """Characters of a frame that is worth keeping."""
@@ -1109,7 +1119,7 @@ def _decode_plain(text: str, queue: str) -> Task | None:
             return None
         args, kwargs = _decode_payload(_from_json(text[payload:policy]), "")
         attempts = RetryAttempts(frame.attempts, datetime.datetime.fromisoformat(sent))
-    except (ValueError, AttributeError, RecursionError, InvalidTaskFormat):
+    except (ValueError, AttributeError, RecursionError, InvalidTaskFormat):  # AttributeError: the payload is no object
         return None
     return Task(
         function_name=frame.function_name,
@@ -1926,7 +1936,7 @@ class Store:
             rows = sorted(self._claim_rows(queue_id, missing, locked_until, now))
             kept = []
             for number, count, message_id, body, text, expires in rows:
-                properties = _properties(text) if text else _NO_PROPERTIES
+                properties = _properties(text)
                 delivery = Delivery(number, count, message_id, body, properties, locked_until, None, received)
                 if (expires is None and count < most) or not self._bury(queue, delivery, most, expires, now):
                     kept.append(delivery)
@@ -2086,8 +2096,8 @@ def dead_letter_queue(queue: str) -> str:
 _NO_PROPERTIES: Mapping[str, str] = {}
 
 
-def _properties(text: str) -> Mapping[str, str]:
-    properties: Mapping[str, str] = json.loads(text)
+def _properties(text: str | None) -> Mapping[str, str]:
+    properties: Mapping[str, str] = json.loads(text) if text else _NO_PROPERTIES
     return properties
 
 
@@ -2102,7 +2112,7 @@ def _message_of_row(row: tuple[Any, ...]) -> Message:
         scheduled_enqueue_time_utc=_utc(scheduled) if scheduled is not None else None,
         dead_letter_reason=reason,
         dead_letter_error_description=description,
-        application_properties=_properties(properties) if properties else _NO_PROPERTIES,
+        application_properties=_properties(properties),
     )
 
 
@@ -2158,9 +2168,11 @@ _HOPELESS = {
 
 @contextlib.contextmanager
 def _explained(path: str) -> Iterator[None]:
-    """SQLite's errors as ours, naming the file and the way out."""
+    """SQLite's errors, and the system's, as ours, naming the file and the way out."""
     try:
         yield
+    except OSError as error:
+        raise ServiceBusUnavailable(f"{path}: {error}. Nothing was changed.") from error
     except sqlite3.Error as error:
         code = getattr(error, "sqlite_errorcode", 0) & 0xFF
         if code in _HOPELESS:
@@ -2212,11 +2224,9 @@ class QueueFile:
         self.store = Store(path)
         try:
             self.store.open_queue(queue, settings)
-            self._inode = None if self.log_path is None else os.stat(path).st_ino
-            self._log = os.open(self.log_path, os.O_RDWR) if self.log_path is not None else None
-        except OSError as error:
-            self.store.close()
-            raise ServiceBusUnavailable(f"{path} cannot be opened: {error}") from error
+            if self.log_path is not None:
+                with _explained(path):
+                    self._inode, self._log = os.stat(path).st_ino, os.open(self.log_path, os.O_RDWR)
         except BaseException:
             self.store.close()
             raise
@@ -2590,8 +2600,10 @@ class LocalServiceBus:
 _inherited: list[QueueFile] = []
 
 
-def _positive(name: str, value: float, least: str = "over 0,") -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= MAX_SECONDS:
+def _positive(name: str, value: float, or_zero: bool = False) -> float:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or not 0 <= value <= MAX_SECONDS or (value == 0 and not or_zero):
+        least = "from 0" if or_zero else "over 0,"
         raise ConfigurationError(f"{name}={value!r} must be a number {least} up to {MAX_SECONDS}.")
     return value
 
@@ -3379,7 +3391,7 @@ class AzureLink:
         finally:
             if not opening.done():  # whatever it is at has to end before the link is closed
                 opening.cancel()
-                opening.add_done_callback(_retrieved)
+                opening.add_done_callback(lambda task: task.cancelled() or task.exception())  # nobody else looks at it
                 await asyncio.wait([opening], timeout=CLOSE_TIMEOUT)
         opening.result()
 
@@ -3460,12 +3472,6 @@ class AzureLink:
         async with self._turn:
             self.requests += 1
             return await self._request(*args, **options)
-
-
-def _retrieved(task: asyncio.Task[Any]) -> None:
-    """Look at a task's error, that nobody else will."""
-    if not task.cancelled():
-        task.exception()
 
 
 _SendRequest: TypeAlias = "tuple[Outgoing, asyncio.Future[int | None]]"
@@ -3620,8 +3626,8 @@ class AzureReceiver:
         self._connecting: asyncio.Task[None] | None = None
         self._failures = 0
         self._busy = False
-        self._behind = 0.0
-        self._clock_is_off = False
+        self._behind = 0.0  # how far this machine's clock is behind the service's, at least
+        self._warned_of_clock = False
         self._stopping = False
         self._settling: set[asyncio.Future[list[Rejection]]] = set()
         self._renew_at: dict[Delivery, float] = {}
@@ -3750,8 +3756,8 @@ class AzureReceiver:
         """
         now = time.time()
         until = now if granted is None else granted.timestamp() - self._behind
-        if (until <= now or self._behind > 1) and not self._clock_is_off:
-            self._clock_is_off = True
+        if (until <= now or self._behind > 1) and not self._warned_of_clock:
+            self._warned_of_clock = True
             logger.warning(
                 "The clocks of this machine and of %r differ, which may cost locks: set the clock", self._bus
             )
@@ -3812,12 +3818,8 @@ class AzureReceiver:
             case Disposition.ABANDON:
                 await link.call(link.sdk.abandon_message, delivery.raw)
             case Disposition.DEAD_LETTER:
-                dead_letter = functools.partial(
-                    link.sdk.dead_letter_message,
-                    reason=settlement.reason,
-                    error_description=settlement.description,
-                )
-                await link.call(dead_letter, delivery.raw)
+                why = {"reason": settlement.reason, "error_description": settlement.description}
+                await link.call(link.sdk.dead_letter_message, delivery.raw, **why)
         link.round_trip = min(link.round_trip or ATTEMPT_TIMEOUT, time.monotonic() - started)
 
     # -- renewing
@@ -3971,6 +3973,7 @@ class Worker:
     ) -> None:
         self._app = app
         self._bus = app.service_bus_client
+        self._queue = app.queue_name
         self._concurrency = concurrency
         self._burst = burst
         self._grace_period = grace_period
@@ -4085,7 +4088,7 @@ class Worker:
 
     def _line_up(self, delivery: Delivery) -> None:
         try:
-            task = decode(delivery.body, self._app.queue_name)
+            task = decode(delivery.body, self._queue)
         except InvalidTaskFormat as error:
             logger.error("Invalid task sequence_number=%s: %s", delivery.sequence_number, error)
             ending = Ending.UNDECODABLE
@@ -4197,12 +4200,11 @@ class Worker:
             return _RETURNED
         if result is TaskFailureResult:
             return Outcome(Ending.FAILED, result)
-        if isinstance(result, RetryException) or inspect.iscoroutine(result):
-            way_out = "raise"
-            if inspect.iscoroutine(result):
-                result.close()
-                way_out = "await"
-            raise UsageError(f"{task.function_name} returned {_short(result)}: {way_out} it.")
+        if isinstance(result, RetryException):
+            raise UsageError(f"{task.function_name} returned {_short(result)}: raise it.")
+        if inspect.iscoroutine(result):
+            result.close()
+            raise UsageError(f"{task.function_name} returned {_short(result)}: await it.")
         if isinstance(result, (Task, TaskFunction)):
             result = self._successor(_as_task(result), task)
         return Outcome(Ending.RETURNED, result)
@@ -4224,7 +4226,7 @@ class Worker:
         follow_up = None
         try:
             if outcome.ending is Ending.RETRY:  # with the arguments as they came, whatever the function did to them
-                original = decode(delivery.body, self._app.queue_name)
+                original = decode(delivery.body, self._queue)
                 task.args, task.kwargs = original.args, original.kwargs
             decision = decide(task, outcome, message_id)
             if decision.follow_up is not None:
@@ -4392,7 +4394,7 @@ def _log_ending(task: Task, outcome: Outcome, decision: Decision) -> None:
             logger.error(
                 "[%s] Task %s sequence_number=%s: %s",
                 *(name, outcome.ending.text, number, describe(error)),
-                exc_info=error if error is not None and error.__traceback__ is not None else None,
+                exc_info=error if getattr(error, "__traceback__", None) else None,  # only what was raised has one
             )
 
 
@@ -4593,11 +4595,7 @@ class Boilermaker:
             )
         if name in self._registry:
             raise UsageError(f"Function already registered: {name}. Give one of the two another name with name='...'.")
-        if policy is not None and not isinstance(policy, RetryPolicy):
-            raise UsageError(f"{name}: policy={policy!r} must be a RetryPolicy.")
-        for option, value in (("should_dead_letter", should_dead_letter), ("acks_late", acks_late)):
-            if type(value) is not bool:
-                raise UsageError(f"{name}: {option}={value!r} must be True or False.")
+        _check_options(name, policy, should_dead_letter=should_dead_letter, acks_late=acks_late)
         registration = Registration(name, function, policy or DEFAULT_POLICY, should_dead_letter, acks_late)
         self._registry[name] = self._by_function[function] = registration
         logger.info("Registered background function fn=%s", name)
@@ -4605,6 +4603,7 @@ class Boilermaker:
 
     @property
     def task_names(self) -> list[str]:
+        """The names of what is registered."""
         return list(self._registry)
 
     @property
@@ -4875,9 +4874,16 @@ class Boilermaker:
         if type(concurrency) is not int or concurrency < 1:
             raise UsageError(f"concurrency={concurrency!r} must be an int of at least 1.")
         _positive("max_lock_renewal", max_lock_renewal)
-        if grace_period != 0:
-            _positive("grace_period", grace_period, "of seconds, 0")
+        _positive("grace_period", grace_period, or_zero=True)
         await Worker(self, concurrency, burst, grace_period, max_lock_renewal).run()
+
+
+def _check_options(name: str, policy: object, **flags: object) -> None:
+    if policy is not None and not isinstance(policy, RetryPolicy):
+        raise UsageError(f"{name}: policy={policy!r} must be a RetryPolicy.")
+    for option, value in flags.items():
+        if type(value) is not bool:
+            raise UsageError(f"{name}: {option}={value!r} must be True or False.")
 
 
 def _listed(things: Iterable[T], taker: str) -> list[T]:
