@@ -2956,27 +2956,6 @@ async def test_what_fails_again_out_of_the_dead_letter_queue_waits_for_the_end_o
     assert (message.dead_letter_reason, message.dead_letter_error_description) == ("TaskFailed", "ValueError: again")
 
 
-async def test_what_follows_a_task_out_of_the_dead_letter_queue_goes_to_the_queue_itself(open_bus):
-    app = Boilermaker([], open_bus())
-    app_of_dead_letters = Boilermaker([], open_bus(queue_name=f"tasks{boilermaker.DEAD_LETTER_SUFFIX}"))
-
-    async def fixed(state):
-        return "fixed"
-
-    async def note(state, result):
-        state.append(result)
-
-    app.register_async(note)
-    app_of_dead_letters.register_many_async([fixed, note])
-    await app_of_dead_letters.publish_task(Task.si(fixed) | Task.s(note))  # a worker that does not know it yet
-    await work_off(app)
-    assert len(await app.service_bus_client.peek(dead_letter=True)) == 1
-    await work_off(app_of_dead_letters)
-    await work_off(app)
-    assert app.state == ["fixed"]
-    assert await ids_of(app.service_bus_client, dead_letter=True) == []
-
-
 async def test_what_is_delivered_too_often_is_dead_lettered(open_bus):
     bus = open_bus(lock_duration=0.05, max_delivery_count=2)
     await bus.send([letter("a"), letter("b", due=time.time() + 3600)])
@@ -3703,6 +3682,26 @@ async def test_a_disk_that_cannot_sync_fails_the_send(open_bus, monkeypatch):
     monkeypatch.setattr(os, "fdatasync", broken, raising=False)
     with pytest.raises(ServiceBusUnavailable, match=r"queue\.db .*Input/output error"):
         await bus.send([letter("a")])
+
+
+async def test_a_task_whose_early_completion_cannot_be_synced_does_not_run_and_the_log_says_why(
+    open_bus, monkeypatch, caplog
+):
+    def broken(file):
+        raise OSError(5, "Input/output error")
+
+    app = Boilermaker([], open_bus())
+
+    @app.task(acks_late=False)
+    async def work(state):
+        state.append("ran")
+
+    await work.delay()
+    monkeypatch.setattr(os, "fdatasync", broken, raising=False)
+    await work_off(app)
+    assert app.state == []
+    assert "could not be synced to the disk: [Errno 5] Input/output error" in caplog.text
+    assert "it will run again" not in caplog.text
 
 
 async def test_after_a_disk_that_could_not_sync_the_log_is_written_to_the_file(open_bus, monkeypatch, tmp_path):
@@ -5944,6 +5943,28 @@ async def test_what_is_acknowledged_early_is_gone_while_it_runs(new_bus):
     assert seen == [[], "after"]
 
 
+async def test_what_follows_a_task_out_of_the_dead_letter_queue_goes_to_the_queue_itself(new_bus):
+    bus = new_bus()
+    app = Boilermaker([], bus)
+    app_of_dead_letters = Boilermaker([], new_bus(f"{bus.queue_name}{boilermaker.DEAD_LETTER_SUFFIX}"))
+
+    async def fixed(state):
+        return "fixed"
+
+    async def note(state, result):
+        state.append(result)
+
+    app.register_async(note)
+    app_of_dead_letters.register_many_async([fixed, note])
+    await app_of_dead_letters.publish_task(Task.si(fixed) | Task.s(note))  # a worker that does not know it yet
+    await work_off(app)
+    assert len(await app.service_bus_client.peek(dead_letter=True)) == 1
+    await work_off(app_of_dead_letters)
+    await work_off(app)
+    assert app.state == ["fixed"]
+    assert await ids_of(app.service_bus_client, dead_letter=True) == []
+
+
 async def test_a_burst_ends_without_what_is_due_later_or_held_elsewhere(new_bus):
     bus = new_bus()
     app, other = Boilermaker(None, bus), Boilermaker(None, new_bus(bus.queue_name))
@@ -6523,6 +6544,24 @@ async def test_a_worker_may_start_while_the_service_is_away_for_a_moment(azure_b
     emulator.control("refuse 0.5")
     await work_off(app)
     assert runs == {0: 1}
+
+
+async def test_a_link_that_is_worn_out_while_the_service_is_away_is_replaced_with_pauses(
+    azure_bus, emulator, caplog, monkeypatch
+):
+    app = Boilermaker(None, azure_bus())
+    runs, _, [first, second, *_] = chains(app)
+    await app.publish_task(first)
+    async with working(app):
+        await until(lambda: runs[0] == 1)
+        monkeypatch.setattr(boilermaker, "MAX_REQUESTS", 0)
+        emulator.control("refuse 1")
+        emulator.control("drop")
+        await until(lambda: "was lost, reconnecting" in caplog.text)
+        monkeypatch.setattr(boilermaker, "MAX_REQUESTS", 5_000)
+        await app.publish_task(second, publish_attempts=10)
+        await until(lambda: runs[1] == 1)
+    assert caplog.text.count("was lost, reconnecting") < 20
 
 
 async def test_links_detached_while_idle_are_opened_again(azure_bus, emulator, caplog):
