@@ -1716,6 +1716,18 @@ SCHEMA = f"""
 """
 
 
+_DUE = "FROM message WHERE queue_id = ? AND state IN (0, 1) AND due <= ? ORDER BY state, due LIMIT ?"
+
+SELECT_DUE = f"SELECT sequence_number, delivery_count, message_id, body, application_properties, expires {_DUE}"
+
+LOCK_DUE = f"""
+    UPDATE message
+    SET    state = 0, due = ?, delivery_count = delivery_count + 1
+    WHERE  sequence_number IN (SELECT sequence_number {_DUE})
+"""
+"""Two statements, as RETURNING would copy every message once more."""
+
+
 class QueueSettings(NamedTuple):
     """The properties of a queue, in seconds, None for off."""
 
@@ -1964,7 +1976,10 @@ class Store:
         locked_until, received = now + lock_duration, time.monotonic()
         claimed: list[Delivery] = []
         while (missing := max_message_count - len(claimed)) > 0:
-            rows = sorted(self._claim_rows(queue_id, missing, locked_until, now))
+            due = (queue_id, now, missing)
+            rows = self._connection.execute(SELECT_DUE, due).fetchall()
+            if rows:
+                self._connection.execute(LOCK_DUE, (locked_until, *due))
             kept = []
             for number, count, message_id, body, text, expires in rows:
                 properties = _properties(text)
@@ -1995,23 +2010,6 @@ class Store:
             (delivery.sequence_number,),
         )
         return True
-
-    def _claim_rows(self, queue_id: int, limit: int, locked_until: float, now: float) -> list[tuple[Any, ...]]:
-        return self._connection.execute(
-            """
-            UPDATE message
-            SET    state = 0, due = ?, delivery_count = delivery_count + 1
-            WHERE  sequence_number IN (
-                       SELECT   sequence_number
-                       FROM     message
-                       WHERE    queue_id = ? AND state IN (0, 1) AND due <= ?
-                       ORDER BY state, due
-                       LIMIT    ?
-                   )
-            RETURNING sequence_number, delivery_count - 1, message_id, body, application_properties, expires
-            """,
-            (locked_until, queue_id, now, limit),
-        ).fetchall()
 
     def complete(self, deliveries: Sequence[Delivery]) -> int:
         """Delete messages; how many of them were still held."""
@@ -2149,8 +2147,8 @@ def _message_of_row(row: tuple[Any, ...]) -> Message:
 
 def connect(path: str) -> sqlite3.Connection:
     """A connection for short write transactions that never wait, and never checkpoint, by themselves."""
-    if sqlite3.sqlite_version_info < (3, 35):
-        raise ConfigurationError(f"SQLite {sqlite3.sqlite_version} is too old: boilermaker needs 3.35, for RETURNING.")
+    if sqlite3.sqlite_version_info < (3, 24):
+        raise ConfigurationError(f"SQLite {sqlite3.sqlite_version} is too old: boilermaker needs 3.24, for upserts.")
     connection = sqlite3.connect(path, timeout=0, isolation_level=None, check_same_thread=False)
     try:
         for pragma in ("synchronous = NORMAL", "wal_autocheckpoint = 0", "secure_delete = OFF", "cache_size = -16000"):

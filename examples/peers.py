@@ -239,23 +239,12 @@ class Bare(Peer):
         time.sleep(FOREVER)
 
     def claim(self, limit: int) -> list[Any]:
+        import boilermaker
+
         now = time.time()
         self.connection.execute("BEGIN IMMEDIATE")
-        rows = self.connection.execute(
-            """
-            UPDATE message
-            SET    state = 0, due = ?, delivery_count = delivery_count + 1
-            WHERE  sequence_number IN (
-                       SELECT   sequence_number
-                       FROM     message
-                       WHERE    queue_id = 1 AND state IN (0, 1) AND due <= ?
-                       ORDER BY state, due
-                       LIMIT    ?
-                   )
-            RETURNING sequence_number, delivery_count, message_id, body, application_properties, expires
-            """,
-            (now + 10, now, limit),
-        ).fetchall()
+        rows = self.connection.execute(boilermaker.SELECT_DUE, (1, now, limit)).fetchall()
+        self.connection.execute(boilermaker.LOCK_DUE, (now + 10, 1, now, limit))
         self.connection.execute("COMMIT")
         return rows
 
@@ -263,7 +252,7 @@ class Bare(Peer):
         self.connection.execute("BEGIN IMMEDIATE")
         self.connection.executemany(
             "DELETE FROM message WHERE sequence_number = ? AND delivery_count = ? AND state = 0",
-            [row[:2] for row in rows],
+            [(number, count + 1) for number, count, *_ in rows],
         )
         self.connection.execute("COMMIT")
 
