@@ -291,7 +291,7 @@ class RetryPolicy:
         return isinstance(other, RetryPolicy) and self._values() == other._values()
 
     def __hash__(self) -> int:
-        return hash(self._values())
+        return hash((self.max_tries, self.delay, self.delay_max))
 
     def _values(self) -> tuple[int, int, int, int]:
         return self.max_tries, self.delay, self.delay_max, self.retry_mode
@@ -4804,9 +4804,11 @@ class Boilermaker:
         if type(publish_attempts) is not int or publish_attempts < 1:
             raise UsageError(f"publish_attempts={publish_attempts!r} must be an int of at least 1.")
         due = _due_time(delay, eta)
-        heads = [self.bound(_as_task(task, "What is published")) for task in _listed(tasks, "publish_many")]
+        heads, messages = [], []
         with _NO_SPANS if self.tracing is None else contextlib.ExitStack() as spans:
-            messages = [self.outgoing(head, head.task_id, due, spans) for head in heads]
+            for task in _listed(tasks, "publish_many"):
+                heads.append(head := self.bound(_as_task(task, "What is published")))
+                messages.append(self.outgoing(head, head.task_id, due, spans))
             numbers = await self._send(messages, publish_attempts)
         for head, message, number in zip(heads, messages, numbers, strict=True):
             head.sequence_number, head.message_id = number, message.message_id
