@@ -3503,7 +3503,26 @@ class AzureLink:
             return await self._request(*args, **options)
 
 
-_SendRequest: TypeAlias = "tuple[Outgoing, asyncio.Future[int | None]]"
+@dataclass(slots=True, eq=False)
+class SendRequest:
+    """Messages that are sent together, if need be in several batches, and answered together."""
+
+    count: int
+    future: asyncio.Future[list[int | None]]
+    numbers: list[int | None] = field(default_factory=list)
+    errors: list[Exception] = field(default_factory=list)
+
+    def answer(self, answer: int | Exception | None) -> None:
+        """What became of the next message: its sequence number, if it has one, or an error."""
+        if isinstance(answer, Exception):
+            self.errors.append(answer)
+        else:
+            self.numbers.append(answer)
+        if len(self.numbers) + len(self.errors) == self.count:
+            _resolve(self.future, self.errors[0] if self.errors else self.numbers)
+
+
+_Waiting: TypeAlias = tuple[Outgoing, SendRequest]
 
 
 class AzureSender:
@@ -3518,21 +3537,17 @@ class AzureSender:
         self._bus = bus
         self._queue = queue
         self._link: AzureLink | None = None
-        self._waiting: list[_SendRequest] = []
+        self._waiting: list[_Waiting] = []
         self._sending: asyncio.Task[None] | None = None
 
     async def send(self, messages: Sequence[Outgoing]) -> list[int | None]:
         """Send in order; the sequence numbers of those that are scheduled."""
         loop = asyncio.get_running_loop()
-        futures: list[asyncio.Future[int | None]] = [loop.create_future() for _ in messages]
-        self._waiting += zip(messages, futures, strict=True)
+        request = SendRequest(len(messages), loop.create_future())
+        self._waiting += [(message, request) for message in messages]
         if self._sending is None or self._sending.done():
             self._sending = loop.create_task(self._send_waiting())
-        answers = await asyncio.gather(*futures, return_exceptions=True)
-        for answer in answers:
-            if isinstance(answer, BaseException):
-                raise answer
-        return [answer for answer in answers if not isinstance(answer, BaseException)]
+        return await request.future
 
     async def close(self) -> None:
         if self._sending is not None:
@@ -3542,36 +3557,36 @@ class AzureSender:
 
     async def _send_waiting(self) -> None:
         while self._waiting:
-            requests, self._waiting = self._of_a_kind()
+            some, self._waiting = self._of_a_kind()
             try:
                 with self._bus.explained(self._queue):
-                    numbers = await self._insist([message for message, _ in requests])
+                    numbers = await self._insist([message for message, _ in some])
             except MessageTooLarge as error:  # the first one, by itself
-                self._waiting = requests[1:] + self._waiting
-                self._fail(requests[:1], error)
+                self._waiting = some[1:] + self._waiting
+                self._fail(some[:1], error)
             except BoilermakerError as error:
-                self._fail(requests, error)
+                self._fail(some, error)
             except BaseException:
-                self._fail(requests, ServiceBusUnavailable(f"{self._bus!r} was closed before it had sent everything."))
+                self._fail(some, ServiceBusUnavailable(f"{self._bus!r} was closed before it had sent everything."))
                 raise
             else:
-                self._waiting = requests[len(numbers) :] + self._waiting
-                for (_, future), number in zip(requests, numbers, strict=False):
-                    _resolve(future, number)
+                self._waiting = some[len(numbers) :] + self._waiting
+                for (_, request), number in zip(some, numbers, strict=False):
+                    request.answer(number)
 
-    def _of_a_kind(self) -> tuple[list[_SendRequest], list[_SendRequest]]:
+    def _of_a_kind(self) -> tuple[list[_Waiting], list[_Waiting]]:
         """The first waiting messages that are due at the same time, and the rest; cancelled ones are left out."""
-        waiting = [request for request in self._waiting if not request[1].done()]
+        waiting = [(message, request) for message, request in self._waiting if not request.future.done()]
         due = waiting[0][0].due if waiting else None
         count = next((i for i, (message, _) in enumerate(waiting) if message.due != due), len(waiting))
         return waiting[:count], waiting[count:]
 
-    def _fail(self, requests: Sequence[_SendRequest], error: Exception) -> None:
+    def _fail(self, some: Sequence[_Waiting], error: Exception) -> None:
         """Answer with an error; all that waits, if it is not about these messages but about the connection."""
         if isinstance(error, ServiceBusUnavailable):
-            requests, self._waiting = [*requests, *self._waiting], []
-        for _, future in requests:
-            _resolve(future, error)
+            some, self._waiting = [*some, *self._waiting], []
+        for _, request in some:
+            request.answer(error)
 
     async def _insist(self, messages: Sequence[Outgoing]) -> Sequence[int | None]:
         """Send some, again after a failure that may pass."""
