@@ -2313,6 +2313,12 @@ class QueueFile:
         if not mended:
             raise OSError("an earlier failure is not mended yet")
 
+    def announce(self) -> None:
+        """Wake those who wait for messages in other processes, or event loops: see FileWatcher."""
+        if self.log_path is not None and _HAS_INOTIFY:
+            with contextlib.suppress(OSError):  # it is gone: the sync says so
+                os.close(os.open(self.log_path, os.O_RDONLY))
+
     def _check_files(self) -> None:
         """Notice that the file was deleted or replaced, and not write on into nothing.
 
@@ -2328,6 +2334,8 @@ class QueueFile:
         if self._log is None:
             return
         changes = self.store.changes()
+        if changes == self._seen_changes:
+            return
         self._logged_pages += 3 + (changes - self._seen_changes) // 8
         self._seen_changes = changes
         if self._logged_pages >= CHECKPOINT_PAGES and self.store.checkpointing.acquire(blocking=False):
@@ -2376,10 +2384,14 @@ class QueueFile:
 
 
 class _Request(NamedTuple):
-    """Something to do in a transaction. What only sends has its messages too, to be sent along with others'."""
+    """Something to do in a transaction; `adds` if there may be more to receive by it.
+
+    What only sends has its messages too, to be sent along with others'.
+    """
 
     work: Callable[[Store], Any]
     future: asyncio.Future[Any]
+    adds: bool = False
     durable: bool = False
     committed: Callable[[Any, bool], object] | None = None
     messages: Sequence[Outgoing] = ()
@@ -2396,28 +2408,33 @@ class GroupCommit:
         self.listeners: set[Callable[[], None]] = set()
         self._requests: list[_Request] = []
         self._unsynced: list[_Unsynced] = []
-        self._seen_changes = 0
         self._flushing = False
         self._syncing = False
 
     def submit(
-        self, work: Callable[[Store], T], durable: bool = False, committed: Callable[[T, bool], object] | None = None
+        self,
+        work: Callable[[Store], T],
+        adds: bool = False,
+        durable: bool = False,
+        committed: Callable[[T, bool], object] | None = None,
     ) -> asyncio.Future[T]:
         """Run statements in the next transaction.
 
         Args:
             work: the statements; run again from the start if the transaction has to be.
+            adds: tell those who wait for messages, here and in other processes, that there may be some.
             durable: answer when the transaction is on the disk, not when it is committed.
             committed: called at once with the result, and whether the future was cancelled in the meantime.
         """
         future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
-        self._request(_Request(work, future, durable, committed))
+        self._request(_Request(work, future, adds, durable, committed))
         return future
 
     def send(self, messages: Sequence[Outgoing]) -> asyncio.Future[list[int | None]]:
         """Enqueue messages in the next transaction, in one statement with what others send; their sequence numbers."""
         future: asyncio.Future[list[int | None]] = asyncio.get_running_loop().create_future()
-        self._request(_Request(functools.partial(_insert, messages), future, durable=True, messages=messages))
+        send = functools.partial(_insert, messages)
+        self._request(_Request(send, future, adds=True, durable=True, messages=messages))
         return future
 
     def _request(self, request: _Request) -> None:
@@ -2456,6 +2473,8 @@ class GroupCommit:
         self._answer(requests, thread.result() if error is None else [error] * len(requests))
 
     def _answer(self, requests: Sequence[_Request], results: Sequence[Any]) -> None:
+        if any(request.adds for request in requests):
+            self._announce()
         for request, result in zip(requests, results, strict=True):
             if request.committed is not None and not isinstance(result, Exception):
                 request.committed(result, request.future.cancelled())
@@ -2465,11 +2484,13 @@ class GroupCommit:
                 _resolve(request.future, result)
         if self._unsynced and not self._syncing:
             self._sync()
-        if not self.file.closed and self.file.store.changes() != self._seen_changes:
-            self._seen_changes = self.file.store.changes()
-            for listener in list(self.listeners):
-                listener()
+        if not self.file.closed:
             self.file.checkpoint_soon()
+
+    def _announce(self) -> None:
+        for listener in list(self.listeners):
+            listener()
+        self.file.announce()
 
     def _sync(self) -> None:
         waiting, self._unsynced = self._unsynced, []
@@ -2761,12 +2782,13 @@ class LocalReceiver:
         self._held.difference_update(settlement.delivery for settlement in settlements)
         if self._commit.file.closed:
             return asyncio.ensure_future(self._settle_anew(settlements, durable))
-        return self._commit.submit(functools.partial(self._settle_now, settlements), durable=durable)
+        adds = any(one.follow_up is not None or one.disposition is not Disposition.COMPLETE for one in settlements)
+        return self._commit.submit(functools.partial(self._settle_now, settlements), adds=adds, durable=durable)
 
     async def _settle_anew(self, settlements: Sequence[Settlement], durable: bool) -> list[Rejection]:
         """Settle by the bus as it is opened again; the next receive goes on with that too."""
         commit = await self._bus._commit()
-        return await commit.submit(functools.partial(self._settle_now, settlements), durable=durable)
+        return await commit.submit(functools.partial(self._settle_now, settlements), adds=True, durable=durable)
 
     def _settle_now(self, settlements: Sequence[Settlement], store: Store) -> list[Rejection]:
         """All in the one transaction; those that only delete, together."""
@@ -2862,8 +2884,10 @@ def _lock_lost(settlement: Settlement, how: str = "and another receiver had it")
 class FileWatcher:
     """Calls back in the event loop when another connection may have committed.
 
-    Linux tells by inotify, within a fraction of a millisecond and without costing anything in between; elsewhere the
-    file's change counter is read every POLL_INTERVAL. The callback may come without a change.
+    Linux tells by inotify, within a fraction of a millisecond and without costing anything in between: who has
+    committed opens and closes the write-ahead log, for that to be heard. (That it is written to can be heard too, but
+    in the middle of the commit, too soon to receive anything.) Elsewhere the file's change counter is read every
+    POLL_INTERVAL. The callback may come without a change.
     """
 
     def __init__(self, log_path: str | None, store: Store) -> None:
@@ -2877,7 +2901,7 @@ class FileWatcher:
     def start(self, changed: Callable[[], None]) -> None:
         self._changed = changed
         if self._inotify is not None:
-            asyncio.get_running_loop().add_reader(self._inotify, self._written)
+            asyncio.get_running_loop().add_reader(self._inotify, self._heard)
         elif self._polls:
             self._version = self._store.data_version()
             self._poll()
@@ -2893,7 +2917,7 @@ class FileWatcher:
         if inotify is not None:
             os.close(inotify)
 
-    def _written(self) -> None:
+    def _heard(self) -> None:
         assert self._inotify is not None
         with contextlib.suppress(BlockingIOError):
             os.read(self._inotify, 65536)
@@ -2910,17 +2934,20 @@ class FileWatcher:
             self._changed()
 
 
+_HAS_INOTIFY = sys.platform.startswith("linux")
+
+
 def _inotify(path: str) -> int | None:
-    """A descriptor that is readable when the file was written to; None where the system has no such thing."""
-    if not sys.platform.startswith("linux"):
+    """A descriptor that is readable when the file was opened; None where the system has no such thing."""
+    if not _HAS_INOTIFY:
         return None
     import ctypes
 
-    modified = 0x2  # IN_MODIFY, see inotify(7)
+    opened = 0x20  # IN_OPEN, see inotify(7)
     try:
         libc = ctypes.CDLL(None, use_errno=True)
         descriptor: int = libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
-        if descriptor >= 0 and libc.inotify_add_watch(descriptor, os.fsencode(path), modified) >= 0:
+        if descriptor >= 0 and libc.inotify_add_watch(descriptor, os.fsencode(path), opened) >= 0:
             return descriptor
     except (OSError, AttributeError):
         return None

@@ -3380,6 +3380,31 @@ async def test_a_task_that_ends_after_the_bus_was_closed_is_settled(open_bus, ca
     assert [record for record in caplog.records if record.levelno >= logging.ERROR] == []
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="elsewhere any commit wakes")
+async def test_a_receiver_that_waits_hears_of_what_is_sent_once_and_not_of_what_is_completed(open_bus, monkeypatch):
+    heard = []
+
+    def hear(watcher, hear=boilermaker.FileWatcher._heard):
+        heard.append(watcher)
+        hear(watcher)
+
+    monkeypatch.setattr(boilermaker.FileWatcher, "_heard", hear)
+    bus, other = open_bus(), open_bus()
+    await other.send([letter("a")])
+    async with receiving(other) as busy, receiving(bus) as idle:
+        [held] = await busy.receive(1, PATIENCE)
+        waiting = asyncio.create_task(idle.receive(1, PATIENCE))
+        await asyncio.sleep(0.1)
+        heard.clear()
+        assert await settle(busy, held) == []
+        await asyncio.sleep(0.1)
+        assert heard == []
+        await other.send([letter("b")])
+        [received] = await waiting
+    assert received.body == "b"
+    assert len(heard) == 1
+
+
 @pytest.mark.parametrize("notified", [True, False], ids=["notified", "polling"])
 async def test_a_worker_that_waits_does_not_mind_that_its_bus_is_closed(open_bus, monkeypatch, caplog, notified):
     monkeypatch.setattr(boilermaker, "MAX_WAIT", 0.1)
