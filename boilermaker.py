@@ -291,7 +291,7 @@ class RetryPolicy:
         return isinstance(other, RetryPolicy) and self._values() == other._values()
 
     def __hash__(self) -> int:
-        return hash((self.max_tries, self.delay, self.delay_max))
+        return hash((self.max_tries, self.delay, self.delay_max))  # enough to tell most apart
 
     def _values(self) -> tuple[int, int, int, int]:
         return self.max_tries, self.delay, self.delay_max, self.retry_mode
@@ -663,6 +663,8 @@ def _as_task(operand: object, role: str = "A workflow's member") -> Task:
         return operand
     if isinstance(operand, TaskFunction):
         return _alone(operand)
+    if inspect.iscoroutine(operand):
+        operand.close()
     raise UsageError(f"{role} must be a Task or a decorated function, not {operand!r}.{_instead_of(operand)}")
 
 
@@ -680,7 +682,6 @@ def _alone(function: TaskFunction[..., Any]) -> Task:
 def _instead_of(operand: object) -> str:
     """The way out for what is taken for a task and is none."""
     if inspect.iscoroutine(operand):
-        operand.close()
         return " To publish by delay(), await it; si() makes a task to be published later."
     if inspect.iscoroutinefunction(operand):
         return f" Use Task.si({operand.__name__}, ...)."
@@ -847,7 +848,7 @@ def _check_fields(task: Task) -> None:
 
 
 def _has_usual_types(task: Task) -> bool:
-    """Whether the fields are of the types of nearly all tasks: to ask so takes a third of the time."""
+    """Whether all of `_FIELD_TYPES` are of the types that nearly all tasks have: asked so, it takes half the time."""
     return (
         type(task.function_name) is type(task.task_id) is str
         and type(task.args) is list
@@ -1030,11 +1031,12 @@ def _check_depth(head: Task, members: Sequence[Task]) -> None:
 def _encode_one(task: Task, queue: str | None, on_success: str, on_failure: str) -> str:
     """One task around the JSON of its callbacks; a template is twice as fast as a dict."""
     attempts, last_retry = task.attempts
+    sent = _encode_time(last_retry) if last_retry.tzinfo is datetime.UTC else last_retry.isoformat()
     graph_id = "null" if task.graph_id is None else _text_to_json(task.graph_id)
     return (
         f'{{"task_id":{_text_to_json(task.task_id)},"function_name":{_text_to_json(task.function_name)}'
         f',"payload":{_encode_payload(task)},"policy":{_encode_policy(task.policy)}'
-        f',"attempts":{{"attempts":{attempts},"last_retry":"{_encode_time(last_retry)}"}}'
+        f',"attempts":{{"attempts":{attempts},"last_retry":"{sent}"}}'
         f',"should_dead_letter":{_FLAGS[task.should_dead_letter]},"acks_late":{_FLAGS[task.acks_late]}'
         f',"graph_id":{graph_id}{_encode_additions(task, queue)}'
         f',"on_success":{on_success},"on_failure":{on_failure}}}'
@@ -1051,9 +1053,10 @@ def _encode_payload(task: Task) -> str:
         raise _explain_arguments(task, error) from error
 
 
-@functools.lru_cache(maxsize=1024)
-def _encode_time(moment: datetime.datetime) -> str:
-    return moment.isoformat()
+@functools.lru_cache(maxsize=8)
+def _encode_time(moment_in_utc: datetime.datetime) -> str:
+    """Remembered, as tasks made together share it. (In other zones, equal times can have two texts.)"""
+    return moment_in_utc.isoformat()
 
 
 @functools.lru_cache(maxsize=1024)
@@ -1130,12 +1133,12 @@ _FRAME = re.compile(
 )
 """A plain body with a NUL wherever id, arguments and time were cut out."""
 
-_PLAIN_END = ',"on_success":null,"on_failure":null}'
+_PLAIN_END = ',"graph_id":null,"on_success":null,"on_failure":null}'
 
 MAX_FRAME = 1000
 """Characters of a frame that is worth keeping."""
 
-_TO_ID, _TO_PAYLOAD, _TO_TIME = (len(text) for text in ('{"task_id":', ',"function_name":', '"last_retry":'))
+_TO_ID, _TO_NAME, _TO_TIME = (len(text) for text in ('{"task_id":', ',"function_name":', '"last_retry":'))
 
 
 @functools.lru_cache(maxsize=1024)
@@ -1154,7 +1157,7 @@ def _decode_plain(text: str, queue: str) -> Task | None:
         return None
     try:
         task_id, id_end = _value_at(text, _TO_ID)
-        payload_start = text.index(":", id_end + _TO_PAYLOAD) + 1
+        payload_start = text.index(":", id_end + _TO_NAME) + 1
         payload, payload_end = _value_at(text, payload_start)
         time_start = text.index('"last_retry":', payload_end) + _TO_TIME
         last_retry, time_end = _value_at(text, time_start)
@@ -1716,7 +1719,12 @@ SCHEMA = f"""
 """
 
 
-_DUE = "FROM message WHERE queue_id = ? AND state IN (0, 1) AND due <= ? ORDER BY state, due LIMIT ?"
+_DUE = """
+    FROM     message
+    WHERE    queue_id = ? AND state IN (0, 1) AND due <= ?
+    ORDER BY state, due, sequence_number
+    LIMIT    ?
+"""
 
 SELECT_DUE = f"SELECT sequence_number, delivery_count, message_id, body, application_properties, expires {_DUE}"
 
@@ -1725,7 +1733,7 @@ LOCK_DUE = f"""
     SET    state = 0, due = ?, delivery_count = delivery_count + 1
     WHERE  sequence_number IN (SELECT sequence_number {_DUE})
 """
-"""Two statements, as RETURNING would copy every message once more."""
+"""Two statements that find the same messages, as RETURNING would copy every one once more."""
 
 
 class QueueSettings(NamedTuple):
@@ -1748,6 +1756,8 @@ class Store:
 
     def __init__(self, path: str) -> None:
         self.path = path
+        self.additions = 0
+        """Counts up when there may be more to receive than before, at once or later."""
         self._mutex = threading.Lock()
         self.checkpointing = threading.Lock()
         self._queues: dict[str, tuple[int, QueueSettings]] = {}
@@ -1792,12 +1802,12 @@ class Store:
         with self._mutex:
             self._check_file()
         with self.transaction():
-            if not self._one("SELECT count(*) FROM sqlite_schema")[0]:
+            if not self._one("SELECT count(*) FROM sqlite_master")[0]:
                 for statement in SCHEMA.split(";")[:-1]:
                     self._connection.execute(statement)
 
     def _check_file(self) -> None:
-        (tables,) = self._one("SELECT count(*) FROM sqlite_schema")
+        (tables,) = self._one("SELECT count(*) FROM sqlite_master")
         (application,) = self._one("PRAGMA application_id")
         (version,) = self._one("PRAGMA user_version")
         if tables and application != APPLICATION_ID:
@@ -1918,6 +1928,7 @@ class Store:
 
     def insert(self, messages: Sequence[Outgoing], now: float) -> list[int]:
         """Enqueue messages; their sequence numbers. A duplicate is dropped, and gets the original's."""
+        self.additions += len(messages)
         numbers: list[int] = []
         for queue, group in itertools.groupby(messages, key=lambda message: message.queue):
             _, settings = self._queue(queue)
@@ -2020,6 +2031,7 @@ class Store:
 
     def abandon(self, delivery: Delivery) -> bool:
         """Give a message back, to where it was in the queue; False if the lock was lost."""
+        self.additions += 1
         return self._changed(
             """
             UPDATE message
@@ -2041,6 +2053,7 @@ class Store:
 
         One that came from there stays locked: given back, it would be received again at once, and for ever.
         """
+        self.additions += 1
         queue_id, _ = self._queue(dead_letter_queue(queue))
         state, due = (LOCKED, None) if queue.endswith(DEAD_LETTER_SUFFIX) else (READY, now)
         return self._changed(
@@ -2249,6 +2262,7 @@ class QueueFile:
         self.pid = os.getpid()
         self.closed = False
         self._log: int | None = None
+        self._inode: int | None = None
         self.log_path = None if path == ":memory:" else path + "-wal"
         self.store = Store(path)
         try:
@@ -2314,9 +2328,12 @@ class QueueFile:
             raise OSError("an earlier failure is not mended yet")
 
     def announce(self) -> None:
-        """Wake those who wait for messages in other processes, or event loops: see FileWatcher."""
+        """Wake those who wait for messages in other processes, or event loops: see FileWatcher.
+
+        By the log, not by the file: to close any descriptor of that would let go of the locks SQLite has on it.
+        """
         if self.log_path is not None and _HAS_INOTIFY:
-            with contextlib.suppress(OSError):  # it is gone: the sync says so
+            with contextlib.suppress(OSError):  # it is gone, or no descriptor is free: they look again by themselves
                 os.close(os.open(self.log_path, os.O_RDONLY))
 
     def _check_files(self) -> None:
@@ -2384,14 +2401,13 @@ class QueueFile:
 
 
 class _Request(NamedTuple):
-    """Something to do in a transaction; `adds` if there may be more to receive by it.
+    """Something to do in a transaction.
 
-    What only sends has its messages too, to be sent along with others'.
+    If it only sends, `messages` is what: that is inserted in one statement with what others send.
     """
 
     work: Callable[[Store], Any]
     future: asyncio.Future[Any]
-    adds: bool = False
     durable: bool = False
     committed: Callable[[Any, bool], object] | None = None
     messages: Sequence[Outgoing] = ()
@@ -2408,13 +2424,13 @@ class GroupCommit:
         self.listeners: set[Callable[[], None]] = set()
         self._requests: list[_Request] = []
         self._unsynced: list[_Unsynced] = []
+        self._seen_additions = 0
         self._flushing = False
         self._syncing = False
 
     def submit(
         self,
         work: Callable[[Store], T],
-        adds: bool = False,
         durable: bool = False,
         committed: Callable[[T, bool], object] | None = None,
     ) -> asyncio.Future[T]:
@@ -2422,19 +2438,17 @@ class GroupCommit:
 
         Args:
             work: the statements; run again from the start if the transaction has to be.
-            adds: tell those who wait for messages, here and in other processes, that there may be some.
             durable: answer when the transaction is on the disk, not when it is committed.
             committed: called at once with the result, and whether the future was cancelled in the meantime.
         """
         future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
-        self._request(_Request(work, future, adds, durable, committed))
+        self._request(_Request(work, future, durable, committed))
         return future
 
     def send(self, messages: Sequence[Outgoing]) -> asyncio.Future[list[int | None]]:
         """Enqueue messages in the next transaction, in one statement with what others send; their sequence numbers."""
         future: asyncio.Future[list[int | None]] = asyncio.get_running_loop().create_future()
-        send = functools.partial(_insert, messages)
-        self._request(_Request(send, future, adds=True, durable=True, messages=messages))
+        self._request(_Request(functools.partial(_insert, messages), future, durable=True, messages=messages))
         return future
 
     def _request(self, request: _Request) -> None:
@@ -2473,7 +2487,8 @@ class GroupCommit:
         self._answer(requests, thread.result() if error is None else [error] * len(requests))
 
     def _answer(self, requests: Sequence[_Request], results: Sequence[Any]) -> None:
-        if any(request.adds for request in requests):
+        if self.file.store.additions != self._seen_additions:
+            self._seen_additions = self.file.store.additions
             self._announce()
         for request, result in zip(requests, results, strict=True):
             if request.committed is not None and not isinstance(result, Exception):
@@ -2488,6 +2503,7 @@ class GroupCommit:
             self.file.checkpoint_soon()
 
     def _announce(self) -> None:
+        """Tell those who wait for messages, here and elsewhere, that there may be some."""
         for listener in list(self.listeners):
             listener()
         self.file.announce()
@@ -2769,7 +2785,7 @@ class LocalReceiver:
 
     @contextlib.contextmanager
     def _watching(self, changed: Callable[[], None]) -> Iterator[None]:
-        """Hear of commits: this loop's own from the group commit, other processes' from the file."""
+        """Hear of added messages: of this loop's own from the group commit, of all others' from the file."""
         self._commit.listeners.add(changed)
         self._watcher.start(changed)
         try:
@@ -2782,13 +2798,12 @@ class LocalReceiver:
         self._held.difference_update(settlement.delivery for settlement in settlements)
         if self._commit.file.closed:
             return asyncio.ensure_future(self._settle_anew(settlements, durable))
-        adds = any(one.follow_up is not None or one.disposition is not Disposition.COMPLETE for one in settlements)
-        return self._commit.submit(functools.partial(self._settle_now, settlements), adds=adds, durable=durable)
+        return self._commit.submit(functools.partial(self._settle_now, settlements), durable=durable)
 
     async def _settle_anew(self, settlements: Sequence[Settlement], durable: bool) -> list[Rejection]:
         """Settle by the bus as it is opened again; the next receive goes on with that too."""
         commit = await self._bus._commit()
-        return await commit.submit(functools.partial(self._settle_now, settlements), adds=True, durable=durable)
+        return await commit.submit(functools.partial(self._settle_now, settlements), durable=durable)
 
     def _settle_now(self, settlements: Sequence[Settlement], store: Store) -> list[Rejection]:
         """All in the one transaction; those that only delete, together."""
@@ -2882,12 +2897,13 @@ def _lock_lost(settlement: Settlement, how: str = "and another receiver had it")
 
 
 class FileWatcher:
-    """Calls back in the event loop when another connection may have committed.
+    """Calls back in the event loop when somebody may have added messages to the file.
 
-    Linux tells by inotify, within a fraction of a millisecond and without costing anything in between: who has
-    committed opens and closes the write-ahead log, for that to be heard. (That it is written to can be heard too, but
-    in the middle of the commit, too soon to receive anything.) Elsewhere the file's change counter is read every
-    POLL_INTERVAL. The callback may come without a change.
+    Linux tells by inotify, within a fraction of a millisecond and without costing anything in between: who has added
+    some opens and closes the write-ahead log after the commit, for that to be heard. (That it is written to can be
+    heard too, but in the middle of the commit, too soon to receive anything.) Elsewhere the file's change counter is
+    read every POLL_INTERVAL. The callback may come for nothing, and nothing depends on it: a worker looks for itself
+    every MAX_WAIT, should somebody have died in between.
     """
 
     def __init__(self, log_path: str | None, store: Store) -> None:
@@ -3531,7 +3547,7 @@ class AzureLink:
 
 
 @dataclass(slots=True, eq=False)
-class SendRequest:
+class _SendRequest:
     """Messages that are sent together, if need be in several batches, and answered together."""
 
     count: int
@@ -3539,17 +3555,17 @@ class SendRequest:
     numbers: list[int | None] = field(default_factory=list)
     errors: list[Exception] = field(default_factory=list)
 
-    def answer(self, answer: int | Exception | None) -> None:
-        """What became of the next message: its sequence number, if it has one, or an error."""
-        if isinstance(answer, Exception):
-            self.errors.append(answer)
+    def answer(self, number_or_error: int | Exception | None) -> None:
+        """Say what became of the next message; its sequence number is None if the bus does not tell it."""
+        if isinstance(number_or_error, Exception):
+            self.errors.append(number_or_error)
         else:
-            self.numbers.append(answer)
+            self.numbers.append(number_or_error)
         if len(self.numbers) + len(self.errors) == self.count:
             _resolve(self.future, self.errors[0] if self.errors else self.numbers)
 
 
-_Waiting: TypeAlias = tuple[Outgoing, SendRequest]
+_Waiting: TypeAlias = tuple[Outgoing, _SendRequest]
 
 
 class AzureSender:
@@ -3568,9 +3584,9 @@ class AzureSender:
         self._sending: asyncio.Task[None] | None = None
 
     async def send(self, messages: Sequence[Outgoing]) -> list[int | None]:
-        """Send in order; the sequence numbers of those that are scheduled."""
+        """Send one or more, in order; the sequence numbers of those that are scheduled."""
         loop = asyncio.get_running_loop()
-        request = SendRequest(len(messages), loop.create_future())
+        request = _SendRequest(len(messages), loop.create_future())
         self._waiting += [(message, request) for message in messages]
         if self._sending is None or self._sending.done():
             self._sending = loop.create_task(self._send_waiting())
@@ -4472,9 +4488,8 @@ def _log_ending(task: Task, outcome: Outcome, decision: Decision) -> None:
             )
 
 
-class Signals:
-    """SIGINT and SIGTERM while workers run in an event loop: all of its workers are told, where that is possible: in
-    the main thread, on Unix.
+class SignalHandlers:
+    """Tells all workers of an event loop of SIGINT and SIGTERM (in the main thread, on Unix).
 
     A handler of the program's own, such as a web server's, hears of them when the last worker has ended.
     """
@@ -4514,14 +4529,14 @@ def _is_of_the_program(handler: Any) -> bool:
     return callable(handler) and handler is not signal.default_int_handler and not isinstance(owner, asyncio.Runner)
 
 
-_signals: dict[asyncio.AbstractEventLoop, Signals] = {}
+_signals: dict[asyncio.AbstractEventLoop, SignalHandlers] = {}
 
 
 @contextlib.contextmanager
 def _on_signals(listener: Callable[[int], None]) -> Iterator[None]:
     """Have a worker told of signals."""
     loop = asyncio.get_running_loop()
-    signals = _signals.setdefault(loop, Signals(loop))
+    signals = _signals.setdefault(loop, SignalHandlers(loop))
     signals.listeners.append(listener)
     if len(signals.listeners) == 1:
         signals.take_over()
@@ -4846,11 +4861,9 @@ class Boilermaker:
         if type(publish_attempts) is not int or publish_attempts < 1:
             raise UsageError(f"publish_attempts={publish_attempts!r} must be an int of at least 1.")
         due = _due_time(delay, eta)
-        heads, messages = [], []
+        heads = [self.bound(_as_task(task, "What is published")) for task in _listed(tasks, "publish_many")]
         with _NO_SPANS if self.tracing is None else contextlib.ExitStack() as spans:
-            for task in _listed(tasks, "publish_many"):
-                heads.append(head := self.bound(_as_task(task, "What is published")))
-                messages.append(self.outgoing(head, head.task_id, due, spans))
+            messages = [self.outgoing(head, head.task_id, due, spans) for head in heads]
             numbers = await self._send(messages, publish_attempts)
         for head, message, number in zip(heads, messages, numbers, strict=True):
             head.sequence_number, head.message_id = number, message.message_id
@@ -4963,7 +4976,7 @@ def _check_options(name: str, policy: object, **flags: object) -> None:
 
 
 def _listed(things: Iterable[T], taker: str) -> list[T]:
-    if not hasattr(type(things), "__iter__"):
+    if not isinstance(things, Iterable):
         raise UsageError(f"{taker} takes a list, not {_short(things)}.")
     return list(things)
 

@@ -1376,6 +1376,17 @@ def test_what_is_given_to_a_task_stands_and_the_rest_comes_from_the_registration
     assert app.create_task(parse_page).default_options == ()
 
 
+@pytest.mark.parametrize("name", boilermaker._FIELD_TYPES)
+async def test_a_field_that_is_set_by_hand_to_another_type_is_refused(name):
+    app = Boilermaker(None, LocalServiceBus())
+    task = Task.default("work")
+    setattr(task, name, 0)
+    with pytest.raises(UsageError, match=f"{name}=0 must be of type "):
+        await app.publish_task(task)
+    assert await app.service_bus_client.peek() == []
+    await app.close()
+
+
 async def test_what_is_set_by_hand_stands_as_if_it_had_been_given():
     async with app_with_pages() as app:
         task = Task.si(parse_page)
@@ -3403,6 +3414,21 @@ async def test_a_receiver_that_waits_hears_of_what_is_sent_once_and_not_of_what_
         [received] = await waiting
     assert received.body == "b"
     assert len(heard) == 1
+
+
+@pytest.mark.parametrize("setting", [{"max_delivery_count": 1}, {"time_to_live": 0.01}], ids=["too often", "too old"])
+async def test_a_receiver_of_dead_letters_hears_of_one_that_somebody_else_finds_while_receiving(open_bus, setting):
+    bus = open_bus(lock_duration=0.05, **setting)
+    dead_letters = open_bus(queue_name=f"tasks{boilermaker.DEAD_LETTER_SUFFIX}")
+    await bus.send([letter("a")])
+    if "max_delivery_count" in setting:
+        await take_and_drop(bus)
+    async with receiving(bus) as receiver, receiving(dead_letters) as idle:
+        waiting = asyncio.create_task(idle.receive(1, 3600))
+        await asyncio.sleep(0.1)
+        assert await receiver.receive(1, 0) == []
+        await until(waiting.done)
+        assert [delivery.body for delivery in waiting.result()] == ["a"]
 
 
 @pytest.mark.parametrize("notified", [True, False], ids=["notified", "polling"])
@@ -6923,6 +6949,19 @@ async def test_spans_have_the_attributes_for_messaging(new_bus, finished_spans):
     assert message.application_properties["traceparent"].startswith(f"00-{ids}-")
     assert (publishing.status.status_code, processing.status.status_code) == (StatusCode.UNSET, StatusCode.ERROR)
     assert processing.status.description == "ValueError: the disk is full"
+
+
+async def test_what_is_not_published_as_another_is_wrong_has_no_span(local_bus, finished_spans):
+    app = Boilermaker(None, local_bus(), enable_opentelemetry=True)
+
+    @app.task
+    async def work(state): ...
+
+    wrong = work.si()
+    wrong.task_id = ""
+    with pytest.raises(UsageError, match="task_id=''"):
+        await app.publish_many([work.si(), wrong])
+    assert finished_spans() == []
 
 
 async def test_without_tracing_there_are_no_spans_and_no_properties(local_bus, finished_spans):
