@@ -56,7 +56,7 @@ So SQLite's part of a drain is the bare loop's, and what bounds the rest is how 
 Publishing one by one is bounded by the disk, a fdatasync for each as in the bare loop, and by what comes after it: the
 processor has slept and forgotten, and runs Python at a fifth of its usual speed. To come nearer to the bare loop there
 is no one thing to do; it would take fewer checks, or one function where there are ten. Likewise 100 coroutines at once:
-half of what they take is asyncio's own. Logging at INFO writes two records a task, 58 each before they are written,
+a third of what they take is asyncio's own. Logging at INFO writes two records a task, 58 each before they are written,
 which is as much as everything else together.
 """
 
