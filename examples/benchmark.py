@@ -58,6 +58,9 @@ processor has slept and forgotten, and runs Python at a fifth of its usual speed
 is no one thing to do; it would take fewer checks, or one function where there are ten. Likewise 100 coroutines at once:
 a third of what they take is asyncio's own. Logging at INFO writes two records a task, 58 each before they are written,
 which is as much as everything else together.
+
+Latency is of the same kind, since both processes have slept. Of its 1.2 ms the publisher's Python takes 0.2 and its
+commit 0.25, waking the worker 0.15, its way to the claim 0.15, the claim 0.25, and from there to the task 0.15.
 """
 
 from __future__ import annotations
