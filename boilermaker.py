@@ -663,9 +663,13 @@ def _as_task(operand: object, role: str = "A workflow's member") -> Task:
         return operand
     if isinstance(operand, TaskFunction):
         return _alone(operand)
+    hint = ""
     if inspect.iscoroutine(operand):
         operand.close()
-    raise UsageError(f"{role} must be a Task or a decorated function, not {operand!r}.{_instead_of(operand)}")
+        hint = " To publish by delay(), await it; si() makes a task to be published later."
+    elif inspect.iscoroutinefunction(operand):
+        hint = f" Use Task.si({operand.__name__}, ...)."
+    raise UsageError(f"{role} must be a Task or a decorated function, not {operand!r}.{hint}")
 
 
 def _alone(function: TaskFunction[..., Any]) -> Task:
@@ -677,15 +681,6 @@ def _alone(function: TaskFunction[..., Any]) -> Task:
         raise InvalidArguments(
             f"{error} Alone, a function stands for {name}.si(); {name}.s() receives its parent's result."
         ) from None
-
-
-def _instead_of(operand: object) -> str:
-    """The way out for what is taken for a task and is none."""
-    if inspect.iscoroutine(operand):
-        return " To publish by delay(), await it; si() makes a task to be published later."
-    if inspect.iscoroutinefunction(operand):
-        return f" Use Task.si({operand.__name__}, ...)."
-    return ""
 
 
 def _task_of(registration: Registration, app: Boilermaker, args: Sequence[Any], kwargs: dict[str, Any]) -> Task:
@@ -1126,14 +1121,14 @@ class _Frame(NamedTuple):
     acks_late: bool
 
 
+_PLAIN_END = ',"graph_id":null,"on_success":null,"on_failure":null}'
+
 _FRAME = re.compile(
     r'{"task_id":\0,"function_name":"([\w.-]+)","payload":\0,"policy":({[^{}]*})'
     r',"attempts":{"attempts":(0|[1-9][0-9]{0,8}),"last_retry":\0}'
-    r',"should_dead_letter":(true|false),"acks_late":(true|false),"graph_id":null,"on_success":null,"on_failure":null}'
+    r',"should_dead_letter":(true|false),"acks_late":(true|false)' + _PLAIN_END
 )
 """A plain body with a NUL wherever id, arguments and time were cut out."""
-
-_PLAIN_END = ',"graph_id":null,"on_success":null,"on_failure":null}'
 
 MAX_FRAME = 1000
 """Characters of a frame that is worth keeping."""
@@ -2210,11 +2205,9 @@ _HOPELESS = {
 
 @contextlib.contextmanager
 def _explained(path: str) -> Iterator[None]:
-    """SQLite's errors, and the system's, as ours, naming the file and the way out."""
+    """SQLite's errors as ours, naming the file and the way out."""
     try:
         yield
-    except OSError as error:
-        raise ServiceBusUnavailable(f"{path}: {error}. Nothing was changed.") from error
     except sqlite3.Error as error:
         code = getattr(error, "sqlite_errorcode", 0) & 0xFF
         if code in _HOPELESS:
@@ -2268,8 +2261,10 @@ class QueueFile:
         try:
             self.store.open_queue(queue, settings)
             if self.log_path is not None:
-                with _explained(path):
-                    self._inode, self._log = os.stat(path).st_ino, os.open(self.log_path, os.O_RDWR)
+                self._inode, self._log = os.stat(path).st_ino, os.open(self.log_path, os.O_RDWR)
+        except OSError as error:
+            self.store.close()
+            raise ServiceBusUnavailable(f"{path} cannot be opened: {error}") from error
         except BaseException:
             self.store.close()
             raise

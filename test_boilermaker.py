@@ -3494,7 +3494,7 @@ async def test_a_file_that_cannot_be_opened_for_now_is_tried_again(open_bus, mon
 
     monkeypatch.setattr(os, "open", crowded)
     app = Boilermaker(None, open_bus())
-    with pytest.raises(BoilermakerAppException, match=r"queue\.db: .*Too many open files"):
+    with pytest.raises(BoilermakerAppException, match=r"queue\.db cannot be opened: .*Too many open files"):
         await app.send_task("work")
     await app.send_task("work", publish_attempts=2)
     assert len(tries) == 2
