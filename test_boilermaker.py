@@ -1376,6 +1376,14 @@ def test_what_is_given_to_a_task_stands_and_the_rest_comes_from_the_registration
     assert app.create_task(parse_page).default_options == ()
 
 
+def test_equal_times_of_two_zones_are_each_written_as_they_are():
+    noon = datetime.datetime(2026, 1, 1, 12, tzinfo=datetime.UTC)
+    elsewhere = noon.astimezone(datetime.timezone(datetime.timedelta(hours=1)))
+    for moment, text in ((noon, "2026-01-01T12:00:00+00:00"), (elsewhere, "2026-01-01T13:00:00+01:00")):
+        task = named("f", attempts=boilermaker.RetryAttempts(0, moment))
+        assert json.loads(boilermaker.encode(task, "tasks", "tasks"))["attempts"]["last_retry"] == text
+
+
 @pytest.mark.parametrize("name", boilermaker._FIELD_TYPES)
 async def test_a_field_that_is_set_by_hand_to_another_type_is_refused(name):
     app = Boilermaker(None, LocalServiceBus())
@@ -3416,6 +3424,27 @@ async def test_a_receiver_that_waits_hears_of_what_is_sent_once_and_not_of_what_
     assert len(heard) == 1
 
 
+@pytest.mark.parametrize(
+    ("queue", "settlement"),
+    [
+        ("tasks", {"disposition": ABANDON}),
+        (f"tasks{boilermaker.DEAD_LETTER_SUFFIX}", {"disposition": DEAD_LETTER}),
+        ("others", {"follow_up": letter("b", queue="others")}),
+    ],
+    ids=["given back", "dead-lettered", "followed elsewhere"],
+)
+async def test_a_receiver_that_waits_hears_of_what_a_settlement_leaves_to_it(open_bus, queue, settlement):
+    bus, others = open_bus(lock_duration=3600), open_bus(queue_name=queue, lock_duration=3600)
+    await bus.send([letter("a")])
+    async with receiving(bus) as busy, receiving(others) as idle:
+        [held] = await busy.receive(1, PATIENCE)
+        waiting = asyncio.create_task(idle.receive(1, 3600))
+        await asyncio.sleep(0.1)
+        assert await settle(busy, held, **settlement) == []
+        await until(waiting.done)
+        assert len(waiting.result()) == 1
+
+
 @pytest.mark.parametrize("setting", [{"max_delivery_count": 1}, {"time_to_live": 0.01}], ids=["too often", "too old"])
 async def test_a_receiver_of_dead_letters_hears_of_one_that_somebody_else_finds_while_receiving(open_bus, setting):
     bus = open_bus(lock_duration=0.05, **setting)
@@ -3481,6 +3510,12 @@ async def test_a_close_that_is_cancelled_closes_all_the_same(open_bus, tmp_path,
     await asyncio.wait([closing])
     await bus.close()
     await until(lambda: not opened_in(tmp_path))
+
+
+async def test_a_sqlite_that_is_too_old_is_named_with_what_is_needed(open_bus, monkeypatch):
+    monkeypatch.setattr(sqlite3, "sqlite_version_info", (3, 23, 1))
+    with pytest.raises(ConfigurationError, match=r"too old: boilermaker needs 3\.24"):
+        await open_bus().peek()
 
 
 async def test_a_file_that_cannot_be_opened_for_now_is_tried_again(open_bus, monkeypatch):
