@@ -21,14 +21,14 @@ A task is an `async def` whose first argument is the application's state. Publis
 arguments into a JSON message on a queue; a worker receives the message under a lock, runs the function, and settles
 the message: completed, retried later, or dead-lettered. What must follow (a callback, the next step of a chain, a
 retry) is a message too, published before its parent is settled, so that a worker may die at any instant and nothing
-is lost. Deciding what follows is pure (section 5); only the worker (section 11) talks to a bus.
+is lost. Deciding what follows is pure (section 6); only the worker (section 11) talks to a bus.
 
-    1.  Vocabulary      errors, limits, clocks
+    1.  Vocabulary      errors, limits, checks, clocks
     2.  Retries         policies and the exceptions that carry them
     3.  Tasks           a task, its callbacks, chains; the decorated function
     4.  Wire format     a task as JSON, compatible with boilermaker-servicebus 1.x
-    5.  Decisions       what happens to a message: a table and a pure function
-    6.  Messages        what travels between the application and a bus
+    5.  Messages        what travels between the application and a bus
+    6.  Decisions       what happens to a message: a table and a pure function
     7.  Store           the embedded queue as SQL
     8.  Local bus       group commit, waking up, lock renewal around the store
     9.  Azure bus       the same protocol over azure-servicebus
@@ -36,6 +36,25 @@ is lost. Deciding what follows is pure (section 5); only the worker (section 11)
     11. Worker          receive, run, settle, shut down
     12. Application     registering and publishing
     13. Old names       the modules of the multi-file original
+
+The way of a message through a worker, from its lock to its end. A *run* is a message with its task and how that ended;
+a *settlement* is what to do with the message, and what is published before that.
+
+    1.  Worker._pump            settles what has ended, asks for as many messages as there are free slots
+    2.  Worker._receive         starts what came
+         on the local bus                                    on Azure
+    3.  LocalReceiver.receive   waits for a change          AzureReceiver.receive
+    4.  GroupCommit.submit      into the next transaction   AzureReceiver._receive
+    5.  GroupCommit._flush      runs it                     AzureLink.call
+    6.  Store.claim             locks what is due           AzureReceiver._hold
+    7.  Worker._start           gives each message an asyncio task of its own
+    8.  Worker._process         from a message to its settlement:
+    9.  decode                  its body becomes a task,
+    10. Worker._call            whose function is called,
+    11. decide                  and what follows from how that ended;
+    12. Boilermaker.outgoing    makes the messages of it
+    13. LocalReceiver.settle    into the next transaction   AzureReceiver.settle
+    14. Store.settle            deletes the message         AzureReceiver._settle
 """
 
 from __future__ import annotations
@@ -53,6 +72,7 @@ import itertools
 import json
 import logging
 import math
+import operator
 import os
 import random
 import re
@@ -63,12 +83,12 @@ import sys
 import threading
 import time
 import traceback
-import types
 import uuid
 import weakref
-from collections.abc import Callable, Coroutine, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import (
     TYPE_CHECKING,
     Any,
@@ -102,6 +122,7 @@ __all__ = [
     "MessageNotFound",
     "MessageTooLarge",
     "NoRetry",
+    "RequestRefused",
     "RetryException",
     "RetryExceptionDefault",
     "RetryExceptionDefaultExponential",
@@ -122,7 +143,7 @@ R = TypeVar("R")
 T = TypeVar("T")
 
 # ======================================================================================================================
-# 1. Vocabulary: errors, limits, clocks
+# 1. Vocabulary: errors, limits, checks, clocks
 # ======================================================================================================================
 
 logger = logging.getLogger("boilermaker.app")
@@ -140,6 +161,9 @@ MAX_SECONDS = 2**31 - 1
 MAX_WORKFLOW_DEPTH = 750
 """How deep callbacks may nest: a JSON decoder in Python stops at a depth of about 1000."""
 
+DEAD_LETTER_SUFFIX = "/$DeadLetterQueue"
+"""What Service Bus appends to a queue's name for that of its dead-letter queue."""
+
 
 class BoilermakerError(Exception):
     """The root of every error of this module."""
@@ -155,6 +179,10 @@ class InvalidArguments(UsageError, TypeError):
 
 class MessageTooLarge(UsageError):
     """A message is over the size limit of the bus."""
+
+
+class RequestRefused(UsageError):
+    """The service refuses what was asked, and will again: to try later is of no use."""
 
 
 class ConfigurationError(UsageError):
@@ -208,25 +236,79 @@ def _short(value: object) -> str:
         return f"<{type(value).__name__}>"
 
 
+def _printable(text: str) -> str:
+    """Foreign text for a line of the log: with a line break in it, it would forge another."""
+    return text if text.isprintable() else text.encode("unicode_escape").decode("ascii")
+
+
+def _positive(name: str, value: float, or_zero: bool = False) -> float:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or not 0 <= value <= MAX_SECONDS or (value == 0 and not or_zero):
+        least = "from 0" if or_zero else "over 0,"
+        raise ConfigurationError(f"{name}={value!r} must be a number {least} up to {MAX_SECONDS}.")
+    return value
+
+
+def _count(name: str, value: int) -> int:
+    if type(value) is not int or not 0 < value <= MAX_SECONDS:
+        raise ConfigurationError(f"{name}={value!r} must be an int over 0, up to {MAX_SECONDS}.")
+    return value
+
+
+def _listed(things: Iterable[T], taker: str) -> list[T]:
+    if not isinstance(things, Iterable):
+        raise UsageError(f"{taker} takes a list, not {_short(things)}.")
+    return list(things)
+
+
+def _checked_queue_name(name: object) -> str:
+    """A queue's name, by the rules of Service Bus: https://learn.microsoft.com/rest/api/servicebus/queues."""
+    if not isinstance(name, str) or not re.fullmatch(
+        r"[A-Za-z0-9]([\w./-]{0,258}[A-Za-z0-9])?(/\$DeadLetterQueue)?", name, re.ASCII
+    ):
+        raise ConfigurationError(
+            f"queue name {_short(name)} must be 1 to 260 letters, digits, '.', '-', '_' and '/', "
+            "beginning and ending with a letter or digit."
+        )
+    return name
+
+
+def dead_letter_queue(queue: str) -> str:
+    """The path of a queue's dead-letter queue; that of a dead-letter queue is itself."""
+    return queue if queue.endswith(DEAD_LETTER_SUFFIX) else queue + DEAD_LETTER_SUFFIX
+
+
+def _check_sequence_number(number: object) -> None:
+    if type(number) is not int:
+        raise UsageError(f"sequence_number={number!r} must be an int: that of a task published with delay or eta.")
+
+
+def _is_64_bit(number: int) -> bool:
+    """Whether SQLite and AMQP can hold a number, and so whether a message can have it."""
+    return abs(number) < 2**63
+
+
 def _utc(timestamp: float) -> datetime.datetime:
     return datetime.datetime.fromtimestamp(timestamp, datetime.UTC)
+
+
+def _seconds(name: str, value: float | datetime.timedelta) -> float:
+    """A span of time, given as seconds or as a timedelta."""
+    seconds = value.total_seconds() if isinstance(value, datetime.timedelta) else value
+    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not 0 <= seconds <= MAX_SECONDS:
+        raise UsageError(f"{name}={value!r} must be seconds from now, 0 to {MAX_SECONDS}, or a timedelta.")
+    return seconds
 
 
 def _due_time(delay: float | datetime.timedelta | None, eta: datetime.datetime | None) -> float | None:
     """When a message is due, as a Unix timestamp; None for now."""
     if delay is not None and eta is not None:
         raise UsageError(f"Both delay={delay!r} and eta={eta!r} are given: choose one.")
-    if eta is not None:
-        return _timestamp(eta)
-    if delay is None:
+    if delay is not None:
+        seconds = _seconds("delay", delay)
+        return time.time() + seconds if seconds else None
+    if eta is None:
         return None
-    seconds = delay.total_seconds() if isinstance(delay, datetime.timedelta) else delay
-    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not 0 <= seconds <= MAX_SECONDS:
-        raise UsageError(f"delay={delay!r} must be seconds from now, 0 to {MAX_SECONDS}, or a timedelta.")
-    return time.time() + seconds if seconds else None
-
-
-def _timestamp(eta: datetime.datetime) -> float:
     if not isinstance(eta, datetime.datetime):
         raise UsageError(f"eta={eta!r} must be a datetime.")
     if eta.utcoffset() is None:
@@ -242,6 +324,9 @@ def _timestamp(eta: datetime.datetime) -> float:
 # ======================================================================================================================
 
 MAX_TRIES = 100
+
+DEFAULT_DELAY_MAX = 3600
+"""Seconds: the longest delay where none is given, unless the first is longer."""
 
 
 @enum.unique
@@ -260,25 +345,36 @@ class RetryPolicy:
     Args:
         max_tries: how often the function runs at most, the first time included; 0 to 100.
         delay: seconds before a retry, the base of the three modes.
-        delay_max: the longest delay, in seconds.
+        delay_max: the longest delay, in seconds; None for an hour, or `delay` where that is longer.
         retry_mode: `Fixed`, `Linear` or `Exponential`, see `get_delay_interval`.
 
     Raises:
-        ValueError: a value is negative, too large, or not an int.
+        ValueError: a value is negative, too large, or not an int; `delay_max` is under `delay`.
     """
 
     max_tries: int = 5
     delay: int = 0
-    delay_max: int = 3600
+    delay_max: int | None = None
     retry_mode: RetryMode = RetryMode.Fixed
 
     def __post_init__(self) -> None:
-        for name, limit in (("max_tries", MAX_TRIES), ("delay", MAX_SECONDS), ("delay_max", MAX_SECONDS)):
-            value = getattr(self, name)
-            if type(value) is not int or not 0 <= value <= limit:
-                raise UsageError(f"RetryPolicy: {name}={_short(value)} must be an int from 0 to {limit}.")
+        for name, limit in (("max_tries", MAX_TRIES), ("delay", MAX_SECONDS)):
+            self._check(name, limit)
+        if self.delay_max is None:
+            object.__setattr__(self, "delay_max", max(DEFAULT_DELAY_MAX, self.delay))
+        self._check("delay_max", MAX_SECONDS)
+        if self.longest_delay < self.delay:
+            raise UsageError(
+                f"RetryPolicy: delay_max={self.delay_max} must not be under delay={self.delay}: it would cut every "
+                "delay. Leave it out, or give more."
+            )
         if type(self.retry_mode) is not RetryMode:
             object.__setattr__(self, "retry_mode", self._mode(self.retry_mode))
+
+    def _check(self, name: str, limit: int) -> None:
+        value = getattr(self, name)
+        if type(value) is not int or not 0 <= value <= limit:
+            raise UsageError(f"RetryPolicy: {name}={_short(value)} must be an int from 0 to {limit}.")
 
     @staticmethod
     def _mode(value: object) -> RetryMode:
@@ -294,7 +390,13 @@ class RetryPolicy:
         return hash((self.max_tries, self.delay, self.delay_max))  # enough to tell most apart
 
     def _values(self) -> tuple[int, int, int, int]:
-        return self.max_tries, self.delay, self.delay_max, self.retry_mode
+        return self.max_tries, self.delay, self.longest_delay, self.retry_mode
+
+    @property
+    def longest_delay(self) -> int:
+        """`delay_max`, which is a number once the policy is made."""
+        assert self.delay_max is not None
+        return self.delay_max
 
     @classmethod
     def default(cls) -> RetryPolicy:
@@ -317,10 +419,10 @@ class RetryPolicy:
             attempts_so_far: n, the retries so far: 0 for the first one.
         """
         if self.retry_mode is RetryMode.Fixed:
-            return min(self.delay, self.delay_max)
+            return min(self.delay, self.longest_delay)
         if self.retry_mode is RetryMode.Linear:
-            return min(self.delay * (attempts_so_far + 1), self.delay_max)
-        longest = min(self.delay * 2 ** min(attempts_so_far, 31), self.delay_max)  # 2**31 is over any delay_max
+            return min(self.delay * (attempts_so_far + 1), self.longest_delay)
+        longest = min(self.delay * 2 ** min(attempts_so_far, 31), self.longest_delay)  # 2**31 is over any
         return random.randint(longest // 2, longest)
 
 
@@ -347,35 +449,31 @@ class RetryAttempts(NamedTuple):
         return cls(attempts, datetime.datetime.now(datetime.UTC))
 
 
-def _untried() -> RetryAttempts:
-    """No attempts so far; what is made within the same millisecond shares the time, and its text in the message."""
-    return _untried_at(int(time.time() * 1000))
-
-
-@functools.lru_cache(maxsize=1)
-def _untried_at(millisecond: int) -> RetryAttempts:
-    return RetryAttempts.default()
-
-
 class RetryException(BoilermakerError):
     """Raised by a task that wants to run again later.
 
     Args:
         msg: why, for the log and the dead letter.
         policy: the policy for this retry; None for the task's own.
+        delay: seconds until it runs again, or a timedelta, in place of the policy's; it changes when, not how often.
     """
 
     msg: str = ""
     policy: RetryPolicy | None = None
+    delay: float | None = None
 
-    def __init__(self, msg: str = "", policy: RetryPolicy | None = None) -> None:
+    def __init__(
+        self, msg: str = "", policy: RetryPolicy | None = None, delay: float | datetime.timedelta | None = None
+    ) -> None:
+        name = type(self).__name__
         if policy is not None and not isinstance(policy, RetryPolicy):
-            raise UsageError(f"{type(self).__name__}: policy={policy!r} must be a RetryPolicy.")
+            raise UsageError(f"{name}: policy={policy!r} must be a RetryPolicy.")
         if isinstance(msg, RetryPolicy):
-            raise UsageError(f"{type(self).__name__}: the message comes first, then the policy: policy={msg!r}.")
+            raise UsageError(f"{name}: the message comes first, then the policy: policy={msg!r}.")
         super().__init__(msg)
         self.msg = msg
         self.policy = policy
+        self.delay = None if delay is None else _seconds(f"{name}: delay", delay)
 
 
 class RetryExceptionDefault(RetryException):
@@ -385,20 +483,24 @@ class RetryExceptionDefault(RetryException):
         super().__init__(msg, RetryPolicy.default())
 
 
+def _overridden(mode: RetryMode, override: dict[str, Any]) -> RetryPolicy:
+    """Five tries, from 30 s up to 600 s, but for what is overridden; a longer delay is not cut to those 600 s."""
+    policy = RetryPolicy(**{"max_tries": 5, "delay": 30, "retry_mode": mode, **override})
+    return policy if "delay_max" in override else dataclasses.replace(policy, delay_max=max(600, policy.delay))
+
+
 class RetryExceptionDefaultLinear(RetryException):
     """Retry after 30 s, 60 s, 90 s ... up to 600 s, five tries in all; keywords override the policy's fields."""
 
     def __init__(self, msg: str = "", **override: Any) -> None:
-        defaults = {"max_tries": 5, "delay": 30, "delay_max": 600, "retry_mode": RetryMode.Linear}
-        super().__init__(msg, RetryPolicy(**{**defaults, **override}))
+        super().__init__(msg, _overridden(RetryMode.Linear, override))
 
 
 class RetryExceptionDefaultExponential(RetryException):
     """Retry after 30 s, 60 s, 120 s ... with jitter, up to 600 s; keywords override the policy's fields."""
 
     def __init__(self, msg: str = "", **override: Any) -> None:
-        defaults = {"max_tries": 5, "delay": 30, "delay_max": 600, "retry_mode": RetryMode.Exponential}
-        super().__init__(msg, RetryPolicy(**{**defaults, **override}))
+        super().__init__(msg, _overridden(RetryMode.Exponential, override))
 
 
 # ======================================================================================================================
@@ -425,34 +527,47 @@ def new_task_id() -> str:
     return f"{text[:8]}-{text[8:12]}-{text[12:16]}-{text[16:20]}-{text[20:]}"
 
 
-@dataclass(frozen=True, slots=True)
-class Registration:
-    """A function under its name, with what applies where scheduling says nothing else."""
+class Options(NamedTuple):
+    """What a registration says of its tasks; where a task says nothing (None), this applies."""
 
-    name: str
-    function: Callable[..., Coroutine[Any, Any, Any]]
     policy: RetryPolicy = DEFAULT_POLICY
     should_dead_letter: bool = True
     acks_late: bool = True
 
-    def apply_to(self, task: Task) -> None:
-        """Fill in what a task made by name alone could not know, and was not given, nor set by hand."""
-        if task.policy_is_default:
-            task.policy_is_default = False
-            if task.policy == DEFAULT_POLICY:
-                task.policy = self.policy
-        for option in task.default_options:
-            if getattr(task, option) is True:
-                setattr(task, option, getattr(self, option))
-        task.default_options = ()
+
+@dataclass(frozen=True, slots=True)
+class Registration:
+    """A function under its name, with its options."""
+
+    name: str
+    function: Callable[..., Coroutine[Any, Any, Any]]
+    options: Options
+
+    def fill_in(self, task: Task) -> None:
+        """Put in force for a task that is about to run what it was not given."""
+        for option, value in zip(Options._fields, self.options, strict=True):
+            if getattr(task, option) is None:
+                setattr(task, option, value)
 
 
-@dataclass(slots=True, eq=False, repr=False, kw_only=True)
-class Task:
+class _Bound:
+    """What a task knows besides its fields; it is not copied, compared or pickled with them."""
+
+    _app: Boilermaker | None = None
+    _function: Callable[..., Any] | None = None
+    _predecessor: Task | None = None
+    _worker: Worker | None = None
+    _published: Options = Options()
+    """The options of the registration where the task was published: on the wire they stand for what was not given."""
+
+
+@dataclass(eq=False, repr=False, kw_only=True)
+class Task(_Bound):
     """A call of a registered function, to be run by a worker.
 
     Make one with `fn.si(...)`, `Task.si(fn, ...)` or `app.create_task(fn, ...)`; until it is published, every field may
-    be set. `sequence_number` and `message_id` are set by publishing, and by receiving.
+    be set. `sequence_number` and `message_id` are set by publishing, and by receiving. An option that is None was not
+    given: then the registration at the receiver says. While the task runs, its options are those in force.
 
     Args:
         function_name: the name the function is registered under.
@@ -460,9 +575,7 @@ class Task:
         kwargs: keyword arguments; JSON values.
         task_id: identifies the task through its retries; also the message id of the first publish.
         policy: when and how often to retry.
-        policy_is_default: nobody gave a policy, so the registration at the receiver applies.
-        default_options: which of `should_dead_letter` and `acks_late` nobody gave, likewise.
-        scheduled_policy: in a retry by an exception's own policy, the one that was given when scheduling.
+        retry_policy: in a retry by an exception's own policy, that one: it allows this try.
         attempts: the runs so far.
         should_dead_letter: a failed message goes to the dead-letter queue; else it is completed.
         acks_late: the message is settled after the function ran; else completed before it.
@@ -471,32 +584,32 @@ class Task:
         graph_id: kept for boilermaker-servicebus.
         queue: the queue it belongs on; None for that of the application that publishes it.
         takes_result: made by `.s()`: its parent's result, or failure, becomes the first argument.
+        root: in a retry, what the ids of all that follows the task are made of.
     """
 
     function_name: str
     args: list[Any] = field(default_factory=list)
     kwargs: dict[str, Any] = field(default_factory=dict)
     task_id: str = field(default_factory=new_task_id)
-    policy: RetryPolicy = DEFAULT_POLICY
-    policy_is_default: bool = False
-    default_options: tuple[str, ...] = ()
-    scheduled_policy: RetryPolicy | None = None
-    attempts: RetryAttempts = field(default_factory=_untried)
-    should_dead_letter: bool = True
-    acks_late: bool = True
+    policy: RetryPolicy | None = None
+    retry_policy: RetryPolicy | None = None
+    attempts: RetryAttempts = field(default_factory=RetryAttempts.default)
+    should_dead_letter: bool | None = None
+    acks_late: bool | None = None
     on_success: Task | None = None
     on_failure: Task | None = None
     graph_id: str | None = None
     queue: str | None = None
     takes_result: bool = False
+    root: str | None = None
     sequence_number: int | None = field(default=None, init=False)
     message_id: str | None = field(default=None, init=False)
-    _app: Boilermaker | None = field(default=None, init=False)
-    _function: Callable[..., Any] | None = field(default=None, init=False)
-    _predecessor: Task | None = field(default=None, init=False)
 
     def __repr__(self) -> str:
-        return f"<Task {self.function_name} {self.task_id}>"
+        return f"<Task {_printable(str(self.function_name))} {_printable(str(self.task_id))}>"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {each.name: getattr(self, each.name) for each in dataclasses.fields(self)}
 
     @classmethod
     def default(cls, function_name: str, *, payload: Mapping[str, Any] | None = None, **fields: Any) -> Task:
@@ -563,7 +676,8 @@ class Task:
         """The same work as new work: this task and its callbacks with fresh ids, unpublished."""
         twin = _replica(self)
         for task in _workflow(twin):
-            task.task_id, task.attempts = new_task_id(), _untried()
+            task.task_id, task.attempts = new_task_id(), RetryAttempts.default()
+            task.root = task.retry_policy = None
         return twin
 
     async def publish(
@@ -596,27 +710,35 @@ class Task:
         _check_beginning(self)
         _check_beginning(following)
         head = self.copy()
-        _last(head).on_success = following.copy()
+        _chain_of(head)[-1].on_success = following.copy()
         return head
 
 
-class TaskFunction(Generic[P, R]):
+class TaskFunction(functools.partial[Coroutine[Any, Any, R]], Generic[P, R]):
     """A function that `@app.task` registered: call it inline, or make tasks of it.
 
-    `await fn(state, ...)` runs it here and now, without a queue.
+    `await fn(state, ...)` runs it here and now, without a queue. To whoever asks, such as FastAPI or APScheduler, it is
+    a coroutine function: as a `functools.partial` of one, the only such thing besides a function in Python 3.11.
     """
 
-    def __init__(self, app: Boilermaker, registration: Registration, function: TaskCallable[P, R]) -> None:
-        functools.update_wrapper(self, function)
-        self.app = app
-        self.registration = registration
-        self.function = function
+    app: Boilermaker
+    registration: Registration
+    function: TaskCallable[P, R]
+
+    def __new__(cls, app: Boilermaker, registration: Registration) -> TaskFunction[P, R]:
+        self = super().__new__(cls, registration.function)
+        functools.update_wrapper(self, registration.function)
+        self.app, self.registration, self.function = app, registration, registration.function
+        return self
 
     def __call__(self, state: Any, /, *args: P.args, **kwargs: P.kwargs) -> Coroutine[Any, Any, R]:
         return self.function(state, *args, **kwargs)
 
     def __repr__(self) -> str:
         return f"<TaskFunction {self.registration.name}>"
+
+    def __reduce__(self) -> str:
+        return str(vars(self)["__qualname__"])  # by name, as a function
 
     def si(self, /, *args: P.args, **kwargs: P.kwargs) -> Task:
         """An immutable signature, see `Task.si`."""
@@ -642,7 +764,9 @@ class TaskFunction(Generic[P, R]):
         return await self.app.publish_task(self._call(args, kwargs))
 
     def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Task:
-        return _task_of(self.registration, self.app, args, kwargs)
+        task = Task(function_name=self.registration.name, args=list(args), kwargs=kwargs)
+        task._app, task._function = self.app, self.function
+        return task
 
     def __rshift__(self, other: TaskLike) -> Task:
         return self._call((), {}) >> other
@@ -662,7 +786,13 @@ def _as_task(operand: object, role: str = "A workflow's member") -> Task:
     if isinstance(operand, Task):
         return operand
     if isinstance(operand, TaskFunction):
-        return _alone(operand)
+        try:
+            return operand.si()
+        except InvalidArguments as error:
+            name = operand.registration.name
+            raise InvalidArguments(
+                f"{error} Alone, a function stands for {name}.si(); {name}.s() receives its parent's result."
+            ) from None
     hint = ""
     if inspect.iscoroutine(operand):
         operand.close()
@@ -672,93 +802,73 @@ def _as_task(operand: object, role: str = "A workflow's member") -> Task:
     raise UsageError(f"{role} must be a Task or a decorated function, not {operand!r}.{hint}")
 
 
-def _alone(function: TaskFunction[..., Any]) -> Task:
-    """What a decorated function by itself stands for."""
-    try:
-        return function.si()
-    except InvalidArguments as error:
-        name = function.registration.name
-        raise InvalidArguments(
-            f"{error} Alone, a function stands for {name}.si(); {name}.s() receives its parent's result."
-        ) from None
-
-
-def _task_of(registration: Registration, app: Boilermaker, args: Sequence[Any], kwargs: dict[str, Any]) -> Task:
-    task = Task(
-        function_name=registration.name,
-        args=list(args),
-        kwargs=kwargs,
-        policy=registration.policy,
-        should_dead_letter=registration.should_dead_letter,
-        acks_late=registration.acks_late,
-    )
-    task._app, task._function = app, registration.function
-    return task
-
-
 def _signature_of(
-    fn: object,
+    fn: Any,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     policy: RetryPolicy | None,
     should_dead_letter: bool | None,
     acks_late: bool | None,
 ) -> Task:
-    """The task of `Task.si` and `Task.s`; options that are None come from the registration."""
+    """The task of `Task.si` and `Task.s`."""
     if isinstance(fn, TaskFunction):
         task = fn._call(args, kwargs)
     else:
-        task = _task_by_name(_function_name(fn), args, kwargs)
-        task._function = fn  # type: ignore[assignment]
-    if policy is not None:
-        _set_policy(task, policy)
-    for option, value in (("should_dead_letter", should_dead_letter), ("acks_late", acks_late)):
-        if value is not None:
-            setattr(task, option, value)
-            task.default_options = tuple(name for name in task.default_options if name != option)
+        task = Task(function_name=_function_name(fn), args=list(args), kwargs=kwargs)
+        task._function = fn
+    task.policy = _checked_policy(task.function_name, policy)
+    task.should_dead_letter, task.acks_late = should_dead_letter, acks_late
     return task
 
 
-def _task_by_name(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Task:
-    """A task for whose options the registration at the receiver has to be asked."""
-    return Task(function_name=name, args=list(args), kwargs=kwargs, policy_is_default=True, default_options=_OPTIONS)
+def _checked_policy(name: str, policy: RetryPolicy | None) -> RetryPolicy | None:
+    if policy is not None and not isinstance(policy, RetryPolicy):
+        raise UsageError(f"{name}: policy={policy!r} must be a RetryPolicy.")
+    return policy
 
 
-_OPTIONS = ("should_dead_letter", "acks_late")
+def _function_name(fn: Any, name: str | None = None) -> str:
+    """The name of an `async def`; anything else is an error that says what is wrong with it.
 
-
-def _set_policy(task: Task, policy: object) -> None:
-    if not isinstance(policy, RetryPolicy):
-        raise UsageError(f"{task.function_name}: policy={policy!r} must be a RetryPolicy.")
-    task.policy, task.policy_is_default = policy, False
-
-
-def _function_name(fn: object) -> str:
-    """The name of an `async def`; anything else is an error that says so."""
-    name = getattr(fn, "__name__", None)
+    Args:
+        name: what it is to be called; its own name if None.
+    """
+    called = getattr(fn, "__name__", None) or getattr(getattr(fn, "__func__", None), "__name__", None) or repr(fn)
+    if isinstance(fn, (staticmethod, classmethod)):
+        raise UsageError(
+            f"Function must be async: {called} is a {type(fn).__name__} here. Put @{type(fn).__name__} above @app.task."
+        )
+    if inspect.isasyncgenfunction(fn):
+        raise UsageError(f"Function must not yield: {called} is an async generator. Return its result instead.")
     if not inspect.iscoroutinefunction(fn):
-        name = name or repr(fn)
-        raise UsageError(f"Function must be async: {name}. Declare it with `async def {name}(state, ...)`.")
-    if name is None:
-        raise UsageError(f"Function has no name: {fn!r}. Call it from an `async def` that has one.")
-    return str(name)
+        raise UsageError(f"Function must be async: {called}. Declare it with `async def {called}(state, ...)`.")
+    if name is None and not hasattr(fn, "__name__"):
+        raise UsageError(f"Function has no name: {fn!r}. Give it one with name='...'.")
+    name = str(fn.__name__) if name is None else name
+    if not isinstance(name, str) or not name:
+        raise UsageError(f"name={name!r} of {called} must be a string that is not empty.")
+    return name
 
 
 def _workflow(head: Task) -> list[Task]:
-    """The task and all its callbacks, each once, callbacks before their parents.
+    """The task and all its callbacks, each once, callbacks before their parents; decorated functions made tasks.
 
     Without recursion, so that a long chain is no deeper than a short one.
 
     Raises:
-        UsageError: a task is, by way of its callbacks, its own callback.
+        UsageError: a callback is no task, or is, by way of its callbacks, its own.
     """
     finished: dict[int, Task] = {}
     entered: set[int] = set()
     pending = [head]
     while pending:
         task = pending[-1]
-        following = [c for c in _callbacks(task) if id(c) not in finished] if id(task) not in finished else []
-        if not following:
+        for role in ("on_success", "on_failure"):
+            if (callback := getattr(task, role)) is not None and not isinstance(callback, Task):
+                setattr(task, role, _as_task(callback, f"{role} of {task!r}"))
+        callbacks = [callback for callback in (task.on_success, task.on_failure) if callback is not None]
+        following = [callback for callback in callbacks if id(callback) not in finished]
+        if id(task) in finished or not following:
             finished[id(task)] = pending.pop()
             continue
         entered.add(id(task))
@@ -769,13 +879,13 @@ def _workflow(head: Task) -> list[Task]:
     return list(finished.values())
 
 
-def _callbacks(task: Task) -> list[Task]:
-    """A task's callbacks, those given as decorated functions made tasks."""
-    if task.on_success is not None:
-        task.on_success = _as_task(task.on_success, f"on_success of {task!r}")
-    if task.on_failure is not None:
-        task.on_failure = _as_task(task.on_failure, f"on_failure of {task!r}")
-    return [callback for callback in (task.on_success, task.on_failure) if callback is not None]
+def _chain_of(head: Task) -> list[Task]:
+    """The task, its `on_success`, and so on."""
+    _workflow(head)
+    steps = [head]
+    while (following := steps[-1].on_success) is not None:
+        steps.append(following)
+    return steps
 
 
 def _replica(head: Task) -> Task:
@@ -789,88 +899,8 @@ def _replica(head: Task) -> Task:
             on_success=replicas.get(id(task.on_success)),
             on_failure=replicas.get(id(task.on_failure)),
         )
-        replica._app, replica._function = task._app, task._function
+        replica._app, replica._function, replica._published = task._app, task._function, task._published
     return replicas[id(head)]
-
-
-def _chain_of(head: Task) -> Iterator[Task]:
-    """The task, its `on_success`, and so on."""
-    seen: set[int] = set()
-    step: Task | None = head
-    while step is not None:
-        if id(step) in seen:
-            raise UsageError(f"{step!r} is its own callback: a workflow cannot have a cycle, use copy().")
-        seen.add(id(step))
-        yield step
-        step = step.on_success
-
-
-def _last(head: Task) -> Task:
-    return list(_chain_of(head))[-1]
-
-
-_FIELD_TYPES: Mapping[str, tuple[type, ...]] = {
-    "function_name": (str,),
-    "task_id": (str,),
-    "args": (list, tuple),
-    "kwargs": (dict,),
-    "policy": (RetryPolicy,),
-    "policy_is_default": (bool,),
-    "default_options": (tuple,),
-    "scheduled_policy": (RetryPolicy, type(None)),
-    "attempts": (RetryAttempts,),
-    "should_dead_letter": (bool,),
-    "acks_late": (bool,),
-    "graph_id": (str, type(None)),
-    "takes_result": (bool,),
-}
-
-
-def _check_fields(task: Task) -> None:
-    """Refuse what was set by hand and cannot be."""
-    if not _has_usual_types(task):
-        _check_types_of_fields(task)
-    if not task.function_name or not task.task_id:
-        name = "task_id" if task.function_name else "function_name"
-        raise UsageError(f"{task!r}: {name}='' must not be empty.")
-    attempts, last_retry = task.attempts
-    if type(attempts) is not int or not 0 <= attempts <= MAX_SECONDS or not isinstance(last_retry, datetime.datetime):
-        raise UsageError(f"{task!r}: attempts={_short(task.attempts)} must be a count from 0, and a datetime.")
-    if task.default_options and not all(option in _OPTIONS for option in task.default_options):
-        raise UsageError(f"{task!r}: default_options={_short(task.default_options)} must be among {_OPTIONS}.")
-    if task.queue is not None:
-        _checked_queue_name(task.queue)
-
-
-def _has_usual_types(task: Task) -> bool:
-    """Whether all of `_FIELD_TYPES` are of the types that nearly all tasks have: asked so, it takes half the time."""
-    return (
-        type(task.function_name) is type(task.task_id) is str
-        and type(task.args) is list
-        and type(task.kwargs) is dict
-        and type(task.policy) is RetryPolicy
-        and type(task.attempts) is RetryAttempts
-        and type(task.should_dead_letter) is type(task.acks_late) is bool
-        and type(task.policy_is_default) is type(task.takes_result) is bool
-        and type(task.default_options) is tuple
-        and task.scheduled_policy is None
-        and task.graph_id is None
-    )
-
-
-def _check_types_of_fields(task: Task) -> None:
-    for name, allowed in _FIELD_TYPES.items():
-        value = getattr(task, name)
-        if not isinstance(value, allowed):
-            expected = " or ".join(kind.__name__ for kind in allowed)
-            raise UsageError(f"{task!r}: {name}={_short(value)} must be of type {expected}.")
-
-
-def _check_head(task: Task) -> None:
-    """Refuse what cannot be published by itself."""
-    _check_beginning(task)
-    if task.takes_result:
-        raise UsageError(f"{task!r} was made by .s(), for a parent's result, but has no parent: make it by .si().")
 
 
 def _check_beginning(task: Task) -> None:
@@ -890,36 +920,55 @@ def _check_beginning(task: Task) -> None:
 def _check_arguments(task: Task) -> None:
     """Raise InvalidArguments unless the arguments fit the function and JSON."""
     if task._function is not None:
-        _check_call(task)
-    _encode_payload(task)
+        _check_call(task, task._function)
+    try:
+        _to_json(task.payload)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise _explain_arguments(task, error) from error
 
 
-def _check_call(task: Task) -> None:
-    assert task._function is not None
+_HINTS = {
+    "on_success": "A callback is set on a task: task = app.create_task(...); task.on_success = ...; task.publish().",
+    "on_failure": "A callback is set on a task: task = app.create_task(...); task.on_failure = ...; task.publish().",
+    "countdown": "The option is called delay.",
+    "queue": "To another application's queue it goes by app.send_task('name', ..., queue=...).",
+}
+"""What people who come from Celery pass as options, and here would be arguments."""
+
+
+def _check_call(task: Task, function: Callable[..., Any]) -> None:
     positional = len(task.args) + task.takes_result
-    least, most = _arity(task._function)
+    signature, least, most = _signature(function)
     if not task.kwargs and least <= positional <= most:
         return
-    signature = _signature(task._function)
     try:
         signature.bind(*[None] * (1 + positional), **task.kwargs)
     except TypeError as error:
-        raise InvalidArguments(f"{task.function_name}{signature} cannot be called like that: {error}.") from None
+        name = task.function_name
+        hints = [hint for option, hint in _HINTS.items() if option in task.kwargs]
+        if task.takes_result and positional > most:
+            hints.append(f"{name}.s() passes its parent's result as the first argument; {name}.si() passes none.")
+        raise InvalidArguments(" ".join([f"{name}{signature} cannot be called like that: {error}.", *hints])) from None
 
 
-_signature = functools.lru_cache(maxsize=4096)(inspect.signature)
+_SIGNATURE_OPTIONS: dict[str, Any] = {"follow_wrapped": False}  # what is called is the wrapper
+if sys.version_info >= (3, 14):
+    import annotationlib
+
+    _SIGNATURE_OPTIONS["annotation_format"] = annotationlib.Format.STRING  # annotations are nobody's to evaluate
 
 
 @functools.lru_cache(maxsize=4096)
-def _arity(function: Callable[..., Any]) -> tuple[float, float]:
-    """The least and the most positional arguments after `state` that make a call without keywords."""
-    parameters = list(inspect.signature(function).parameters.values())
+def _signature(function: Callable[..., Any]) -> tuple[inspect.Signature, float, float]:
+    """A function's signature; the least and the most positional arguments after `state` of a call without keywords."""
+    signature = inspect.signature(function, **_SIGNATURE_OPTIONS)
+    parameters = list(signature.parameters.values())
     positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    required = [p for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-    if any(p.kind is p.KEYWORD_ONLY for p in required):
-        return float("inf"), 0
     unlimited = any(p.kind is p.VAR_POSITIONAL for p in parameters)
-    return len(required) - 1, float("inf") if unlimited else len(positional) - 1
+    most = math.inf if unlimited else len(positional) - 1
+    if any(p.kind is p.KEYWORD_ONLY and p.default is p.empty for p in parameters):
+        return signature, math.inf, most
+    return signature, sum(p.default is p.empty for p in positional) - 1, most
 
 
 def _explain_arguments(task: Task, error: Exception) -> InvalidArguments:
@@ -954,31 +1003,201 @@ def current_task() -> Task:
 # 4. Wire format: a task as JSON, compatible with boilermaker-servicebus 1.x
 # ======================================================================================================================
 
-# What is new here is optional, and ignored by the other side: `takes_result`, `policy_is_default`, `default_options`,
-# `scheduled_policy`, and `queue`, in a callback that goes to another queue than the message which carries it.
-
-
-_text_to_json: Callable[[str], str] = json.encoder.encode_basestring_ascii
-
-
-def _json_encoder() -> Callable[[object], str]:
-    """Compact JSON, strict about NaN; `JSONEncoder.encode`, but with its C part made once instead of for each call."""
-    encoder = json.JSONEncoder(separators=(",", ":"), allow_nan=False, check_circular=False)
-    make: Any = getattr(json.encoder, "c_make_encoder", None)
-    if make is None:
-        return encoder.encode
-    chunks_of = make(None, encoder.default, _text_to_json, None, ":", ",", False, False, False)
-    return lambda value: "".join(chunks_of(value, 0))
-
-
-_to_json = _json_encoder()
+# What is new here is optional, and ignored by the other side. `FIELDS` is all there is to know about a field: what may
+# be set, how it is written, how it is read. Only the options have more to them, since the other side always wants to
+# see a policy and two flags, whether they were given or not.
 
 MAX_WORKFLOW_BYTES = 100 * 1024 * 1024
 """The largest message of any Service Bus tier (Premium): where encoding a workflow gives up."""
 
+_to_json: Callable[[object], str] = json.JSONEncoder(
+    separators=(",", ":"), allow_nan=False, check_circular=False
+).encode
+"""Compact JSON, strict about NaN. ASCII only, so that a character is a byte."""
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if math.isinf(value):
+        raise ValueError(f"{text} is out of range")
+    return value
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+_from_json: Callable[[str], Any] = json.JSONDecoder(parse_float=_finite, parse_constant=_no_constant).decode
+
 
 class InvalidTaskFormat(BoilermakerError):
     """A message body is not a task; says where and why."""
+
+
+# -- the fields
+
+
+def _write_attempts(attempts: RetryAttempts) -> str:
+    return f'{{"attempts":{attempts.attempts},"last_retry":"{attempts.last_retry.isoformat()}"}}'
+
+
+def _read_attempts(document: dict[str, Any], name: str, where: str) -> RetryAttempts:
+    attempts, last_retry = document.get("attempts"), document.get("last_retry")
+    attempts = 0 if attempts is None else attempts
+    if type(attempts) is not int or not 0 <= attempts <= MAX_SECONDS:
+        raise InvalidTaskFormat(f"{name} of {where}: {_short(attempts)} is no integer from 0 to {MAX_SECONDS}.")
+    if last_retry is None:
+        return RetryAttempts.default(attempts)
+    try:
+        return RetryAttempts(attempts, datetime.datetime.fromisoformat(last_retry))
+    except (ValueError, TypeError) as error:
+        raise InvalidTaskFormat(f"last_retry of {where}: {_short(last_retry)} is no ISO 8601 time.") from error
+
+
+def _read_payload(document: dict[str, Any], name: str, where: str) -> dict[str, Any]:
+    payload: dict[str, Any] = {}
+    for part, kind in (("args", list), ("kwargs", dict)):
+        value = document.get(part)
+        if type(value) is kind:
+            payload[part] = value
+        elif value is not None:
+            raise InvalidTaskFormat(f"{name}.{part} of {where} must be {_JSON_TYPES[kind]}, not {_short(value)}.")
+    return payload
+
+
+def _read_policy(document: dict[str, Any], name: str, where: str) -> RetryPolicy:
+    values = [document.get(key) for key in ("max_tries", "delay", "delay_max", "retry_mode")]
+    try:
+        return (_policy_of if all(type(value) is int for value in values) else RetryPolicy)(*values)  # type: ignore
+    except UsageError as error:
+        raise InvalidTaskFormat(f"{name} of {where}: {error}") from error
+
+
+@functools.lru_cache(maxsize=1024)
+def _policy_of(max_tries: int, delay: int, delay_max: int, retry_mode: int) -> RetryPolicy:
+    """A policy as it stands in a message: there, a maximum under the delay is no error."""
+    policy = RetryPolicy(max_tries, delay, max(delay, delay_max), retry_mode)  # type: ignore[arg-type]
+    if delay_max < delay:
+        RetryPolicy(max_tries, 0, delay_max)
+        object.__setattr__(policy, "delay_max", delay_max)
+    return policy
+
+
+def _read_queue(queue: str, name: str, where: str) -> str:
+    try:
+        return _checked_queue_name(queue)
+    except ConfigurationError as error:
+        raise InvalidTaskFormat(f"{name} of {where}: {error}") from error
+
+
+class Field(NamedTuple):
+    """A field of a task: what it may be set to, and how it stands in a message."""
+
+    name: str
+    types: tuple[type, ...]
+    """Of the attribute; none where there is no such attribute."""
+    json_type: type | None
+    """Of the JSON value; None where it is a part of another field's."""
+    write: Callable[[Any], str] = _to_json
+    read: Callable[[Any, str, str], Any] | None = None
+    """Makes the attribute of the JSON value, its name and where the task stands, for errors; None if it is the same."""
+
+
+_NONE = type(None)
+
+ALWAYS_WRITTEN = (
+    Field("task_id", (str,), str),
+    Field("function_name", (str,), str),
+    Field("payload", (dict,), dict, read=_read_payload),
+    Field("attempts", (RetryAttempts,), dict, _write_attempts, _read_attempts),
+    Field("graph_id", (str, _NONE), str),
+)
+WRITTEN_WHERE_SET = (  # where they are neither None nor False, that is
+    Field("takes_result", (bool,), bool),
+    Field("root", (str, _NONE), str),
+)
+WRITTEN_WITH_OTHERS = (  # in the payload; the options together, see below; the queue where it is another
+    Field("args", (list, tuple), None),
+    Field("kwargs", (dict,), None),
+    Field("policy", (RetryPolicy, _NONE), dict, read=_read_policy),
+    Field("retry_policy", (RetryPolicy, _NONE), None),
+    Field("scheduled_policy", (), dict, read=_read_policy),
+    Field("policy_is_default", (), bool),
+    Field("should_dead_letter", (bool, _NONE), bool),
+    Field("acks_late", (bool, _NONE), bool),
+    Field("default_options", (), list),
+    Field("queue", (str, _NONE), str, read=_read_queue),
+)
+FIELDS = ALWAYS_WRITTEN + WRITTEN_WHERE_SET + WRITTEN_WITH_OTHERS
+
+_TEMPLATE = "{" + "".join(f'"{each.name}":%s,' for each in ALWAYS_WRITTEN) + '%s%s,"on_success":%s,"on_failure":%s}'
+_WRITERS = [each.write for each in ALWAYS_WRITTEN]
+_READERS = {each.name: (each.json_type, each.read) for each in FIELDS if each.json_type is not None}
+_always = operator.attrgetter(*(each.name for each in ALWAYS_WRITTEN))
+_where_set = operator.attrgetter(*(each.name for each in WRITTEN_WHERE_SET))
+_JSON_TYPES: Mapping[type, str] = {str: "a string", bool: "true or false", list: "an array", dict: "an object"}
+
+
+def _check_fields(task: Task) -> None:
+    """Refuse what was set by hand and cannot be."""
+    for each in FIELDS:
+        if each.types and not isinstance(value := getattr(task, each.name), each.types):
+            expected = " or ".join(kind.__name__ for kind in each.types)
+            raise UsageError(f"{task!r}: {each.name}={_short(value)} must be of type {expected}.")
+    if not task.function_name or not task.task_id:
+        name = "task_id" if task.function_name else "function_name"
+        raise UsageError(f"{task!r}: {name}='' must not be empty.")
+    attempts, last_retry = task.attempts
+    if type(attempts) is not int or not 0 <= attempts <= MAX_SECONDS or not isinstance(last_retry, datetime.datetime):
+        raise UsageError(f"{task!r}: attempts={_short(task.attempts)} must be a count from 0, and a datetime.")
+    if task.queue is not None:
+        _checked_queue_name(task.queue)
+
+
+# -- the options: in a message there is always one, marked where nobody gave it, and the receiver's registration applies
+
+
+@functools.lru_cache(maxsize=1024)
+def _write_options(
+    policy: RetryPolicy | None,
+    retry_policy: RetryPolicy | None,
+    should_dead_letter: bool | None,
+    acks_late: bool | None,
+    published: Options,
+) -> str:
+    """What was given; for the rest, the publisher's registration, with a mark. A retry's own policy comes first."""
+    flags = {"should_dead_letter": should_dead_letter, "acks_late": acks_late}
+    not_given = [name for name, value in flags.items() if value is None]
+    options: dict[str, Any] = {
+        "policy": dataclasses.asdict(retry_policy or policy or published.policy),
+        **{name: getattr(published, name) if value is None else value for name, value in flags.items()},
+    }
+    if policy is None:
+        options["policy_is_default"] = True
+    elif retry_policy is not None:
+        options["scheduled_policy"] = dataclasses.asdict(policy)
+    if not_given:
+        options["default_options"] = not_given
+    return _to_json(options)[1:-1]
+
+
+def _read_options(fields: dict[str, Any]) -> Options:
+    """Turn what is marked into None; what stood there, the publisher's registration, is given back."""
+    policy, scheduled = fields.get("policy"), fields.pop("scheduled_policy", None)
+    published = Options(policy or DEFAULT_POLICY, fields.get("should_dead_letter", True), fields.get("acks_late", True))
+    if scheduled is not None:
+        fields["policy"], fields["retry_policy"] = scheduled, policy
+    if fields.pop("policy_is_default", policy is None):
+        fields["policy"] = None
+        if "attempts" in fields and fields["attempts"].attempts:  # whoever published a retry allowed it
+            fields["retry_policy"] = policy
+    for name in fields.pop("default_options", ()):
+        if name in ("should_dead_letter", "acks_late"):
+            fields.pop(name, None)
+    return published
+
+
+# -- whole tasks
 
 
 def encode(task: Task, queue: str, home: str) -> str:
@@ -995,15 +1214,23 @@ def encode(task: Task, queue: str, home: str) -> str:
     """
     if task.on_success is None and task.on_failure is None:
         return _encode_one(task, None, "null", "null")
-    members = _workflow(task)
-    _check_depth(task, members)
     texts: dict[int, str] = {}
+    depths: dict[int, int] = {}
+    members = _workflow(task)
     for member in members:
+        callbacks = id(member.on_success), id(member.on_failure)
+        depths[id(member)] = 1 + max(depths.get(callback, 0) for callback in callbacks)
         own_queue = queue if member is task else member.queue or home
-        callbacks = texts.get(id(member.on_success), "null"), texts.get(id(member.on_failure), "null")
-        texts[id(member)] = _encode_one(member, own_queue if own_queue != queue else None, *callbacks)
+        texts[id(member)] = _encode_one(
+            member, own_queue if own_queue != queue else None, *(texts.get(callback, "null") for callback in callbacks)
+        )
         if len(texts[id(member)]) > MAX_WORKFLOW_BYTES:
             raise MessageTooLarge(f"{task!r} and its callbacks are over {MAX_WORKFLOW_BYTES} bytes: no bus takes that.")
+    if depths[id(task)] > MAX_WORKFLOW_DEPTH:
+        raise UsageError(
+            f"{task!r} is the head of {depths[id(task)]} nested callbacks, the limit is {MAX_WORKFLOW_DEPTH}: "
+            "let a task of the chain publish the rest."
+        )
     if len(members) > 100:  # with deep arguments, it may still be too deep together
         try:
             _from_json(texts[id(task)])
@@ -1012,535 +1239,70 @@ def encode(task: Task, queue: str, home: str) -> str:
     return texts[id(task)]
 
 
-def _check_depth(head: Task, members: Sequence[Task]) -> None:
-    depths: dict[int, int] = {}
-    for member in members:
-        depths[id(member)] = 1 + max(depths.get(id(callback), 0) for callback in (member.on_success, member.on_failure))
-    if depths[id(head)] > MAX_WORKFLOW_DEPTH:
-        raise UsageError(
-            f"{head!r} is the head of {depths[id(head)]} nested callbacks, the limit is {MAX_WORKFLOW_DEPTH}: "
-            "let a task of the chain publish the rest."
-        )
-
-
 def _encode_one(task: Task, queue: str | None, on_success: str, on_failure: str) -> str:
     """One task around the JSON of its callbacks; a template is twice as fast as a dict."""
-    attempts, last_retry = task.attempts
-    sent = _encode_time(last_retry) if last_retry.tzinfo is datetime.UTC else last_retry.isoformat()
-    graph_id = "null" if task.graph_id is None else _text_to_json(task.graph_id)
-    return (
-        f'{{"task_id":{_text_to_json(task.task_id)},"function_name":{_text_to_json(task.function_name)}'
-        f',"payload":{_encode_payload(task)},"policy":{_encode_policy(task.policy)}'
-        f',"attempts":{{"attempts":{attempts},"last_retry":"{sent}"}}'
-        f',"should_dead_letter":{_FLAGS[task.should_dead_letter]},"acks_late":{_FLAGS[task.acks_late]}'
-        f',"graph_id":{graph_id}{_encode_additions(task, queue)}'
-        f',"on_success":{on_success},"on_failure":{on_failure}}}'
-    )
-
-
-_FLAGS = {True: "true", False: "false"}
-
-
-def _encode_payload(task: Task) -> str:
+    options = _write_options(task.policy, task.retry_policy, task.should_dead_letter, task.acks_late, task._published)
+    if any(_where_set(task)):
+        for each in WRITTEN_WHERE_SET:
+            if value := getattr(task, each.name):
+                options += f',"{each.name}":{each.write(value)}'
+    queue_text = "" if queue is None else f',"queue":{_to_json(queue)}'
     try:
-        return f'{{"args":{_to_json(task.args)},"kwargs":{_to_json(task.kwargs) if task.kwargs else "{}"}}}'
+        written = [write(value) for write, value in zip(_WRITERS, _always(task), strict=True)]
+        return _TEMPLATE % (*written, options, queue_text, on_success, on_failure)
     except (TypeError, ValueError, RecursionError) as error:
         raise _explain_arguments(task, error) from error
 
 
-@functools.lru_cache(maxsize=8)
-def _encode_time(moment_in_utc: datetime.datetime) -> str:
-    """Remembered, as tasks made together share it. (In other zones, equal times can have two texts.)"""
-    return moment_in_utc.isoformat()
-
-
-@functools.lru_cache(maxsize=1024)
-def _encode_policy(policy: RetryPolicy) -> str:
-    return _to_json(dataclasses.asdict(policy))
-
-
-def _encode_additions(task: Task, queue: str | None) -> str:
-    """The fields that boilermaker-servicebus does not know, where they say something."""
-    additions: dict[str, Any] = {}
-    if task.policy_is_default:
-        additions["policy_is_default"] = True
-    if task.default_options:
-        additions["default_options"] = task.default_options
-    if task.scheduled_policy is not None:
-        additions["scheduled_policy"] = dataclasses.asdict(task.scheduled_policy)
-    if task.takes_result:
-        additions["takes_result"] = True
-    if queue is not None:
-        additions["queue"] = queue
-    return f",{_to_json(additions)[1:-1]}" if additions else ""
-
-
 def decode(body: str | bytes, queue: str) -> Task:
-    """The task of a message body that was received from `queue`.
+    """The task of a message body that was received from `queue`, with all its callbacks.
+
+    Without recursion, so that a long chain is no deeper than a short one.
 
     Raises:
         InvalidTaskFormat: it is no task; unknown fields are no reason.
     """
     try:
-        text = body if isinstance(body, str) else body.decode("utf-8")
-        return _decode_plain(text, queue) or _decode_workflow(_from_json(text), queue)
+        document = _from_json(body if isinstance(body, str) else body.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise InvalidTaskFormat(f"The body is not JSON that can be read: {error}.") from error
-
-
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")
-
-
-_decoder = json.JSONDecoder(parse_constant=_no_constant)
-
-_value_at: Callable[[str, int], tuple[Any, int]] = getattr(_decoder, "scan_once", _decoder.raw_decode)
-"""The JSON value at an index, and the index behind it."""
-
-
-def _from_json(text: str) -> Any:
-    """As `json.loads`, strict about NaN, and faster where there is no white space around the value."""
-    try:
-        document, end = _decoder.raw_decode(text)
-    except ValueError:
-        return _decoder.decode(text)
-    return document if end == len(text) else _decoder.decode(text)
-
-
-# Most messages are plain: a task without callbacks, as `encode` writes it. Two of them differ by id, arguments and
-# time, and hardly ever by what is around these, the frame, which is read once. That takes half the time of reading all.
-
-
-class _Frame(NamedTuple):
-    """What a plain body says besides id, arguments and time."""
-
-    function_name: str
-    policy: RetryPolicy
-    attempts: int
-    should_dead_letter: bool
-    acks_late: bool
-
-
-_PLAIN_END = ',"graph_id":null,"on_success":null,"on_failure":null}'
-
-_FRAME = re.compile(
-    r'{"task_id":\0,"function_name":"([\w.-]+)","payload":\0,"policy":({[^{}]*})'
-    r',"attempts":{"attempts":(0|[1-9][0-9]{0,8}),"last_retry":\0}'
-    r',"should_dead_letter":(true|false),"acks_late":(true|false)' + _PLAIN_END
-)
-"""A plain body with a NUL wherever id, arguments and time were cut out."""
-
-MAX_FRAME = 1000
-"""Characters of a frame that is worth keeping."""
-
-_TO_ID, _TO_NAME, _TO_TIME = (len(text) for text in ('{"task_id":', ',"function_name":', '"last_retry":'))
-
-
-@functools.lru_cache(maxsize=1024)
-def _frame_of(*pieces: str) -> _Frame | None:
-    match = _FRAME.fullmatch("\0".join(pieces))
-    if match is None:
-        return None
-    name, policy, attempts, should_dead_letter, acks_late = match.groups()
-    policy = _decode_policy(_from_json(policy), "policy", "")
-    return _Frame(name, policy, int(attempts), should_dead_letter == "true", acks_late == "true")
-
-
-def _decode_plain(text: str, queue: str) -> Task | None:
-    """The task, or None if the body is not plain or something is wrong with it: to be found the long way."""
-    if not text.endswith(_PLAIN_END):
-        return None
-    try:
-        task_id, id_end = _value_at(text, _TO_ID)
-        payload_start = text.index(":", id_end + _TO_NAME) + 1
-        payload, payload_end = _value_at(text, payload_start)
-        time_start = text.index('"last_retry":', payload_end) + _TO_TIME
-        last_retry, time_end = _value_at(text, time_start)
-        if len(text) - (payload_end - payload_start) > MAX_FRAME or type(task_id) is not str:
-            return None
-        frame = _frame_of(text[:_TO_ID], text[id_end:payload_start], text[payload_end:time_start], text[time_end:])
-        if frame is None:
-            return None
-        args, kwargs = _decode_payload(payload, "")
-        attempts = RetryAttempts(frame.attempts, datetime.datetime.fromisoformat(last_retry))
-    except (ValueError, TypeError, AttributeError, StopIteration, RecursionError, InvalidTaskFormat):
-        return None
-    return Task(
-        function_name=frame.function_name,
-        args=args,
-        kwargs=kwargs,
-        task_id=task_id,
-        policy=frame.policy,
-        attempts=attempts,
-        should_dead_letter=frame.should_dead_letter,
-        acks_late=frame.acks_late,
-        queue=queue,
-    )
-
-
-def _decode_workflow(document: Any, queue: str) -> Task:
-    """A task with all its callbacks. Without recursion, so that a long chain is no deeper than a short one."""
     head = _decode_one(document, queue, "the body")
     pending = [(head, document, "")]
     while pending:
         parent, fields, path = pending.pop()
-        for name in ("on_success", "on_failure"):
-            if (nested := fields.get(name)) is not None:
-                callback = _decode_one(nested, queue, _place(path + name))
-                setattr(parent, name, callback)
-                pending.append((callback, nested, f"{path}{name}."))
+        for role in ("on_success", "on_failure"):
+            if (nested := fields.get(role)) is not None:
+                place = path + role
+                callback = _decode_one(nested, queue, place if len(place) <= 200 else f"{place[:80]}...{place[-80:]}")
+                setattr(parent, role, callback)
+                pending.append((callback, nested, f"{place}."))
     return head
-
-
-def _place(path: str) -> str:
-    """Where a callback stands, in short where it is far down."""
-    return path if len(path) <= 200 else f"{path[:80]}...{path[-80:]}"
-
-
-_FIELDS: Mapping[str, type] = {
-    "task_id": str,
-    "function_name": str,
-    "payload": dict,
-    "policy": dict,
-    "policy_is_default": bool,
-    "default_options": list,
-    "scheduled_policy": dict,
-    "attempts": dict,
-    "should_dead_letter": bool,
-    "acks_late": bool,
-    "graph_id": str,
-    "queue": str,
-    "takes_result": bool,
-}
-
-_JSON_NAMES: Mapping[type, str] = {str: "a string", bool: "true or false", list: "an array", dict: "an object"}
 
 
 def _decode_one(document: Any, queue: str, where: str) -> Task:
     """One task without its callbacks. A field that is absent or null has its default."""
     if type(document) is not dict:
         raise InvalidTaskFormat(f"{where} must be an object, not {_short(document)}.")
-    _check_types(document, where)
-    get = document.get
-    task_id: Any = get("task_id")
-    function_name: Any = get("function_name")
-    if task_id is None or function_name is None:
-        raise InvalidTaskFormat(f"{'task_id' if task_id is None else 'function_name'} of {where} is missing.")
-    args, kwargs = _decode_payload(get("payload") or {}, where)
-    policy, scheduled = get("policy"), get("scheduled_policy")
-    return Task(
-        function_name=function_name,
-        args=args,
-        kwargs=kwargs,
-        task_id=task_id,
-        policy=DEFAULT_POLICY if policy is None else _decode_policy(policy, "policy", where),
-        policy_is_default=policy is None or get("policy_is_default") is True,
-        default_options=() if get("default_options") is None else _decode_options(get("default_options")),
-        scheduled_policy=None if scheduled is None else _decode_policy(scheduled, "scheduled_policy", where),
-        attempts=_decode_attempts(get("attempts") or {}, where),
-        should_dead_letter=get("should_dead_letter") is not False,
-        acks_late=get("acks_late") is not False,
-        graph_id=get("graph_id"),
-        queue=queue if get("queue") is None else _decode_queue(get("queue"), where),
-        takes_result=get("takes_result") is True,
-    )
-
-
-def _check_types(document: dict[str, Any], where: str) -> None:
+    fields: dict[str, Any] = {"queue": queue}
     for name, value in document.items():
-        kind = _FIELDS.get(name)
-        if kind is not None and type(value) is not kind and value is not None:
-            raise _wrong_type(name, kind, value, where)
-
-
-def _wrong_type(name: str, kind: type, value: object, where: str) -> InvalidTaskFormat:
-    return InvalidTaskFormat(f"{name} of {where} must be {_JSON_NAMES[kind]}, not {_short(value)}.")
-
-
-def _decode_options(names: Any) -> tuple[str, ...]:
-    return tuple(option for option in _OPTIONS if option in names)
-
-
-def _decode_queue(name: object, where: str) -> str:
-    try:
-        return _checked_queue_name(name)
-    except ConfigurationError as error:
-        raise InvalidTaskFormat(f"queue of {where}: {error}") from error
-
-
-def _decode_payload(document: dict[str, Any], where: str) -> tuple[list[Any], dict[str, Any]]:
-    args, kwargs = document.get("args"), document.get("kwargs")
-    if args is not None and type(args) is not list:
-        raise _wrong_type("payload.args", list, args, where)
-    if kwargs is not None and type(kwargs) is not dict:
-        raise _wrong_type("payload.kwargs", dict, kwargs, where)
-    return args or [], kwargs or {}
-
-
-def _decode_policy(document: dict[str, Any], name: str, where: str) -> RetryPolicy:
-    values: list[Any] = [document.get(key) for key in ("max_tries", "delay", "delay_max", "retry_mode")]
-    cacheable = all(type(value) is int for value in values)
-    try:
-        return (_cached_policy if cacheable else RetryPolicy)(*values)
-    except UsageError as error:
-        raise InvalidTaskFormat(f"{name} of {where}: {error}") from error
-
-
-_cached_policy = functools.lru_cache(maxsize=1024)(RetryPolicy)
-
-
-def _decode_attempts(document: dict[str, Any], where: str) -> RetryAttempts:
-    attempts, last_retry = document.get("attempts"), document.get("last_retry")
-    attempts = 0 if attempts is None else attempts
-    if type(attempts) is not int or not 0 <= attempts <= MAX_SECONDS:
-        raise InvalidTaskFormat(f"attempts of {where}: {_short(attempts)} is no integer from 0 to {MAX_SECONDS}.")
-    if last_retry is None:
-        return RetryAttempts.default(attempts)
-    try:
-        return RetryAttempts(attempts, datetime.datetime.fromisoformat(last_retry))
-    except (ValueError, TypeError) as error:
-        raise InvalidTaskFormat(f"last_retry of {where}: {_short(last_retry)} is no ISO 8601 time.") from error
+        if value is None or name not in _READERS:
+            continue
+        json_type, read = _READERS[name]
+        if type(value) is not json_type:
+            raise InvalidTaskFormat(f"{name} of {where} must be {_JSON_TYPES[json_type]}, not {_short(value)}.")
+        fields[name] = value if read is None else read(value, name, where)
+    fields.update(fields.pop("payload", {}))
+    for name in ("task_id", "function_name"):
+        if name not in fields:
+            raise InvalidTaskFormat(f"{name} of {where} is missing.")
+    published = _read_options(fields)
+    task = Task(**fields)
+    task._published = published
+    return task
 
 
 # ======================================================================================================================
-# 5. Decisions: what happens to a message
-# ======================================================================================================================
-
-# The handling of a message ends in one of the ways that `Ending` lists, as a table: how the message is settled, by
-# which reason, and what is published before that. All of it is pure: the worker gathers the facts, `decide` says what
-# to do, a receiver does it.
-
-
-class Disposition(enum.Enum):
-    """What a receiver does with a message; the names are those of the Azure SDK."""
-
-    COMPLETE = "complete"
-    ABANDON = "abandon"
-    DEAD_LETTER = "dead_letter"
-    LEAVE = "leave"
-    """Nothing: it is settled already, or its lock has to run out."""
-
-
-class FollowUp(enum.Enum):
-    """What is published when a run has ended."""
-
-    NOTHING = "nothing"
-    ON_SUCCESS = "on_success"
-    ON_FAILURE = "on_failure"
-    RETRY = "retry"
-
-
-class Ending(enum.Enum):
-    """How the handling of a message ended, and by that what becomes of it: the task ..."""
-
-    RETURNED = ("returned", Disposition.COMPLETE, "", FollowUp.ON_SUCCESS)
-    FAILED = ("failed", Disposition.DEAD_LETTER, "TaskFailed", FollowUp.ON_FAILURE)
-    RETRY = ("asked for a retry", Disposition.COMPLETE, "", FollowUp.RETRY)
-    EXHAUSTED = ("used up its tries", Disposition.DEAD_LETTER, "RetriesExhausted", FollowUp.ON_FAILURE)
-    NO_TRY_LEFT = ("has no try left", Disposition.DEAD_LETTER, "RetriesExhausted", FollowUp.ON_FAILURE)
-    UNREGISTERED = ("is not registered here", Disposition.DEAD_LETTER, "UnregisteredFunction", FollowUp.ON_FAILURE)
-    UNDECODABLE = ("cannot be decoded", Disposition.DEAD_LETTER, "InvalidTaskFormat", FollowUp.NOTHING)
-    STOPPED = ("was stopped with its worker", Disposition.ABANDON, "", FollowUp.NOTHING)
-    LOCK_LOST = ("lost its lock", Disposition.LEAVE, "", FollowUp.NOTHING)
-
-    def __init__(self, text: str, disposition: Disposition, reason: str, follow_up: FollowUp) -> None:
-        self.text = text
-        self.disposition = disposition
-        self.reason = reason
-        self.follow_up = follow_up
-
-    @property
-    def ran(self) -> bool:
-        """Whether the function was called, and so, with `acks_late=False`, the message completed."""
-        return self not in (Ending.NO_TRY_LEFT, Ending.UNREGISTERED, Ending.UNDECODABLE)
-
-
-@dataclass(slots=True, eq=False)
-class Outcome:
-    """One run: how it ended, with the result it returned or the error it raised."""
-
-    ending: Ending
-    result: Any = None
-    error: BaseException | None = None
-
-
-_RETURNED = Outcome(Ending.RETURNED)
-
-
-class Decision(NamedTuple):
-    """What to do with a message, and the task to publish before that, if any."""
-
-    disposition: Disposition
-    reason: str = ""
-    description: str = ""
-    follow_up: Task | None = None
-    follow_up_id: str = ""
-    delay: int = 0
-
-
-_COMPLETED = Decision(Disposition.COMPLETE)
-
-MAX_DESCRIPTION_LENGTH = 4096
-"""Characters of a dead letter's description: Service Bus takes 4 KiB
-(https://learn.microsoft.com/azure/service-bus-messaging/service-bus-dead-letter-queues)."""
-
-
-def decide(task: Task, outcome: Outcome, message_id: str) -> Decision:
-    """What happens to the message of a task after a run.
-
-    Args:
-        task: as it was received.
-        outcome: how the run ended.
-        message_id: the message's; what follows derives its own from it.
-    """
-    ending = outcome.ending
-    if (
-        ending is Ending.RETURNED
-        and task.on_success is None
-        and task.acks_late
-        and not isinstance(outcome.result, Task)
-    ):
-        return _COMPLETED  # most messages
-    retried = task.attempts.attempts
-    first_id = first_try_id(message_id, retried)
-    description = describe(outcome.error) if ending.reason else ""
-    decision = Decision(_disposition(task, ending), ending.reason, description)
-    match ending.follow_up:
-        case FollowUp.RETRY:
-            delay = policy_in_force(task, outcome.error).get_delay_interval(retried)
-            retry = _retry_of(task, outcome.error)
-            return decision._replace(follow_up=retry, follow_up_id=retry_id(first_id, retried + 1), delay=delay)
-        case FollowUp.ON_SUCCESS if (following := _successor(task, outcome.result)) is not None:
-            return decision._replace(follow_up=following, follow_up_id=continuation_id(first_id))
-        case FollowUp.ON_FAILURE if task.on_failure is not None:
-            following = _given(task.on_failure, lambda: failure_of(task, outcome))
-            return decision._replace(follow_up=following, follow_up_id=continuation_id(first_id))
-    return decision
-
-
-def _disposition(task: Task, ending: Ending) -> Disposition:
-    """The table's, but for the task's own wishes."""
-    if not task.acks_late and ending.ran:
-        return Disposition.LEAVE  # completed before it ran
-    if not task.should_dead_letter and ending in (Ending.FAILED, Ending.EXHAUSTED, Ending.NO_TRY_LEFT):
-        return Disposition.COMPLETE
-    return ending.disposition
-
-
-def reject(error: Exception) -> Decision:
-    """The decision in place of one whose follow-up can never be published."""
-    return Decision(Disposition.DEAD_LETTER, "FollowUpRejected", describe(error))
-
-
-def ending_of(task: Task, error: BaseException) -> Ending:
-    """How a run ended that raised."""
-    if not isinstance(error, RetryException):
-        return Ending.FAILED
-    again = task.attempts.attempts + 1 < policy_in_force(task, error).max_tries
-    return Ending.RETRY if again else Ending.EXHAUSTED
-
-
-def may_run(task: Task) -> bool:
-    """Whether a received task has a try left: one that was published with too few, or by another hand, may not."""
-    tries = task.policy.max_tries
-    if task.scheduled_policy is not None:
-        tries = max(tries, task.scheduled_policy.max_tries)
-    return task.attempts.attempts < tries
-
-
-def policy_in_force(task: Task, error: BaseException | None) -> RetryPolicy:
-    """The exception's policy, else the one given when scheduling, else the registration's."""
-    own = error.policy if isinstance(error, RetryException) else None
-    return own or task.scheduled_policy or task.policy
-
-
-def _retry_of(task: Task, error: BaseException | None) -> Task:
-    """The task with one attempt more. It carries the policy in force, by which a worker judges whether it may run."""
-    scheduled = task.scheduled_policy or task.policy
-    policy = policy_in_force(task, error)
-    return dataclasses.replace(
-        task,
-        attempts=RetryAttempts.default(task.attempts.attempts + 1),
-        policy=policy,
-        scheduled_policy=scheduled if policy != scheduled else None,
-    )
-
-
-def _successor(task: Task, result: Any) -> Task | None:
-    """The task to publish after a success: a returned task that was not published yet takes over."""
-    if isinstance(result, Task) and result.message_id is None:
-        return _taken_over(task, result)
-    return None if task.on_success is None else _given(task.on_success, lambda: result)
-
-
-def _taken_over(task: Task, returned: Task) -> Task:
-    """The returned workflow, followed by what would have followed the task that returned it."""
-    head = _replica(returned)
-    for step in _chain_of(head):
-        step.on_failure = step.on_failure or task.on_failure
-    _last(head).on_success = task.on_success
-    return head
-
-
-def _given(callback: Task, value: Callable[[], Any]) -> Task:
-    """The callback with the value as its first argument, where it takes one."""
-    if not callback.takes_result:
-        return callback
-    return dataclasses.replace(callback, args=[value(), *callback.args], takes_result=False)
-
-
-def failure_of(task: Task, outcome: Outcome) -> dict[str, Any]:
-    """What an `on_failure` callback made by `.s()` receives."""
-    error = outcome.error
-    return {
-        "task_id": task.task_id,
-        "function_name": task.function_name,
-        "error": type(error).__name__ if error is not None else "TaskFailureResult",
-        "message": _message_of(error)[:MAX_DESCRIPTION_LENGTH] if error is not None else "",
-        "traceback": "".join(traceback.format_exception(error))[-MAX_DESCRIPTION_LENGTH:] if error is not None else "",
-        "attempts": task.attempts.attempts + outcome.ending.ran,
-    }
-
-
-def describe(error: BaseException | None) -> str:
-    """An error in one readable text, short enough for a dead letter."""
-    if error is None:
-        return "The task returned TaskFailureResult."
-    text = "".join(traceback.format_exception_only(error)).strip()
-    return text.encode("utf-8", "backslashreplace")[:MAX_DESCRIPTION_LENGTH].decode("utf-8", "ignore")
-
-
-def _message_of(error: BaseException) -> str:
-    try:
-        return str(error)
-    except Exception as broken:  # an exception's own __str__ may fail
-        return f"<{type(error).__name__}: str() failed: {type(broken).__name__}>"
-
-
-_ID_NAMESPACE = uuid.UUID("5f6a1c1e-7b5c-5a53-9d0c-6d1f2f3c7b10")
-
-
-def first_try_id(message_id: str, attempts: int) -> str:
-    """The message id of a task's first try, by that of its nth retry."""
-    return message_id.removesuffix(f":{attempts}") if attempts else message_id
-
-
-def retry_id(first_id: str, attempt: int) -> str:
-    """The message id of a task's nth retry: `<message id of the first try>:<attempt>`."""
-    retry = f"{first_id}:{attempt}"
-    return retry if len(retry) <= MAX_MESSAGE_ID_LENGTH else f"{continuation_id(first_id)}:{attempt}"
-
-
-def continuation_id(first_id: str) -> str:
-    """The message id of what follows a task, success or failure alike, whichever of its tries it is that ends it.
-
-    So only one of all these can ever be enqueued, even when a worker died between publishing a retry and completing.
-    """
-    return str(uuid.uuid5(_ID_NAMESPACE, first_id))
-
-
-# ======================================================================================================================
-# 6. Messages: what travels between the application and a bus
+# 5. Messages: what travels between the application and a bus
 # ======================================================================================================================
 
 
@@ -1552,6 +1314,8 @@ class Outgoing(NamedTuple):
     queue: str
     due: float | None = None
     application_properties: Mapping[str, str] = {}
+    function_name: str | None = None
+    """The task's, for those who count a queue by task; the body is what counts."""
 
 
 @dataclass(slots=True, eq=False)
@@ -1568,22 +1332,43 @@ class Delivery:
     received: float = field(default_factory=time.monotonic)
 
 
+class Action(enum.Enum):
+    """What a receiver does with a message; the names are those of the Azure SDK, but for the last two."""
+
+    COMPLETE = "complete"
+    ABANDON = "abandon"
+    DEAD_LETTER = "dead_letter"
+    LEAVE = "leave"
+    """Nothing: it is settled already, or its lock has to run out."""
+    KEEP = "keep"
+    """Nothing yet: it stays locked until its worker ends."""
+
+
+class FollowUp(NamedTuple):
+    """A task to publish, under which message id, and in how many seconds."""
+
+    task: Task
+    message_id: str
+    delay: float = 0
+
+
 @dataclass(slots=True, eq=False)
 class Settlement:
-    """What to do with a delivery, and the message to send before that, or with it."""
+    """What to do with a message, and what to publish before that, or together with it.
+
+    The follow-ups are tasks, the messages the same ready to be sent. The bus notes what went wrong: the error for which
+    it was not settled, and the ids of messages that were dropped as duplicates.
+    """
 
     delivery: Delivery
-    disposition: Disposition
+    action: Action
     reason: str = ""
     description: str = ""
-    follow_up: Outgoing | None = None
-
-
-class Rejection(NamedTuple):
-    """A settlement that did not happen."""
-
-    settlement: Settlement
-    error: Exception
+    traceback: str = ""
+    follow_ups: Sequence[FollowUp] = ()
+    messages: Sequence[Outgoing] = ()
+    error: Exception | None = None
+    dropped: Sequence[str] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -1608,11 +1393,17 @@ class Receiver(Protocol):
         """Lock and return what is there, or what comes first within `max_wait_time` seconds.
 
         A cancelled receive leaves nothing locked. A lost connection is waited out and is no error.
+
+        Raises:
+            ConfigurationError: it can go on no more: the queue is gone, or another program's file is in its place.
         """
         ...
 
-    def settle(self, settlements: Sequence[Settlement], durable: bool = False) -> asyncio.Future[list[Rejection]]:
-        """Begin to settle, follow-ups first or together with it; gives those that were not settled, and why.
+    def settle(self, settlements: Sequence[Settlement], durable: bool = False) -> asyncio.Future[None]:
+        """Begin to settle, messages first or together with it. It never fails: what did, has its `error`.
+
+        A message that can never be sent dead-letters its parent, as `rejected` says; what is to follow a message that
+        is gone already (LEAVE) is tried again until it is sent or the receiver closed.
 
         Args:
             durable: answer when it would survive a power cut; else what is lost then is only delivered again.
@@ -1629,6 +1420,8 @@ class ServiceBus(Protocol):
 
     queue_name: str
     max_message_bytes: int
+    max_delivery_count: int | None
+    """Deliveries after which the bus itself dead-letters a message."""
     system: str
     """OpenTelemetry's `messaging.system`."""
 
@@ -1640,12 +1433,19 @@ class ServiceBus(Protocol):
         """The bytes of a message that count towards `max_message_bytes`."""
         ...
 
-    async def open_receiver(self, on_lock_lost: Callable[[Delivery], None], max_renewal: float) -> Receiver:
+    def check_queue(self, queue: str) -> None:
+        """Raise UsageError where nothing can be sent to that queue from here."""
+        ...
+
+    async def open_receiver(
+        self, on_lock_lost: Callable[[Delivery], None], max_renewal: float, suspect_from: int
+    ) -> Receiver:
         """A receiver that works; ConfigurationError where that needs another setting.
 
         Args:
             on_lock_lost: called in the event loop when a delivery's lock is gone.
             max_renewal: seconds after which a lock is renewed no more, and so counts as lost.
+            suspect_from: the delivery count from which on a message is better handed out alone.
         """
         ...
 
@@ -1663,21 +1463,252 @@ class ServiceBus(Protocol):
 
 
 # ======================================================================================================================
+# 6. Decisions: what happens to a message
+# ======================================================================================================================
+
+# The handling of a message ends in one of the ways that `Outcome` lists, as a table: how the message is settled, by
+# which reason, and what is published before that. All of it is pure: the worker gathers the facts in a `Run`, `decide`
+# says what to do, a receiver does it.
+
+_MAY_COMPLETE = "may complete"
+_NOT_RUN = "not run"
+
+
+class Outcome(enum.Enum):
+    """How the handling of a message ended, and by that what becomes of it: the task ...
+
+    Columns: the words of the log, the action, the reason of the dead letter, the callback that follows, and notes:
+    whether `should_dead_letter=False` completes it instead, and whether the function was not called at all (else, with
+    `acks_late=False`, the message is completed already).
+    """
+
+    RETURNED = ("returned", Action.COMPLETE, "", "on_success")
+    FAILED = ("failed", Action.DEAD_LETTER, "TaskFailed", "on_failure", _MAY_COMPLETE)
+    RETRY = ("asked for a retry", Action.COMPLETE, "", "retry")
+    EXHAUSTED = ("used up its tries", Action.DEAD_LETTER, "RetriesExhausted", "on_failure", _MAY_COMPLETE)
+    NO_TRY_LEFT = ("has no try left", Action.DEAD_LETTER, "RetriesExhausted", "on_failure", _MAY_COMPLETE, _NOT_RUN)
+    KILLER = ("ended its workers", Action.DEAD_LETTER, "MaxDeliveryCountExceeded", "on_failure", _NOT_RUN)
+    UNREGISTERED = ("is not registered here", Action.DEAD_LETTER, "UnregisteredFunction", "on_failure", _NOT_RUN)
+    UNDECODABLE = ("cannot be decoded", Action.DEAD_LETTER, "InvalidTaskFormat", "", _NOT_RUN)
+    STOPPED = ("was stopped with its worker", Action.ABANDON, "", "")
+    LOCK_LOST = ("lost its lock", Action.LEAVE, "", "")
+
+    def __init__(self, text: str, action: Action, reason: str, follow_up: str, *notes: str) -> None:
+        self.text = text
+        self.action = action
+        self.reason = reason
+        self.follow_up = follow_up
+        self.may_complete = _MAY_COMPLETE in notes
+        self.ran = _NOT_RUN not in notes
+
+
+@dataclass(slots=True, eq=False)
+class Run:
+    """A message in a worker: its task, and how it ended, with the result it returned or the error it raised."""
+
+    delivery: Delivery
+    task: Task | None = None
+    registration: Registration | None = None
+    outcome: Outcome | None = None
+    result: Any = None
+    error: BaseException | None = None
+    settlement: Settlement | None = None
+    asyncio_task: asyncio.Task[None] | None = None
+    stopped: Outcome | None = None
+    """How it ended, if something other than the task ended it."""
+
+
+MAX_DESCRIPTION_LENGTH = 4096
+"""Characters of a dead letter's description: Service Bus takes 4 KiB
+(https://learn.microsoft.com/azure/service-bus-messaging/service-bus-dead-letter-queues)."""
+
+FOLLOW_UP_REJECTED = "FollowUpRejected"
+
+
+def decide(run: Run, queue: str) -> Settlement:
+    """What happens to a message after its run.
+
+    Args:
+        queue: where the message was received.
+    """
+    task, outcome = run.task, run.outcome
+    assert outcome is not None
+    settlement = Settlement(run.delivery, outcome.action)
+
+    # The table has it, but for the task's own wishes; and a dead letter stays what it is.
+    if task is not None and outcome.ran and not task.acks_late:
+        settlement.action = Action.LEAVE  # completed before it ran
+    elif task is not None and outcome.may_complete and not task.should_dead_letter:
+        settlement.action = Action.COMPLETE
+    elif outcome.action is Action.DEAD_LETTER and queue.endswith(DEAD_LETTER_SUFFIX):
+        settlement.action = Action.KEEP
+    if outcome.reason:
+        settlement.reason = outcome.reason
+        settlement.description, settlement.traceback = describe(run.error), _traceback_of(run.error)
+
+    try:
+        settlement.follow_ups = _follow_ups(run, queue)
+    except Exception as error:  # the function has returned: whatever it left behind, it does not run again
+        return rejected(settlement, error)
+    return settlement
+
+
+def rejected(settlement: Settlement, error: Exception) -> Settlement:
+    """The settlement in place of one whose follow-up can never be published."""
+    action = Action.DEAD_LETTER if settlement.action is Action.COMPLETE else settlement.action
+    return Settlement(settlement.delivery, action, FOLLOW_UP_REJECTED, describe(error), _traceback_of(error))
+
+
+def _follow_ups(run: Run, queue: str) -> list[FollowUp]:
+    """What is published when a run has ended, under ids that no other task's follow-ups have."""
+    task, outcome, dead = run.task, run.outcome, queue.endswith(DEAD_LETTER_SUFFIX)
+    if task is None or outcome is None or (dead and outcome is Outcome.UNREGISTERED):
+        return []
+    if outcome is Outcome.RETURNED and task.on_success is None and not isinstance(run.result, Task):
+        return []  # most messages
+
+    root = task.root if task.root and not dead else root_of(run.delivery, queue)
+    if outcome is Outcome.RETRY:
+        return [_retry_of(run, queue, root)]
+    following: Task | None = None
+    if outcome.follow_up == "on_success":
+        following = _successor(task, run.result)
+    elif outcome.follow_up == "on_failure" and task.on_failure is not None:
+        following = _given(_as_task(task.on_failure, f"on_failure of {task!r}"), lambda: failure_of(run))
+    return [] if following is None else [FollowUp(following, root)]
+
+
+def outcome_of(task: Task, error: BaseException) -> Outcome:
+    """How a run ended that raised."""
+    retry = _retry_in(error)
+    if retry is None:
+        return Outcome.FAILED
+    policy = retry.policy or task.policy or DEFAULT_POLICY
+    return Outcome.RETRY if task.attempts.attempts + 1 < policy.max_tries else Outcome.EXHAUSTED
+
+
+def may_run(task: Task) -> bool:
+    """Whether a received task has a try left: one that was published with too few, or by another hand, may not."""
+    policies = [policy for policy in (task.policy, task.retry_policy) if policy is not None]
+    return task.attempts.attempts < max((policy.max_tries for policy in policies), default=MAX_TRIES)
+
+
+def _retry_in(error: BaseException | None) -> RetryException | None:
+    """The RetryException that was raised; by a TaskGroup, in a group that holds nothing else."""
+    if isinstance(error, RetryException):
+        return error
+    if not isinstance(error, BaseExceptionGroup):
+        return None
+    retries = [_retry_in(member) for member in error.exceptions]
+    return retries[0] if all(retry is not None for retry in retries) else None
+
+
+def _retry_of(run: Run, queue: str, root: str) -> FollowUp:
+    """The task as it came, whatever the function did to it, with one attempt more."""
+    task, retry = run.task, _retry_in(run.error)
+    assert task is not None
+    assert retry is not None
+    attempts = task.attempts.attempts
+    again = decode(run.delivery.body, queue.removesuffix(DEAD_LETTER_SUFFIX))
+    again.attempts, again.root, again.retry_policy = RetryAttempts.default(attempts + 1), root, retry.policy
+    if run.registration is not None:
+        again._published = run.registration.options
+    policy = retry.policy or task.policy or DEFAULT_POLICY
+    delay = policy.get_delay_interval(attempts) if retry.delay is None else retry.delay
+    return FollowUp(again, f"{root}:{attempts + 1}", delay)
+
+
+def _successor(task: Task, result: Any) -> Task | None:
+    """The task to publish after a success: a returned task that was not published yet takes over.
+
+    It is followed by what would have followed the task that returned it.
+    """
+    if isinstance(result, Task) and result.message_id is None:
+        head = _replica(result)
+        steps = _chain_of(head)
+        for step in steps:
+            step.on_failure = step.on_failure or task.on_failure
+        steps[-1].on_success = task.on_success
+        return head
+    if task.on_success is None:
+        return None
+    return _given(_as_task(task.on_success, f"on_success of {task!r}"), lambda: result)
+
+
+def _given(callback: Task, value: Callable[[], Any]) -> Task:
+    """The callback with the value as its first argument, where it takes one."""
+    if not callback.takes_result:
+        return callback
+    given = dataclasses.replace(callback, args=[value(), *callback.args], takes_result=False)
+    given._app, given._function, given._published = callback._app, callback._function, callback._published
+    return given
+
+
+def failure_of(run: Run) -> dict[str, Any]:
+    """What an `on_failure` callback made by `.s()` receives."""
+    task, error = run.task, run.error
+    assert task is not None
+    assert run.outcome is not None
+    return {
+        "task_id": task.task_id,
+        "function_name": task.function_name,
+        "error": type(error).__name__ if error is not None else "TaskFailureResult",
+        "message": _message_of(error)[:MAX_DESCRIPTION_LENGTH] if error is not None else "",
+        "traceback": _traceback_of(error),
+        "attempts": task.attempts.attempts + run.outcome.ran,
+    }
+
+
+def describe(error: BaseException | None) -> str:
+    """An error in one readable text, short enough for a dead letter; a group's with its members."""
+    if error is None:
+        return "The task returned TaskFailureResult."
+    text = "".join(traceback.format_exception_only(error)).strip()
+    if isinstance(error, BaseExceptionGroup):
+        text = f"{text}: {'; '.join(describe(member) for member in error.exceptions[:100])}"
+    return text.encode("utf-8", "backslashreplace")[:MAX_DESCRIPTION_LENGTH].decode("utf-8", "ignore")
+
+
+def _message_of(error: BaseException) -> str:
+    try:
+        return str(error)
+    except Exception as broken:  # an exception's own __str__ may fail
+        return f"<{type(error).__name__}: str() failed: {type(broken).__name__}>"
+
+
+def _traceback_of(error: BaseException | None) -> str:
+    """The end of a traceback, where the cause stands."""
+    return "" if error is None else "".join(traceback.format_exception(error))[-MAX_DESCRIPTION_LENGTH:]
+
+
+_ID_NAMESPACE = uuid.UUID("5f6a1c1e-7b5c-5a53-9d0c-6d1f2f3c7b10")
+
+
+def root_of(delivery: Delivery, queue: str) -> str:
+    """What the ids of all that follows a task are made of: a UUID of its first try's message.
+
+    Redelivery does not change it, no caller chooses it, and no two messages share it. It is itself the id of what
+    follows the task, success or failure alike, whichever of its tries ends it: so only one of these can be enqueued,
+    even when a worker died between publishing and completing. Retries have `<root>:<attempt>`, and carry the root.
+    """
+    return str(uuid.uuid5(_ID_NAMESPACE, f"{queue}\n{delivery.sequence_number}\n{delivery.message_id}"))
+
+
+# ======================================================================================================================
 # 7. Store: the embedded queue as SQL
 # ======================================================================================================================
 
 # A row is a message. `due` is when it can be received: when it was enqueued, when it is scheduled for, or, while it is
 # locked, when the lock runs out. So the query that receives is also what expires locks, by the same index, and those
-# come first. A delivery is told from an earlier one of the same message by its delivery count, which no two share: who
+# come first. A delivery is told from an earlier one of the same message by its delivery count, which only rises: who
 # settles or renews names both numbers, and finds no row if another receiver has the message. The dead-letter queue is
 # a queue like any other, under Service Bus's own name for it.
 
-SCHEMA_VERSION = 1
 APPLICATION_ID = 0x424F494C  # "BOIL"
 LOCKED, READY, DEFERRED = 0, 1, 2  # the SQL below has the numbers; nothing here defers a message, the emulator does
-DEAD_LETTER_SUFFIX = "/$DeadLetterQueue"
 
-SCHEMA = f"""
+MIGRATIONS = (
+    """
     CREATE TABLE queue (
         queue_id            INTEGER PRIMARY KEY,
         name                TEXT NOT NULL UNIQUE,
@@ -1708,11 +1739,41 @@ SCHEMA = f"""
         sequence_number INTEGER NOT NULL,
         PRIMARY KEY (queue_id, message_id)
     ) WITHOUT ROWID;
-    CREATE INDEX duplicate_expires ON duplicate (queue_id, expires);
-    PRAGMA application_id = {APPLICATION_ID};
-    PRAGMA user_version = {SCHEMA_VERSION};
-"""
+    CREATE INDEX duplicate_expires ON duplicate (queue_id, expires)
+    """,
+    # What a process of the former version does not know, it leaves alone: it inserts NULL, and reads what it asks for.
+    """
+    ALTER TABLE message ADD COLUMN function_name TEXT;
+    ALTER TABLE message ADD COLUMN dead_lettered_time REAL;
+    ALTER TABLE message ADD COLUMN dead_letter_traceback TEXT;
+    CREATE TABLE outcome (
+        task_id TEXT PRIMARY KEY,
+        failed  INTEGER NOT NULL,
+        value   TEXT NOT NULL,
+        expires REAL NOT NULL
+    ) WITHOUT ROWID;
+    CREATE INDEX outcome_expires ON outcome (expires);
+    CREATE TABLE task_group (
+        group_id   TEXT PRIMARY KEY,
+        queue_id   INTEGER NOT NULL,
+        total      INTEGER NOT NULL,
+        definition TEXT NOT NULL,
+        due        REAL NOT NULL,
+        ended      INTEGER NOT NULL DEFAULT 0
+    ) WITHOUT ROWID;
+    CREATE INDEX task_group_due ON task_group (due);
+    CREATE TABLE group_member (
+        group_id TEXT NOT NULL,
+        position INTEGER NOT NULL,
+        failed   INTEGER NOT NULL,
+        value    TEXT NOT NULL,
+        PRIMARY KEY (group_id, position)
+    ) WITHOUT ROWID
+    """,
+)
+"""The schema, as what each version adds to the one before: version 2 has room for results and groups."""
 
+SCHEMA_VERSION = len(MIGRATIONS)
 
 _DUE = """
     FROM     message
@@ -1730,6 +1791,17 @@ LOCK_DUE = f"""
 """
 """Two statements that find the same messages, as RETURNING would copy every one once more."""
 
+INSERT = """
+    INSERT INTO message (queue_id, state, due, enqueued_time, scheduled_enqueue_time, expires,
+                         message_id, body, application_properties, function_name)
+    VALUES              (?,        1,     ?,   ?,             nullif(?, 0),           nullif(?, 0),
+                         ?,          ?,    nullif(?, ''),          nullif(?, ''))
+"""
+"""0 and '' stand for NULL, as sqlite3 takes ten times as long to pass on None."""
+
+BURIED_AT_ONCE = 500
+"""Messages that one transaction dead-letters of a backlog that has expired, lest everybody else wait for it."""
+
 
 class QueueSettings(NamedTuple):
     """The properties of a queue, in seconds, None for off."""
@@ -1739,10 +1811,47 @@ class QueueSettings(NamedTuple):
     time_to_live: float | None = None
 
 
-class Store:
-    """Queues in one SQLite file. The methods are statements, to be run inside `transaction()`.
+class FileState(enum.Enum):
+    """Of a queue's file, as one process has it."""
 
-    One connection, one transaction at a time, from any thread.
+    OPEN = "open"
+    GONE = "gone"
+    """Deleted, replaced, or on a disk that failed: whoever uses it next opens what is there then."""
+    CLOSED = "closed"
+
+
+class Connection:
+    """A connection to a queue's file, for one thread at a time, which holds `mutex`.
+
+    SQLite keeps in memory which locks the process has on a file. A forked child inherits that, but not the locks. So it
+    closes its copy at once, while its parent still has the file open, and opens the file for itself.
+    """
+
+    def __init__(self, path: str, mode: str | None = None) -> None:
+        self.path = path
+        self.mutex = threading.Lock()
+        self.state = FileState.OPEN
+        with _connecting:
+            self.sql = connect(path, mode)
+            _connections.add(self)
+
+    def close(self) -> None:
+        with self.mutex:
+            self.state = FileState.CLOSED
+            self.sql.close()
+
+    def __del__(self) -> None:
+        with contextlib.suppress(AttributeError, sqlite3.Error):  # it was never opened, or is closed
+            self.sql.close()
+
+    def after_fork_in_child(self) -> None:
+        self.state = FileState.CLOSED
+        self.sql.close()
+        self.mutex.release()
+
+
+class Store(Connection):
+    """Queues in one SQLite file. The methods are statements, to be run inside `transaction()`.
 
     Raises:
         ConfigurationError: the path cannot hold a queue, and will not by waiting.
@@ -1750,75 +1859,40 @@ class Store:
     """
 
     def __init__(self, path: str) -> None:
-        self.path = path
         self.additions = 0
         """Counts up when there may be more to receive than before, at once or later."""
-        self._mutex = threading.Lock()
-        self.checkpointing = threading.Lock()
+        self.bytes_written = 0
+        """Roughly: what went to the write-ahead log."""
         self._queues: dict[str, tuple[int, QueueSettings]] = {}
         with _explained(path):
-            _patiently(path, self._connect)
+            _patiently(path, functools.partial(super().__init__, path))
             try:
                 _patiently(path, self._prepare)
             except BaseException:
-                self._connection.close()
+                self.close()
                 raise
 
-    def close(self) -> None:
-        with self._mutex:
-            self._connection.close()
-
-    def __del__(self) -> None:
-        with contextlib.suppress(AttributeError, sqlite3.Error):  # it was never opened, or is closed
-            self._connection.close()
-
-    def _connect(self) -> None:
-        with _connecting:
-            self._connection = connect(self.path)
-            _stores.add(self)
-
-    # SQLite keeps in memory which locks the process has on a file. A child inherits that, but not the locks. So it
-    # closes its copy at once, while its parent still has the file open, and opens the file for itself.
-
-    def before_fork(self) -> None:
-        self.checkpointing.acquire()
-        self._mutex.acquire()
-
-    def after_fork_in_parent(self) -> None:
-        self._mutex.release()
-        self.checkpointing.release()
-
-    def after_fork_in_child(self) -> None:
-        self._connection.close()
-        self.after_fork_in_parent()
-
     def _prepare(self) -> None:
-        """Make sure that the file is ours before changing anything about it."""
-        with self._mutex:
-            self._check_file()
+        """Make sure that the file is ours before changing anything about it; then make it of the present version."""
+        with self.mutex:
+            check_version(self.path, self.sql)
+            (mode,) = self._one("PRAGMA journal_mode = WAL")
+            if mode != "wal" and self.path != ":memory:":
+                raise ConfigurationError(f"{self.path}: SQLite cannot keep a write-ahead log on this file system.")
         with self.transaction():
-            if not self._one("SELECT count(*) FROM sqlite_master")[0]:
-                for statement in SCHEMA.split(";")[:-1]:
-                    self._connection.execute(statement)
-
-    def _check_file(self) -> None:
-        (tables,) = self._one("SELECT count(*) FROM sqlite_master")
-        (application,) = self._one("PRAGMA application_id")
-        (version,) = self._one("PRAGMA user_version")
-        if tables and application != APPLICATION_ID:
-            raise ConfigurationError(f"{self.path} is the database of another program: choose another path.")
-        if version > SCHEMA_VERSION:
-            raise ConfigurationError(
-                f"{self.path} has schema version {version}, this boilermaker knows {SCHEMA_VERSION}: "
-                "it was written by a newer one. Update boilermaker, or choose another path."
-            )
-        (mode,) = self._one("PRAGMA journal_mode = WAL")
-        if mode != "wal" and self.path != ":memory:":
-            raise ConfigurationError(f"{self.path}: SQLite cannot keep a write-ahead log on this file system.")
+            (version,) = self._one("PRAGMA user_version")
+            for statement in ";".join(MIGRATIONS[version:]).split(";") if version < SCHEMA_VERSION else ():
+                self.sql.execute(statement)
+            if version < SCHEMA_VERSION:
+                self.sql.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+                self.sql.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
 
     def _one(self, sql: str, parameters: Sequence[Any] = ()) -> tuple[Any, ...]:
-        row: tuple[Any, ...] = self._connection.execute(sql, parameters).fetchone()
+        row: tuple[Any, ...] = self.sql.execute(sql, parameters).fetchone()
         return row
+
+    def _changed(self, sql: str, parameters: Sequence[Any]) -> bool:
+        return self.sql.execute(sql, parameters).rowcount == 1
 
     @contextlib.contextmanager
     def transaction(self, wait: bool = True) -> Iterator[None]:
@@ -1831,57 +1905,41 @@ class Store:
         _patiently(self.path, begin) if wait else begin()
         try:
             yield
-            self._connection.execute("COMMIT")
+            self.sql.execute("COMMIT")
         except BaseException:
-            if self._connection.in_transaction:
-                self._connection.execute("ROLLBACK")
+            if self.sql.in_transaction:
+                self.sql.execute("ROLLBACK")
             raise
         finally:
-            self._mutex.release()  # which `_begin` acquired
+            self.mutex.release()  # which `_begin` acquired
 
     def _begin(self, wait: bool) -> None:
         """Begin, and keep other threads away; they are not while this one waits for another process."""
-        if not self._mutex.acquire(blocking=wait):
+        if not self.mutex.acquire(blocking=wait):
             raise sqlite3.OperationalError("database is locked")
         try:
-            self._connection.execute("BEGIN IMMEDIATE")
+            self.sql.execute("BEGIN IMMEDIATE")
         except BaseException:
-            self._mutex.release()
+            self.mutex.release()
             raise
 
-    @contextlib.contextmanager
-    def savepoint(self) -> Iterator[None]:
-        """Statements inside of a transaction that are undone together on an error."""
-        self._connection.execute("SAVEPOINT part")
-        try:
-            yield
-        except BaseException:
-            if self._connection.in_transaction:
-                self._connection.execute("ROLLBACK TO part")
-            raise
-        finally:
-            if self._connection.in_transaction:
-                self._connection.execute("RELEASE part")
-
-    def insist(self, works: Sequence[Callable[[Store], Any]]) -> list[Any]:
+    def run(self, works: Sequence[Callable[[], Any]]) -> list[Any]:
         """Run statements in one transaction, or, if one of them fails, each in its own; errors among the results."""
         try:
             with _explained(self.path), self.transaction():
-                return [work(self) for work in works]
+                return [work() for work in works]
         except Exception as error:
             if len(works) == 1 or _is_about_the_file(error):
                 return [error] * len(works)
-        return [result for work in works for result in self.insist([work])]
-
-    def changes(self) -> int:
-        """The rows changed so far by this connection."""
-        return self._connection.total_changes
+        return [result for work in works for result in self.run([work])]
 
     def data_version(self) -> int:
         """A number that differs when another connection has committed."""
-        with self._mutex:
+        with self.mutex:
             version: int = self._one("PRAGMA data_version")[0]
         return version
+
+    # -- queues
 
     def open_queue(self, name: str, settings: QueueSettings) -> None:
         """Create the queue, or give it other settings, in a transaction of its own."""
@@ -1891,7 +1949,7 @@ class Store:
         self._queues[name] = opened
 
     def _save_queue(self, name: str, settings: QueueSettings) -> None:
-        self._connection.execute(
+        self.sql.execute(
             """
             INSERT INTO queue (name, max_delivery_count, duplicate_detection, time_to_live)
             VALUES            (?,    ?,                  ?,                   ?)
@@ -1907,119 +1965,164 @@ class Store:
         """The id and the settings of a queue; one that nobody opened yet is made."""
         if name in self._queues:
             return self._queues[name]
-        while (row := self._queue_row(name)) is None:
+        find = "SELECT queue_id, max_delivery_count, duplicate_detection, time_to_live FROM queue WHERE name = ?"
+        while (row := self._one(find, (name,))) is None:
             self._save_queue(name, QueueSettings(None) if name.endswith(DEAD_LETTER_SUFFIX) else QueueSettings())
         return row[0], QueueSettings(*row[1:])
 
-    def _queue_row(self, name: str) -> tuple[Any, ...] | None:
-        return self._one(
-            """
-            SELECT queue_id, max_delivery_count, duplicate_detection, time_to_live
-            FROM   queue
-            WHERE  name = ?
-            """,
-            (name,),
-        )
+    # -- sending
 
-    def insert(self, messages: Sequence[Outgoing], now: float) -> list[int]:
-        """Enqueue messages; their sequence numbers. A duplicate is dropped, and gets the original's."""
+    def insert(self, messages: Sequence[Outgoing], now: float, dropped: list[str] | None = None) -> list[int]:
+        """Enqueue messages; their sequence numbers. A duplicate is dropped, and gets the original's.
+
+        Args:
+            dropped: takes the message ids of duplicates.
+        """
         self.additions += len(messages)
         numbers: list[int] = []
         for queue, group in itertools.groupby(messages, key=lambda message: message.queue):
-            _, settings = self._queue(queue)
-            if settings.duplicate_detection is None:
-                numbers += self._insert_all(queue, list(group), now)
+            queue_id, settings = self._queue(queue)
+            rows = [self._row(queue_id, settings.time_to_live, message, now) for message in group]
+            if settings.duplicate_detection is not None:
+                window = now + settings.duplicate_detection
+                numbers += [self._insert_once(queue_id, row, now, window, dropped) for row in rows]
+            elif len(rows) == 1:
+                numbers.append(self.sql.execute(INSERT, rows[0]).lastrowid or 0)
             else:
-                numbers += [self._insert_once(queue, message, now) for message in group]
+                self.sql.executemany(INSERT, rows)
+                (last,) = self._one("SELECT last_insert_rowid()")
+                numbers += range(last - len(rows) + 1, last + 1)
         return numbers
 
-    def _insert_all(self, queue: str, messages: Sequence[Outgoing], now: float) -> range:
-        queue_id, settings = self._queue(queue)
-        self._connection.executemany(
-            """
-            INSERT INTO message (queue_id, state, due, enqueued_time, scheduled_enqueue_time, expires,
-                                 message_id, body, application_properties)
-            VALUES              (?,        1,     ?,   ?,             nullif(?, 0),           nullif(?, 0),
-                                 ?,          ?,    nullif(?, ''))
-            """,
-            [self._row(queue_id, settings.time_to_live, message, now) for message in messages],
-        )
-        (last,) = self._one("SELECT last_insert_rowid()")
-        return range(last - len(messages) + 1, last + 1)
-
-    @staticmethod
-    def _row(queue_id: int, time_to_live: float | None, message: Outgoing, now: float) -> tuple[Any, ...]:
-        """What to insert; 0 and '' stand for NULL, as sqlite3 takes ten times as long to pass on None."""
+    def _row(self, queue_id: int, time_to_live: float | None, message: Outgoing, now: float) -> tuple[Any, ...]:
+        self.bytes_written += len(message.body) + BYTES_OF_A_CHANGE
         scheduled = message.due if message.due is not None and message.due > now else 0
         enqueued = scheduled or now
         expires = 0 if time_to_live is None else enqueued + time_to_live
         properties = _to_json(message.application_properties) if message.application_properties else ""
-        return queue_id, enqueued, enqueued, scheduled, expires, message.message_id, message.body, properties
+        return (
+            *(queue_id, enqueued, enqueued, scheduled, expires),
+            *(message.message_id, message.body, properties, message.function_name or ""),
+        )
 
-    def _insert_once(self, queue: str, message: Outgoing, now: float) -> int:
+    def _insert_once(
+        self, queue_id: int, row: tuple[Any, ...], now: float, window: float, dropped: list[str] | None
+    ) -> int:
         """Enqueue a message unless its id was enqueued within the window of duplicate detection."""
-        queue_id, settings = self._queue(queue)
-        assert settings.duplicate_detection is not None
-        self._connection.execute("DELETE FROM duplicate WHERE queue_id = ? AND expires <= ?", (queue_id, now))
+        message_id = row[5]
+        self.sql.execute("DELETE FROM duplicate WHERE queue_id = ? AND expires <= ?", (queue_id, now))
         original = self._one(
-            "SELECT sequence_number FROM duplicate WHERE queue_id = ? AND message_id = ?",
-            (queue_id, message.message_id),
+            "SELECT sequence_number FROM duplicate WHERE queue_id = ? AND message_id = ?", (queue_id, message_id)
         )
         if original is not None:
+            if dropped is not None:
+                dropped.append(message_id)
             return int(original[0])
-        (number,) = self._insert_all(queue, [message], now)
-        expires = now + settings.duplicate_detection
-        self._connection.execute(
+        number = self.sql.execute(INSERT, row).lastrowid or 0
+        self.sql.execute(
             "INSERT INTO duplicate (queue_id, message_id, expires, sequence_number) VALUES (?, ?, ?, ?)",
-            (queue_id, message.message_id, expires, number),
+            (queue_id, message_id, window, number),
         )
         return number
 
-    def claim(self, queue: str, max_message_count: int, lock_duration: float, now: float) -> list[Delivery]:
-        """Lock what is due, expired locks first; what has outlived its settings goes to the dead-letter queue."""
+    # -- receiving
+
+    def claim(
+        self, queue: str, max_message_count: int, lock_duration: float, now: float, suspect_from: int = MAX_SECONDS
+    ) -> list[Delivery]:
+        """Lock what is due, expired locks first; what has outlived its settings goes to the dead-letter queue.
+
+        Of an expired backlog, only so much at once: there may be more to receive although none was locked. A message
+        with a delivery count of `suspect_from` or more is handed out alone.
+        """
         queue_id, settings = self._queue(queue)
         most = MAX_SECONDS if settings.max_delivery_count is None else settings.max_delivery_count
-        locked_until, received = now + lock_duration, time.monotonic()
-        claimed: list[Delivery] = []
-        while (missing := max_message_count - len(claimed)) > 0:
-            due = (queue_id, now, missing)
-            rows = self._connection.execute(SELECT_DUE, due).fetchall()
-            if rows:
-                self._connection.execute(LOCK_DUE, (locked_until, *due))
-            kept = []
-            for number, count, message_id, body, text, expires in rows:
-                properties = _properties(text)
-                delivery = Delivery(number, count, message_id, body, properties, locked_until, None, received)
-                if (expires is None and count < most) or not self._bury(queue, delivery, most, expires, now):
-                    kept.append(delivery)
-            claimed += kept
-            if len(kept) == len(rows):
+        mortal = not queue.endswith(DEAD_LETTER_SUFFIX)
+        buried = 0
+        while buried < BURIED_AT_ONCE:
+            limit = BURIED_AT_ONCE if buried else max_message_count
+            rows = self.sql.execute(SELECT_DUE, (queue_id, now, limit)).fetchall()
+            over = [row for row in rows if row[1] >= most or (row[5] is not None and row[5] <= now)] if mortal else []
+            if over:
+                buried += self._bury(queue, over, now)
+                continue
+            suspect = next((place for place, row in enumerate(rows) if row[1] >= suspect_from), max_message_count)
+            rows = rows[: min(max(suspect, 1), max_message_count)]
+            if not rows:
                 break
-        return claimed
+            locked_until, received = now + lock_duration, time.monotonic()
+            self.sql.execute(LOCK_DUE, (locked_until, queue_id, now, len(rows)))
+            self.bytes_written += len(rows) * BYTES_OF_A_CHANGE
+            return [
+                Delivery(number, count, message_id, body, _properties(text), locked_until, None, received)
+                for number, count, message_id, body, text, _ in rows
+            ]
+        return []
 
-    def _bury(self, queue: str, delivery: Delivery, most: int, expires: float | None, now: float) -> bool:
-        """Dead-letter a message that may not be delivered any more; whether it was one."""
-        if queue.endswith(DEAD_LETTER_SUFFIX):
-            return False
-        if expires is not None and expires <= now:
-            reason, text = "TTLExpiredException", "Its time to live has passed."
-        elif delivery.delivery_count >= most:
-            reason, text = (
-                "MaxDeliveryCountExceeded",
-                f"It was delivered {delivery.delivery_count} times, never settled.",
-            )
-        else:
-            return False
-        self.dead_letter(queue, delivery, reason, text, now)
-        self._connection.execute(  # claiming it was no delivery
-            "UPDATE message SET delivery_count = delivery_count - 1 WHERE sequence_number = ?",
-            (delivery.sequence_number,),
+    def _bury(self, queue: str, rows: Sequence[tuple[Any, ...]], now: float) -> int:
+        """Dead-letter messages that may not be delivered any more; how many."""
+        queue_id, _ = self._queue(dead_letter_queue(queue))
+        self.additions += len(rows)
+        self.bytes_written += len(rows) * BYTES_OF_A_CHANGE
+        reasons = [
+            ("TTLExpiredException", "Its time to live has passed.", number)
+            if expires is not None and expires <= now
+            else ("MaxDeliveryCountExceeded", f"It was delivered {count} times, never settled.", number)
+            for number, count, _, _, _, expires in rows
+        ]
+        self.sql.executemany(
+            f"""
+            UPDATE message
+            SET    queue_id = {queue_id}, state = 1, due = {now!r}, dead_lettered_time = {now!r}, expires = NULL,
+                   dead_letter_reason = ?, dead_letter_error_description = ?
+            WHERE  sequence_number = ?
+            """,
+            reasons,
         )
-        return True
+        return len(rows)
+
+    def next_due(self, queue: str) -> float | None:
+        """When the next message can be received: it is scheduled for then, or its lock runs out."""
+        queue_id, _ = self._queue(queue)
+        dues = [
+            self._one("SELECT min(due) FROM message WHERE queue_id = ? AND state = ?", (queue_id, state))[0]
+            for state in (LOCKED, READY)
+        ]
+        return min((due for due in dues if due is not None), default=None)
+
+    def renew(self, delivery: Delivery, lock_duration: float, now: float) -> bool:
+        """Lock a held message anew; False if the lock was lost."""
+        return self._changed(
+            "UPDATE message SET due = ? WHERE sequence_number = ? AND delivery_count = ? AND state = 0",
+            (now + lock_duration, delivery.sequence_number, delivery.delivery_count + 1),
+        )
+
+    # -- settling
+
+    def settle(self, queue: str, settlement: Settlement, now: float) -> None:
+        """Settle and publish what follows, or, if the lock was lost, neither."""
+        delivery, held = settlement.delivery, True
+        match settlement.action:
+            case Action.COMPLETE:
+                held = self.complete([delivery]) == 1
+            case Action.ABANDON:
+                held = self.abandon(delivery)
+            case Action.DEAD_LETTER:
+                held = self.dead_letter(
+                    queue, delivery, settlement.reason, settlement.description, now, settlement.traceback
+                )
+        if not held:
+            number = delivery.sequence_number
+            settlement.error = MessageLockLost(f"the lock of message {number} ran out and another receiver had it")
+        elif settlement.messages:
+            dropped: list[str] = []
+            settlement.dropped = dropped
+            self.insert(settlement.messages, now, dropped)
 
     def complete(self, deliveries: Sequence[Delivery]) -> int:
         """Delete messages; how many of them were still held."""
-        return self._connection.executemany(
+        self.bytes_written += len(deliveries) * BYTES_OF_A_CHANGE
+        return self.sql.executemany(
             "DELETE FROM message WHERE sequence_number = ? AND delivery_count = ? AND state = 0",
             [(delivery.sequence_number, delivery.delivery_count + 1) for delivery in deliveries],
         ).rowcount
@@ -2036,58 +2139,24 @@ class Store:
             (delivery.sequence_number, delivery.delivery_count + 1),
         )
 
-    def renew(self, delivery: Delivery, lock_duration: float, now: float) -> bool:
-        """Lock a held message anew; False if the lock was lost."""
-        return self._changed(
-            "UPDATE message SET due = ? WHERE sequence_number = ? AND delivery_count = ? AND state = 0",
-            (now + lock_duration, delivery.sequence_number, delivery.delivery_count + 1),
-        )
-
-    def dead_letter(self, queue: str, delivery: Delivery, reason: str, description: str, now: float) -> bool:
-        """Move a held message to the queue's dead-letter queue; False if the lock was lost.
-
-        One that came from there stays locked: given back, it would be received again at once, and for ever.
-        """
+    def dead_letter(
+        self, queue: str, delivery: Delivery, reason: str, description: str, now: float, traceback: str = ""
+    ) -> bool:
+        """Move a held message to the queue's dead-letter queue; False if the lock was lost."""
         self.additions += 1
         queue_id, _ = self._queue(dead_letter_queue(queue))
-        state, due = (LOCKED, None) if queue.endswith(DEAD_LETTER_SUFFIX) else (READY, now)
         return self._changed(
             """
             UPDATE message
-            SET    queue_id = ?, state = ?, due = coalesce(?, due), expires = NULL,
-                   dead_letter_reason = ?, dead_letter_error_description = ?
+            SET    queue_id = ?, state = 1, due = ?, dead_lettered_time = ?, expires = NULL,
+                   dead_letter_reason = ?, dead_letter_error_description = ?, dead_letter_traceback = ?
             WHERE  sequence_number = ? AND delivery_count = ? AND state = 0
             """,
-            (queue_id, state, due, reason, description, delivery.sequence_number, delivery.delivery_count + 1),
+            (
+                *(queue_id, now, now, reason, description, traceback),
+                *(delivery.sequence_number, delivery.delivery_count + 1),
+            ),
         )
-
-    def _changed(self, sql: str, parameters: Sequence[Any]) -> bool:
-        return self._connection.execute(sql, parameters).rowcount == 1
-
-    def next_due(self, queue: str) -> float | None:
-        """When the next message can be received: it is scheduled for then, or its lock runs out."""
-        queue_id, _ = self._queue(queue)
-        dues = [
-            self._one("SELECT min(due) FROM message WHERE queue_id = ? AND state = ?", (queue_id, state))[0]
-            for state in (LOCKED, READY)
-        ]
-        return min((due for due in dues if due is not None), default=None)
-
-    def peek(self, queue: str, max_message_count: int) -> list[Message]:
-        """The messages that would be received first, locked and scheduled ones included, by sequence number."""
-        queue_id, _ = self._queue(queue)
-        rows = self._connection.execute(
-            """
-            SELECT   sequence_number, delivery_count, message_id, body, application_properties, enqueued_time,
-                     scheduled_enqueue_time, dead_letter_reason, dead_letter_error_description
-            FROM     message
-            WHERE    queue_id = ?
-            ORDER BY state, due
-            LIMIT    ?
-            """,
-            (queue_id, max_message_count),
-        )
-        return [_message_of_row(row) for row in sorted(rows)]
 
     def cancel(self, queue: str, sequence_number: int, now: float) -> bool:
         """Delete a message that is scheduled and not due yet; False if there is none."""
@@ -2099,20 +2168,20 @@ class Store:
 
 
 _connecting = threading.Lock()
-_stores: weakref.WeakSet[Store] = weakref.WeakSet()
-_forking: list[Store] = []
+_connections: weakref.WeakSet[Connection] = weakref.WeakSet()
+_forking: list[Connection] = []
 
 
 def _before_fork() -> None:
     _connecting.acquire()
-    _forking[:] = _stores
-    for store in _forking:
-        store.before_fork()
+    _forking[:] = _connections
+    for connection in _forking:
+        connection.mutex.acquire()
 
 
-def _after_fork(action: Callable[[Store], None]) -> None:
-    for store in _forking:
-        action(store)
+def _after_fork(action: Callable[[Connection], None]) -> None:
+    for connection in _forking:
+        action(connection)
     _forking.clear()
     _connecting.release()
 
@@ -2120,15 +2189,13 @@ def _after_fork(action: Callable[[Store], None]) -> None:
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(
         before=_before_fork,
-        after_in_parent=functools.partial(_after_fork, Store.after_fork_in_parent),
-        after_in_child=functools.partial(_after_fork, Store.after_fork_in_child),
+        after_in_parent=functools.partial(_after_fork, lambda connection: connection.mutex.release()),
+        after_in_child=functools.partial(_after_fork, Connection.after_fork_in_child),
     )
 
 
-def dead_letter_queue(queue: str) -> str:
-    """The path of a queue's dead-letter queue; that of a dead-letter queue is itself."""
-    return queue if queue.endswith(DEAD_LETTER_SUFFIX) else queue + DEAD_LETTER_SUFFIX
-
+BYTES_OF_A_CHANGE = 512
+"""What a row that is added, changed or deleted adds to the log besides its body, roughly: pages are shared."""
 
 _NO_PROPERTIES: Mapping[str, str] = {}
 
@@ -2136,6 +2203,83 @@ _NO_PROPERTIES: Mapping[str, str] = {}
 def _properties(text: str | None) -> Mapping[str, str]:
     properties: Mapping[str, str] = json.loads(text) if text else _NO_PROPERTIES
     return properties
+
+
+def connect(path: str, mode: str | None = None) -> sqlite3.Connection:
+    """A connection for short write transactions that never wait, and never checkpoint, by themselves.
+
+    Args:
+        mode: how to open a file that is only to be read, see https://www.sqlite.org/uri.html.
+    """
+    if sqlite3.sqlite_version_info < (3, 24):
+        raise ConfigurationError(f"SQLite {sqlite3.sqlite_version} is too old: boilermaker needs 3.24, for upserts.")
+    uri = path if mode is None else f"{Path(path).as_uri()}?{mode}"
+    connection = sqlite3.connect(uri, uri=mode is not None, timeout=0, isolation_level=None, check_same_thread=False)
+    try:
+        for pragma in ("synchronous = NORMAL", "wal_autocheckpoint = 0", "secure_delete = OFF", "cache_size = -16000"):
+            connection.execute(f"PRAGMA {pragma}")
+    except sqlite3.Error:
+        connection.close()
+        raise
+    return connection
+
+
+def check_version(path: str, connection: sqlite3.Connection) -> int:
+    """The schema version of a file, 0 of one that is empty; a ConfigurationError if it is not for us."""
+    (tables,) = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
+    (application,) = connection.execute("PRAGMA application_id").fetchone()
+    (version,) = connection.execute("PRAGMA user_version").fetchone()
+    if tables and application != APPLICATION_ID:
+        raise ConfigurationError(f"{path} is the database of another program: choose another path.")
+    if version > SCHEMA_VERSION:
+        raise ConfigurationError(
+            f"{path} has schema version {version}, this boilermaker knows {SCHEMA_VERSION}: "
+            "it was written by a newer one. Update boilermaker, or choose another path."
+        )
+    return int(version) if tables else 0
+
+
+def open_to_read(path: str) -> Connection | None:
+    """A connection beside all others, which takes no lock that anybody waits for; None if the file is empty.
+
+    To look changes nothing: a file of an older version is read as it is, also in a folder that cannot be written to.
+    """
+    with _explained(path):
+        try:
+            connection = Connection(path, "mode=ro")
+            version = check_version(path, connection.sql)
+        except sqlite3.OperationalError:  # SQLite would make the log's index beside it, and may not
+            if os.path.exists(path + "-wal") and os.path.getsize(path + "-wal"):
+                raise
+            connection = Connection(path, "mode=ro&immutable=1")
+            version = check_version(path, connection.sql)
+        return connection if version else None
+
+
+READ_AT_ONCE = 1000
+"""Rows that are read before anybody else has a turn with the connection."""
+
+
+def read_messages(connection: Connection, queue: str, max_message_count: int) -> list[Message]:
+    """The messages of a queue that would be received first, locked and scheduled ones included, by sequence number."""
+    sql = """
+        SELECT   sequence_number, delivery_count, message_id, body, application_properties, enqueued_time,
+                 scheduled_enqueue_time, dead_letter_reason, dead_letter_error_description
+        FROM     message
+        WHERE    queue_id = (SELECT queue_id FROM queue WHERE name = ?)
+        ORDER BY state, due
+        LIMIT    ?
+    """
+    messages: list[Message] = []
+    with _explained(connection.path):
+        with connection.mutex:
+            rows = connection.sql.execute(sql, (queue, max_message_count))
+        while True:
+            with connection.mutex:
+                some = rows.fetchmany(READ_AT_ONCE)
+            if not some:
+                return sorted(messages, key=lambda message: message.sequence_number)
+            messages += map(_message_of_row, some)
 
 
 def _message_of_row(row: tuple[Any, ...]) -> Message:
@@ -2151,20 +2295,6 @@ def _message_of_row(row: tuple[Any, ...]) -> Message:
         dead_letter_error_description=description,
         application_properties=_properties(properties),
     )
-
-
-def connect(path: str) -> sqlite3.Connection:
-    """A connection for short write transactions that never wait, and never checkpoint, by themselves."""
-    if sqlite3.sqlite_version_info < (3, 24):
-        raise ConfigurationError(f"SQLite {sqlite3.sqlite_version} is too old: boilermaker needs 3.24, for upserts.")
-    connection = sqlite3.connect(path, timeout=0, isolation_level=None, check_same_thread=False)
-    try:
-        for pragma in ("synchronous = NORMAL", "wal_autocheckpoint = 0", "secure_delete = OFF", "cache_size = -16000"):
-            connection.execute(f"PRAGMA {pragma}")
-    except sqlite3.Error:
-        connection.close()
-        raise
-    return connection
 
 
 LOCK_PATIENCE = 30
@@ -2187,7 +2317,7 @@ def _is_locked(error: sqlite3.Error) -> bool:
     return getattr(error, "sqlite_errorcode", 0) & 0xFF in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
 
 
-def _is_about_the_file(error: Exception) -> bool:
+def _is_about_the_file(error: Exception | None) -> bool:
     """Whether an error concerns all that is asked of the file, and not only a value that SQLite cannot hold."""
     return isinstance(error, ServiceBusUnavailable) and not isinstance(
         error.__cause__, (sqlite3.DataError, sqlite3.IntegrityError, sqlite3.InterfaceError, sqlite3.ProgrammingError)
@@ -2224,56 +2354,49 @@ def _explained(path: str) -> Iterator[None]:
 # What coroutines ask for in one turn of the event loop becomes one transaction. A commit at `synchronous=NORMAL` only
 # writes to the operating system's cache, some 30 microseconds, so it runs in the event loop; one that would have to
 # wait, for another process or for a failing disk, is run again in a thread. A publish is answered after an fdatasync of
-# the write-ahead log: what `synchronous=FULL` does, but outside the lock and for many publishers at once. It runs in a
-# thread too, but where the disk has lately been so quick that handing over to a thread takes longer. Checkpoints, which
-# write and sync the file itself, have a thread and a connection of their own.
+# the write-ahead log: what `synchronous=FULL` does, but outside the lock and for many publishers at once, and always in
+# a thread, as a disk may take seconds. Checkpoints, which write and sync the file itself, have a thread and a
+# connection of their own.
 
-CHECKPOINT_PAGES = 2_000
-"""Pages, roughly, in the write-ahead log between two checkpoints, after each of which it is written from its beginning
+CHECKPOINT_BYTES = 8 * 1024 * 1024
+"""Bytes, roughly, in the write-ahead log between two checkpoints, after each of which it is written from its beginning
 again: to sync a file that grows takes the disk twice as long."""
 
-MAX_LOG_BYTES = 32 * 1024 * 1024
-"""The size from which a checkpoint makes the log a short file again: somebody read for long, and kept it growing."""
+FULL_LOG_BYTES = 16 * 1024 * 1024
+"""The size at which who writes waits for a checkpoint that makes the log a short file again."""
 
 CHECKPOINT_PATIENCE = 100
 """Milliseconds for which a checkpoint keeps writers waiting for somebody who reads, before it leaves it to the next."""
 
-QUICK_SYNC = 0.003
-"""Seconds that an fdatasync may take for the event loop to wait for it, and ..."""
-
-QUICK_SYNCS = 3
-"""... how many in a row have to have been so quick, before the event loop does."""
-
 POLL_INTERVAL = 0.025
 """Seconds between two looks at the file where the operating system does not tell of changes."""
 
+LOOK_INTERVAL = 1.0
+"""Seconds between two looks whether the file is still there."""
+
+RETRY_PAUSE = 0.25
+"""Seconds between two attempts to settle."""
+
 
 class QueueFile:
-    """A store, opened in this process, with what keeps it durable."""
+    """A store, opened in this process, with what keeps it durable and tells of changes."""
 
-    def __init__(self, path: str, queue: str, settings: QueueSettings) -> None:
-        self.pid = os.getpid()
-        self.closed = False
+    def __init__(self, path: str) -> None:
         self._log: int | None = None
-        self._inode: int | None = None
         self.log_path = None if path == ":memory:" else path + "-wal"
+        self.listeners: set[Changes] = set()
         self.store = Store(path)
         try:
-            self.store.open_queue(queue, settings)
             if self.log_path is not None:
-                self._inode, self._log = os.stat(path).st_ino, os.open(self.log_path, os.O_RDWR)
+                self._log, self._inode = os.open(self.log_path, os.O_RDWR), os.stat(path).st_ino
         except OSError as error:
             self.store.close()
             raise ServiceBusUnavailable(f"{path} cannot be opened: {error}") from error
-        except BaseException:
-            self.store.close()
-            raise
         self.threads = ThreadPoolExecutor(3, thread_name_prefix="boilermaker")
         self._syncing = threading.Lock()
-        self._sync_failed = False
-        self._seen_changes = 0
-        self._logged_pages = 0
-        self._quick_syncs = 0
+        self._checkpointing = threading.Lock()
+        self._checkpointed = 0 if self._log is None else -os.fstat(self._log).st_size  # what it found was written too
+        self._full_at = FULL_LOG_BYTES
 
     def in_a_thread(self, function: Callable[..., T], *arguments: Any) -> asyncio.Future[T]:
         """Call where waiting does no harm; the future fails if the file has been closed."""
@@ -2285,103 +2408,97 @@ class QueueFile:
             closed.set_exception(ServiceBusUnavailable(f"{self.store.path} has been closed."))
             return closed
 
-    @property
-    def syncs_quickly(self) -> bool:
-        busy = self._syncing.locked() or self.store.checkpointing.locked()
-        return self._quick_syncs >= QUICK_SYNCS and not busy
-
-    def sync(self) -> ServiceBusUnavailable | None:
-        """Wait until all that is committed is on the disk; the error if that failed."""
-        if self._log is None:
-            return None
-        started = time.perf_counter()
-        with self._syncing:  # after another's that may fail: the system reports a failure once
-            try:
-                self._check_files()
-                if self._sync_failed:
-                    self._mend()
-                getattr(os, "fdatasync", os.fsync)(self._log)
-            except FileNotFoundError:
-                path = self.store.path
-                return ServiceBusUnavailable(f"{path} was deleted or replaced while open: close the bus, or restart.")
-            except (OSError, sqlite3.Error) as error:
-                self._sync_failed, self._quick_syncs = True, 0
-                return ServiceBusUnavailable(f"{self.store.path} could not be synced to the disk: {error}")
-            self._sync_failed = False
-            self._quick_syncs = self._quick_syncs + 1 if time.perf_counter() - started < QUICK_SYNC else 0
-        return None
-
-    def _mend(self) -> None:
-        """Write again what an fdatasync could not: the system does not do that by itself."""
-        mended = False
-        if self.store.checkpointing.acquire(blocking=False):
-            try:
-                mended = self._move_log_to_file("TRUNCATE")
-            finally:
-                self.store.checkpointing.release()
-        if not mended:
-            raise OSError("an earlier failure is not mended yet")
-
-    def announce(self) -> None:
-        """Wake those who wait for messages in other processes, or event loops: see FileWatcher.
-
-        By the log, not by the file: to close any descriptor of that would let go of the locks SQLite has on it.
-        """
-        if self.log_path is not None and _HAS_INOTIFY:
-            with contextlib.suppress(OSError):  # it is gone, or no descriptor is free: they look again by themselves
-                os.close(os.open(self.log_path, os.O_RDONLY))
-
-    def _check_files(self) -> None:
-        """Notice that the file was deleted or replaced, and not write on into nothing.
+    def check(self) -> None:
+        """Notice that the file was deleted or replaced, and do not write on into nothing.
 
         The log is not asked for its inode: to Linux that is to read its time of change, which it then writes more
         exactly, and so more often; a publish would take a tenth longer.
         """
-        assert self.log_path is not None
-        if os.stat(self.store.path).st_ino != self._inode or not os.access(self.log_path, os.F_OK):
-            raise FileNotFoundError("the file was replaced")
+        path = self.store.path
+        try:
+            if self.log_path is None or (os.stat(path).st_ino == self._inode and os.access(self.log_path, os.F_OK)):
+                return
+        except OSError:  # it is not there
+            pass
+        raise self._gone(f"{path} was deleted or replaced while open: what was in it is not seen any more.")
+
+    def _gone(self, why: str) -> ServiceBusUnavailable:
+        if self.store.state is FileState.OPEN:
+            self.store.state = FileState.GONE
+        return ServiceBusUnavailable(why)
+
+    def sync(self) -> None:
+        """Wait until all that is committed is on the disk, in a thread.
+
+        The system tells of a failure once, and forgets what it could not write. So a file whose sync failed is opened
+        anew; closing it writes what it has to the file itself.
+        """
+        if self._log is None:
+            return
+        with self._syncing:  # after another's that may fail
+            if self.store.state is FileState.GONE:
+                raise ServiceBusUnavailable(f"{self.store.path} could not be synced to the disk, or was replaced.")
+            self.check()
+            try:
+                getattr(os, "fdatasync", os.fsync)(self._log)
+            except OSError as error:
+                raise self._gone(f"{self.store.path} could not be synced to the disk: {error}") from error
+
+    def run(self, works: Sequence[Callable[[], Any]]) -> list[Any]:
+        """Run statements in a thread, after a checkpoint if the log is full."""
+        if self.log_is_full:
+            with self._checkpointing:
+                self._checkpoint()
+        return self.store.run(works)
+
+    @property
+    def log_is_full(self) -> bool:
+        return self._log is not None and os.fstat(self._log).st_size >= self._full_at
 
     def checkpoint_soon(self) -> None:
         """After a transaction, let a thread move the log's content to the file if there is much of it."""
-        if self._log is None:
+        if self._log is None or self.store.bytes_written - self._checkpointed < CHECKPOINT_BYTES:
             return
-        changes = self.store.changes()
-        if changes == self._seen_changes:
-            return
-        self._logged_pages += 3 + (changes - self._seen_changes) // 8
-        self._seen_changes = changes
-        if self._logged_pages >= CHECKPOINT_PAGES and self.store.checkpointing.acquire(blocking=False):
-            self._logged_pages = 0
+        if self._checkpointing.acquire(blocking=False):
             try:
-                self.threads.submit(self._checkpoint)
+                self.threads.submit(self._checkpoint).add_done_callback(lambda _: self._checkpointing.release())
             except RuntimeError:  # it has been closed
-                self.store.checkpointing.release()
+                self._checkpointing.release()
 
     def _checkpoint(self) -> None:
-        assert self._log is not None
-        try:
-            self._move_log_to_file("RESTART" if os.fstat(self._log).st_size < MAX_LOG_BYTES else "TRUNCATE")
-        except sqlite3.Error as error:
-            logger.warning("Checkpoint of %s failed, the next will try again: %s", self.store.path, error)
-        finally:
-            self.store.checkpointing.release()
-
-    def _move_log_to_file(self, mode: str) -> bool:
         """Copy without hindering anybody, then, with writers waiting for a moment, what they wrote meanwhile.
 
-        False if somebody read for too long: then the log goes on.
+        If somebody reads for too long, the log goes on, and is full when it is longer by another CHECKPOINT_BYTES.
         """
-        with contextlib.closing(connect(self.store.path)) as connection:
-            connection.execute("PRAGMA wal_checkpoint(PASSIVE)")
-            connection.execute(f"PRAGMA busy_timeout = {CHECKPOINT_PATIENCE}")
-            blocked, _, _ = connection.execute(f"PRAGMA wal_checkpoint({mode})").fetchone()
-            if not blocked:  # the log begins anew, and the first to write to it has to sync it: here, not there
-                with contextlib.suppress(sqlite3.OperationalError):  # somebody else was the first
-                    connection.execute("UPDATE queue SET name = name")
-        return not blocked
+        assert self._log is not None
+        self._checkpointed = self.store.bytes_written
+        size = os.fstat(self._log).st_size
+        mode = "RESTART" if size < FULL_LOG_BYTES else "TRUNCATE"
+        try:
+            with contextlib.closing(Connection(self.store.path)) as connection, connection.mutex:
+                connection.sql.execute("PRAGMA wal_checkpoint(PASSIVE)")
+                connection.sql.execute(f"PRAGMA busy_timeout = {CHECKPOINT_PATIENCE}")
+                blocked, _, _ = connection.sql.execute(f"PRAGMA wal_checkpoint({mode})").fetchone()
+                self._full_at = FULL_LOG_BYTES if not blocked else max(size, FULL_LOG_BYTES) + CHECKPOINT_BYTES
+                if not blocked:  # the log begins anew, and the first to write to it has to sync it: here, not there
+                    with contextlib.suppress(sqlite3.OperationalError):  # somebody else was the first
+                        connection.sql.execute("UPDATE queue SET name = name")
+        except sqlite3.Error as error:
+            logger.warning("Checkpoint of %s failed, the next will try again: %s", self.store.path, error)
+
+    def announce(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Wake those who wait for messages: in this process, and, see Changes, in others.
+
+        By the log, not by the file: to close any descriptor of that would let go of the locks SQLite has on it.
+        """
+        for changes in list(self.listeners):
+            changes.tell(loop)
+        if self.log_path is not None and _HAS_INOTIFY:
+            with contextlib.suppress(OSError):  # it is gone, or no descriptor is free: they look again by themselves
+                os.close(os.open(self.log_path, os.O_RDONLY))
 
     def close(self) -> None:
-        self.closed = True
+        self.store.state = FileState.CLOSED
         self.threads.shutdown(wait=True)
         self.store.close()
         self._close_log()
@@ -2395,20 +2512,94 @@ class QueueFile:
             os.close(log)
 
 
-class _Request(NamedTuple):
-    """Something to do in a transaction.
+class Changes:
+    """Tells a receiver that there may be something to receive.
 
-    If it only sends, `messages` is what: that is inserted in one statement with what others send.
+    In this process, by the group commit; from others, on Linux, by inotify, within a fraction of a millisecond and
+    without costing anything in between: who has added messages opens and closes the write-ahead log after the commit,
+    for that to be heard. (That it is written to can be heard too, but in the middle of the commit, too soon to receive
+    anything.) Elsewhere the file's change counter is read every POLL_INTERVAL. It may tell for nothing, and nothing
+    depends on it: a worker looks for itself every MAX_WAIT, should somebody have died in between.
     """
 
-    work: Callable[[Store], Any]
-    future: asyncio.Future[Any]
-    durable: bool = False
-    committed: Callable[[Any, bool], object] | None = None
-    messages: Sequence[Outgoing] = ()
+    def __init__(self, file: QueueFile) -> None:
+        self._file = file
+        self._loop = asyncio.get_running_loop()
+        self._changed = asyncio.Event()
+        self._inotify = None if file.log_path is None else _inotify(file.log_path)
+        self._polls = file.log_path is not None and self._inotify is None
+        self._version = 0
+        file.listeners.add(self)
+
+    def tell(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Say so, from an event loop of this process."""
+        if loop is self._loop:
+            self._changed.set()
+        else:
+            with contextlib.suppress(RuntimeError):  # that one is closed
+                self._loop.call_soon_threadsafe(self._changed.set)
+
+    def clear(self) -> None:
+        """Forget what was told so far; to be called before a look at the queue."""
+        self._changed.clear()
+        if self._inotify is not None:
+            with contextlib.suppress(BlockingIOError):
+                os.read(self._inotify, 65536)
+        elif self._polls:
+            self._version = self._file.store.data_version()
+
+    async def wait(self, timeout: float) -> None:
+        """Wait for a change since `clear`, for at most so many seconds."""
+        if self._inotify is not None:
+            self._loop.add_reader(self._inotify, self._changed.set)
+        try:
+            async with asyncio.timeout(timeout):
+                while not self._changed.is_set():
+                    with contextlib.suppress(TimeoutError):
+                        await asyncio.wait_for(self._changed.wait(), POLL_INTERVAL if self._polls else None)
+                    if self._polls and self._file.store.data_version() != self._version:
+                        return
+        except TimeoutError:
+            pass
+        finally:
+            if self._inotify is not None and not self._loop.is_closed():
+                self._loop.remove_reader(self._inotify)
+
+    def close(self) -> None:
+        self._file.listeners.discard(self)
+        inotify, self._inotify = self._inotify, None
+        if inotify is not None:
+            os.close(inotify)
 
 
-_Unsynced: TypeAlias = tuple["asyncio.Future[Any]", Any]
+_HAS_INOTIFY = sys.platform.startswith("linux")
+
+
+def _inotify(path: str) -> int | None:
+    """A descriptor that is readable when the file was opened; None where the system has no such thing."""
+    if not _HAS_INOTIFY:
+        return None
+    import ctypes
+
+    opened = 0x20  # IN_OPEN, see inotify(7)
+    try:
+        libc = ctypes.CDLL(None, use_errno=True)
+        descriptor: int = libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
+        if descriptor >= 0 and libc.inotify_add_watch(descriptor, os.fsencode(path), opened) >= 0:
+            return descriptor
+    except (OSError, AttributeError):
+        return None
+    if descriptor >= 0:
+        os.close(descriptor)
+    return None
+
+
+class _Request(NamedTuple):
+    """Statements to run in a transaction, together with those of others. Durable: answered when it is on the disk."""
+
+    works: Sequence[Callable[[], Any]]
+    future: asyncio.Future[list[Any]]
+    durable: bool
 
 
 class GroupCommit:
@@ -2416,124 +2607,104 @@ class GroupCommit:
 
     def __init__(self, file: QueueFile) -> None:
         self.file = file
-        self.listeners: set[Callable[[], None]] = set()
+        self._loop = asyncio.get_running_loop()
         self._requests: list[_Request] = []
-        self._unsynced: list[_Unsynced] = []
-        self._seen_additions = 0
         self._flushing = False
+        self._unsynced: list[tuple[asyncio.Future[list[Any]], list[Any]]] = []
         self._syncing = False
+        self._seen_additions = 0
 
-    def submit(
-        self,
-        work: Callable[[Store], T],
-        durable: bool = False,
-        committed: Callable[[T, bool], object] | None = None,
-    ) -> asyncio.Future[T]:
-        """Run statements in the next transaction.
+    def submit(self, *works: Callable[[], Any], durable: bool = False) -> asyncio.Future[list[Any]]:
+        """Run statements in the next transaction; their results, errors among them.
 
         Args:
-            work: the statements; run again from the start if the transaction has to be.
-            durable: answer when the transaction is on the disk, not when it is committed.
-            committed: called at once with the result, and whether the future was cancelled in the meantime.
+            works: run in order, and again from the start if the transaction has to be.
+            durable: answer when the transaction is on the disk, not when it is committed; fails if it cannot be.
         """
-        future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
-        self._request(_Request(work, future, durable, committed))
-        return future
-
-    def send(self, messages: Sequence[Outgoing]) -> asyncio.Future[list[int | None]]:
-        """Enqueue messages in the next transaction, in one statement with what others send; their sequence numbers."""
-        future: asyncio.Future[list[int | None]] = asyncio.get_running_loop().create_future()
-        self._request(_Request(functools.partial(_insert, messages), future, durable=True, messages=messages))
-        return future
-
-    def _request(self, request: _Request) -> None:
-        self._requests.append(request)
+        future: asyncio.Future[list[Any]] = self._loop.create_future()
+        self._requests.append(_Request(works, future, durable))
         if not self._flushing:
             self._flushing = True
-            request.future.get_loop().call_soon(self._flush)
+            self._loop.call_soon(self._flush)
+        return future
+
+    async def do(self, work: Callable[[], T], durable: bool = False) -> T:
+        """Run a statement in the next transaction; its result."""
+        [result] = await self.submit(work, durable=durable)
+        if isinstance(result, Exception):
+            raise result
+        return result  # type: ignore[no-any-return]
 
     def _flush(self) -> None:
+        """Run all that was asked for in one transaction: here, or, where it has to wait, in a thread."""
         requests = [request for request in self._requests if not request.future.done()]
         self._requests.clear()
-        try:
-            with self.file.store.transaction(wait=False):
-                results = self._results(requests)
-        except Exception:  # whatever it is, the thread meets it again, and has the time to deal with it
-            thread = self.file.in_a_thread(self.file.store.insist, [request.work for request in requests])
-            thread.add_done_callback(functools.partial(self._thread_done, requests))
-        else:
-            self._flushing = False
-            self._answer(requests, results)
+        works = [work for request in requests for work in request.works]
+        if not self.file.log_is_full:
+            try:
+                with self.file.store.transaction(wait=False):
+                    results = [work() for work in works]
+            except Exception:  # whatever it is, the thread meets it again, and has the time to deal with it
+                pass
+            except BaseException as interrupt:
+                self._answer(requests, [_interrupted(interrupt)] * len(works))
+                raise
+            else:
+                self._answer(requests, results)
+                return
+        thread = self.file.in_a_thread(self.file.run, works)
+        thread.add_done_callback(functools.partial(self._thread_done, requests, len(works)))
 
-    def _results(self, requests: Sequence[_Request]) -> list[Any]:
-        """Do the work of all, in order, but for what is sent: that comes first, in one statement."""
-        store = self.file.store
-        numbers = iter(_insert([message for request in requests for message in request.messages], store))
-        return [
-            list(itertools.islice(numbers, len(request.messages))) if request.messages else request.work(store)
-            for request in requests
-        ]
-
-    def _thread_done(self, requests: Sequence[_Request], thread: asyncio.Future[list[Any]]) -> None:
-        self._flushing = bool(self._requests)
-        if self._requests:
-            asyncio.get_running_loop().call_soon(self._flush)
-        error = thread.exception()
-        self._answer(requests, thread.result() if error is None else [error] * len(requests))
+    def _thread_done(self, requests: Sequence[_Request], count: int, thread: asyncio.Future[list[Any]]) -> None:
+        error = asyncio.CancelledError() if thread.cancelled() else thread.exception()
+        if error is not None and not isinstance(error, Exception):
+            error = _interrupted(error)
+        self._answer(requests, thread.result() if error is None else [error] * count)
 
     def _answer(self, requests: Sequence[_Request], results: Sequence[Any]) -> None:
-        if self.file.store.additions != self._seen_additions:
-            self._seen_additions = self.file.store.additions
-            self._announce()
-        for request, result in zip(requests, results, strict=True):
-            if request.committed is not None and not isinstance(result, Exception):
-                request.committed(result, request.future.cancelled())
-            if request.durable and not isinstance(result, Exception):
-                self._unsynced.append((request.future, result))
+        self._flushing = bool(self._requests)
+        if self._requests:
+            self._loop.call_soon(self._flush)
+        left = iter(results)
+        for request in requests:
+            own = list(itertools.islice(left, len(request.works)))
+            if request.durable and not any(isinstance(result, Exception) for result in own):
+                self._unsynced.append((request.future, own))
             else:
-                _resolve(request.future, result)
+                _resolve(request.future, own)
         if self._unsynced and not self._syncing:
             self._sync()
-        if not self.file.closed:
-            self.file.checkpoint_soon()
-
-    def _announce(self) -> None:
-        """Tell those who wait for messages, here and elsewhere, that there may be some."""
-        for listener in list(self.listeners):
-            listener()
-        self.file.announce()
+        self.file.checkpoint_soon()
+        if self.file.store.additions != self._seen_additions:
+            self._seen_additions = self.file.store.additions
+            self.file.announce(self._loop)
 
     def _sync(self) -> None:
+        self._syncing = True
         waiting, self._unsynced = self._unsynced, []
-        if self.file.syncs_quickly and not self.file.closed:
-            self._synced(waiting, self.file.sync())
-        else:
-            self._syncing = True
-            thread = self.file.in_a_thread(self.file.sync)
-            thread.add_done_callback(functools.partial(self._thread_synced, waiting))
+        thread = self.file.in_a_thread(self.file.sync)
+        thread.add_done_callback(functools.partial(self._synced, waiting))
 
-    def _thread_synced(
-        self, waiting: Sequence[_Unsynced], thread: asyncio.Future[ServiceBusUnavailable | None]
+    def _synced(
+        self, waiting: Sequence[tuple[asyncio.Future[list[Any]], list[Any]]], thread: asyncio.Future[None]
     ) -> None:
         self._syncing = False
-        self._synced(waiting, thread.exception() or thread.result())
+        error = asyncio.CancelledError() if thread.cancelled() else thread.exception()
+        for future, results in waiting:
+            _resolve(future, results if error is None else error)
         if self._unsynced:
             self._sync()
 
-    def _synced(self, waiting: Sequence[_Unsynced], failure: BaseException | None) -> None:
-        for future, result in waiting:
-            _resolve(future, failure or result)
 
-
-def _insert(messages: Sequence[Outgoing], store: Store) -> list[int]:
-    return store.insert(messages, time.time())
+def _interrupted(interrupt: BaseException) -> ServiceBusUnavailable:
+    return ServiceBusUnavailable(f"Interrupted by {type(interrupt).__name__}: nothing was changed.")
 
 
 def _resolve(future: asyncio.Future[Any], result: Any) -> None:
     if future.done():
         return
-    if isinstance(result, Exception):
-        future.set_exception(result)
+    if isinstance(result, BaseException):
+        future.set_exception(result if isinstance(result, Exception) else _interrupted(result))
     else:
         future.set_result(result)
 
@@ -2543,8 +2714,9 @@ class LocalServiceBus:
 
     It has Service Bus's semantics: peek-lock with expiry and renewal, delivery count, scheduled messages, time to live,
     dead-letter queue, duplicate detection, size limit, several queues in one file. The settings are kept with the
-    queue, for those who send to it from another: give the same in all its processes. The file is opened at the first
-    use, and must be on a local disk.
+    queue by who sends to it or receives from it, for those who send to it from another: give the same in all its
+    processes. The file is opened at the first use, and must be on a local disk. One that is deleted or replaced
+    meanwhile is noticed, and what is there then is opened.
 
     Args:
         path: the file, made where there is none; ":memory:" for a queue that ends with `close()`.
@@ -2574,9 +2746,13 @@ class LocalServiceBus:
         time_to_live: float | None = None,
         max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
     ) -> None:
-        self.path = _checked_path(path)
+        text = os.fspath(path) if isinstance(path, (str, os.PathLike)) else None
+        if not isinstance(text, str) or not text or "\0" in text:
+            raise ConfigurationError(f"path={path!r} must be that of a file, or ':memory:'.")
+        self.path = text
         self.queue_name = _checked_queue_name(queue_name)
         self.lock_duration = _positive("lock_duration", lock_duration)
+        self.max_delivery_count = max_delivery_count
         self.max_message_bytes = _count("max_message_bytes", max_message_bytes)
         self._settings = QueueSettings(
             None if max_delivery_count is None else _count("max_delivery_count", max_delivery_count),
@@ -2585,25 +2761,45 @@ class LocalServiceBus:
         )
         self._real_path = self.path if self.path == ":memory:" else os.path.realpath(self.path)
         self._file: QueueFile | None = None
-        self._opening: dict[int, threading.Lock] = {}  # by process: a child must not wait for its parent's threads
+        self._keeps_settings = False
         self._commits: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, GroupCommit] = weakref.WeakKeyDictionary()
+        self.opening = threading.Lock()
+        _buses.add(self)
 
     def __repr__(self) -> str:
         return f"LocalServiceBus({self.path!r}, {self.queue_name!r})"
 
     async def send(self, messages: Sequence[Outgoing]) -> list[int | None]:
-        commit = await self._commit()
-        return await commit.send(messages)
+        commit = await self.commit()
+        return await commit.do(lambda: list(commit.file.store.insert(messages, time.time())), durable=True)
 
     def size(self, message: Outgoing) -> int:
         return len(message.body)
 
+    def check_queue(self, queue: str) -> None:
+        """Every queue of the file can be sent to."""
+
     async def peek(self, max_message_count: int = 100, dead_letter: bool = False) -> list[Message]:
-        """List messages without locking them: those that would be received first, locked and scheduled ones too."""
+        """List messages without locking them: those that would be received first, locked and scheduled ones too.
+
+        It reads beside all that is going on, outside of the event loop, and changes nothing; only where there is no
+        file yet, it is made.
+        """
         _count("max_message_count", max_message_count)
-        commit = await self._commit()
+        if not os.path.isfile(self._real_path):
+            await self.commit()
         queue = dead_letter_queue(self.queue_name) if dead_letter else self.queue_name
-        return await commit.submit(lambda store: store.peek(queue, max_message_count))
+        return await asyncio.to_thread(self._read, queue, max_message_count)
+
+    def _read(self, queue: str, max_message_count: int) -> list[Message]:
+        """Read in a thread, by a connection of its own, or, of a queue in memory, by the only one there is."""
+        if self.path == ":memory:":
+            return read_messages(self._open().store, queue, max_message_count)
+        connection = open_to_read(self._real_path)
+        if connection is None:
+            return []
+        with contextlib.closing(connection):
+            return read_messages(connection, queue, max_message_count)
 
     async def cancel(self, sequence_number: int) -> None:
         """Take back a scheduled message.
@@ -2612,96 +2808,74 @@ class LocalServiceBus:
             MessageNotFound: none is waiting under that number; it may be due already.
         """
         _check_sequence_number(sequence_number)
-        commit = await self._commit()
-
-        def cancel(store: Store) -> bool:
-            return _is_64_bit(sequence_number) and store.cancel(self.queue_name, sequence_number, time.time())
-
-        if not await commit.submit(cancel, durable=True):
+        commit = await self.commit(keep_settings=False)
+        cancel = functools.partial(commit.file.store.cancel, self.queue_name, sequence_number, time.time())
+        if not _is_64_bit(sequence_number) or not await commit.do(cancel, durable=True):
             raise MessageNotFound(f"{self.queue_name} has no scheduled message with sequence number {sequence_number}.")
 
-    async def open_receiver(self, on_lock_lost: Callable[[Delivery], None], max_renewal: float) -> LocalReceiver:
-        return LocalReceiver(self, await self._commit(), on_lock_lost, max_renewal)
+    async def open_receiver(
+        self, on_lock_lost: Callable[[Delivery], None], max_renewal: float, suspect_from: int = MAX_SECONDS
+    ) -> LocalReceiver:
+        return LocalReceiver(self, await self.commit(), on_lock_lost, max_renewal, suspect_from)
 
     async def close(self) -> None:
-        """Close the file. The bus opens it again if it is used again."""
+        """Close the file. The bus opens it again if it is used again; a worker that still receives from it fails."""
         file, self._file = self._file, None
         commit = self._commits.get(asyncio.get_running_loop())
         try:
-            if commit is not None and commit.file is file:
+            if file is not None and commit is not None and commit.file is file and file.store.state is FileState.OPEN:
                 with contextlib.suppress(ServiceBusUnavailable):
-                    await commit.submit(lambda store: None, durable=True)  # after all that was asked for before
+                    await commit.submit(durable=True)  # after all that was asked for before
         finally:
-            if file is not None and file.pid == os.getpid():
+            if file is not None:
                 await asyncio.to_thread(file.close)
 
-    async def _commit(self) -> GroupCommit:
-        """This event loop's transactions, on the file as this process has it open."""
+    async def commit(self, keep_settings: bool = True) -> GroupCommit:
+        """This event loop's transactions, on the file as it is now.
+
+        Args:
+            keep_settings: write the queue's settings to the file, as who sends or receives does.
+        """
         loop = asyncio.get_running_loop()
         commit = self._commits.get(loop)
-        if commit is not None and commit.file is self._file and commit.file.pid == os.getpid():
+        if (
+            commit is not None
+            and commit.file.store.state is FileState.OPEN
+            and (self._keeps_settings or not keep_settings)
+        ):
             return commit
-        file = await asyncio.to_thread(self._open)
+        file = await asyncio.to_thread(self._open, keep_settings)
         commit = self._commits.get(loop)  # somebody else may have been first
         if commit is None or commit.file is not file:
             commit = self._commits[loop] = GroupCommit(file)
         return commit
 
-    def _open(self) -> QueueFile:
-        """Open the file, anew after a fork: a connection must not be shared, nor closed, by a child."""
-        with self._opening.setdefault(os.getpid(), threading.Lock()):
-            file = self._file  # another event loop may close the bus meanwhile
-            if file is None or file.pid != os.getpid():
-                if file is not None:
-                    _inherited.append(file)  # a child must not even close what it inherited
-                file = self._file = QueueFile(self._real_path, self.queue_name, self._settings)
+    def _open(self, keep_settings: bool = False) -> QueueFile:
+        """Open the file, anew if it is gone, or closed as it is after a fork."""
+        with self.opening:
+            file = self._file
+            if file is not None and file.store.state is FileState.GONE:
+                file.close()
+            if file is None or file.store.state is FileState.CLOSED:
+                file = self._file = QueueFile(self._real_path)
+                self._keeps_settings = False
+            if keep_settings and not self._keeps_settings:
+                file.store.open_queue(self.queue_name, self._settings)
+                self._keeps_settings = True
             return file
 
 
-_inherited: list[QueueFile] = []
+_buses: weakref.WeakSet[LocalServiceBus] = weakref.WeakSet()
 
 
-def _positive(name: str, value: float, or_zero: bool = False) -> float:
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not is_number or not 0 <= value <= MAX_SECONDS or (value == 0 and not or_zero):
-        least = "from 0" if or_zero else "over 0,"
-        raise ConfigurationError(f"{name}={value!r} must be a number {least} up to {MAX_SECONDS}.")
-    return value
+def _forget_who_was_opening() -> None:
+    """In a forked child, which has none of its parent's threads."""
+    for bus in _buses:
+        bus.opening = threading.Lock()
 
 
-def _checked_path(path: object) -> str:
-    text = os.fspath(path) if isinstance(path, (str, os.PathLike)) else None
-    if not isinstance(text, str) or not text or "\0" in text:
-        raise ConfigurationError(f"path={path!r} must be that of a file, or ':memory:'.")
-    return text
-
-
-def _count(name: str, value: int) -> int:
-    if type(value) is not int or not 0 < value <= MAX_SECONDS:
-        raise ConfigurationError(f"{name}={value!r} must be an int over 0, up to {MAX_SECONDS}.")
-    return value
-
-
-def _check_sequence_number(number: object) -> None:
-    if type(number) is not int:
-        raise UsageError(f"sequence_number={number!r} must be an int: that of a task published with delay or eta.")
-
-
-def _is_64_bit(number: int) -> bool:
-    """Whether SQLite and AMQP can hold a number, and so whether a message can have it."""
-    return abs(number) < 2**63
-
-
-def _checked_queue_name(name: object) -> str:
-    """A queue's name, by the rules of Service Bus: https://learn.microsoft.com/rest/api/servicebus/queues."""
-    if not isinstance(name, str) or not re.fullmatch(
-        r"[A-Za-z0-9]([\w./-]{0,258}[A-Za-z0-9])?(/\$DeadLetterQueue)?", name, re.ASCII
-    ):
-        raise ConfigurationError(
-            f"queue name {_short(name)} must be 1 to 260 letters, digits, '.', '-', '_' and '/', "
-            "beginning and ending with a letter or digit."
-        )
-    return name
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_who_was_opening)
 
 
 class LocalReceiver:
@@ -2713,149 +2887,150 @@ class LocalReceiver:
         commit: GroupCommit,
         on_lock_lost: Callable[[Delivery], None],
         max_renewal: float,
+        suspect_from: int,
     ) -> None:
+        self._bus = bus
         self._queue = bus.queue_name
         self._lock_duration = bus.lock_duration
-        self._commit = commit
         self._on_lock_lost = on_lock_lost
         self._max_renewal = max_renewal
-        self._held: set[Delivery] = set()
-        self._closed = threading.Event()
-        self._bus = bus
+        self._suspect_from = suspect_from
         self._loop = asyncio.get_running_loop()
-        self._watcher = FileWatcher(commit.file.log_path, commit.file.store)
+        self._commit = commit
+        self._changes = Changes(commit.file)
+        self._looked = time.monotonic()
+        self._held: set[Delivery] = set()
+        self._pending: set[asyncio.Future[Any]] = set()
+        self._closed = threading.Event()
         self._renewer = threading.Thread(target=self._keep_locks, name="boilermaker-locks", daemon=True)
         self._renewer.start()
 
     async def receive(self, max_message_count: int, max_wait_time: float) -> list[Delivery]:
-        if self._commit.file.closed:
-            await self._reopen()
-        deliveries, _ = await self._claim(max_message_count)
-        if deliveries or max_wait_time <= 0:
-            return deliveries
         deadline = self._loop.time() + max_wait_time
-        changed = asyncio.Event()
-        with self._watching(changed.set):
-            while not self._commit.file.closed:
-                changed.clear()
-                deliveries, next_due = await self._claim(max_message_count)
-                remaining = deadline - self._loop.time()
-                if deliveries or remaining <= 0:
-                    return deliveries
-                if next_due is not None:
-                    remaining = min(remaining, max(next_due - time.time(), 0.001))
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(remaining):
-                        await changed.wait()
-        return []
+        while True:
+            commit = await self._present_commit()
+            self._changes.clear()
+            claiming = commit.submit(functools.partial(self._claim, commit.file.store, max_message_count))
+            try:
+                [claim] = await asyncio.shield(claiming)
+            except asyncio.CancelledError:
+                self._pending.add(claiming)
+                claiming.add_done_callback(self._give_back)
+                raise
+            if isinstance(claim, Exception):
+                raise claim
+            deliveries: list[Delivery] = claim[0]
+            next_due: float | None = claim[1]
+            self._held.update(deliveries)  # so that from now on a task that blocks the event loop keeps their locks
+            now, remaining = time.time(), deadline - self._loop.time()
+            if deliveries:
+                return deliveries
+            if next_due is not None and next_due <= now:  # the rest of a backlog that has expired
+                continue
+            if remaining <= 0:
+                return []
+            await self._changes.wait(remaining if next_due is None else min(remaining, next_due - now))
 
-    async def _reopen(self) -> None:
-        """Go on with the bus, which was closed, and is used again by that."""
-        commit = await self._bus._commit()
-        self._watcher.close()
-        self._commit = commit
-        self._watcher = FileWatcher(commit.file.log_path, commit.file.store)
+    async def _present_commit(self) -> GroupCommit:
+        """The transactions on the file that is there now; that it was deleted or replaced is seen within a second."""
+        file = self._commit.file
+        if time.monotonic() - self._looked >= LOOK_INTERVAL:
+            self._looked = time.monotonic()
+            try:
+                file.check()
+            except ServiceBusUnavailable as error:
+                logger.error("%s Going on with what is there now.", error)
+        if file.store.state is FileState.CLOSED:
+            raise UsageError(f"{self._bus!r} was closed under a worker: app.close() ends its workers first.")
+        if file.store.state is FileState.GONE:
+            self._commit = await self._bus.commit()
+            self._changes.close()
+            self._changes = Changes(self._commit.file)
+        return self._commit
 
-    async def _claim(self, max_message_count: int) -> tuple[list[Delivery], float | None]:
-        """Lock messages; none, and when to look again. What a cancelled claim locked is given back."""
-        claim = functools.partial(self._claim_now, max_message_count)
-        claiming = self._commit.submit(claim, committed=self._claimed)
-        try:
-            return await claiming
-        except asyncio.CancelledError:
-            if not claiming.cancelled() and claiming.exception() is None:
-                self._claimed(claiming.result(), True)
-            raise
-
-    def _claimed(self, claim: tuple[list[Delivery], float | None], cancelled: bool) -> None:
-        """Keep the locks from now on, before any task can block the event loop; or give them back."""
-        if cancelled:
-            self.settle([Settlement(delivery, Disposition.ABANDON) for delivery in claim[0]])
-        else:
-            self._held.update(claim[0])
-
-    def _claim_now(self, max_message_count: int, store: Store) -> tuple[list[Delivery], float | None]:
-        deliveries = store.claim(self._queue, max_message_count, self._lock_duration, time.time())
+    def _claim(self, store: Store, max_message_count: int) -> tuple[list[Delivery], float | None]:
+        """Lock messages; none, and when to look again."""
+        deliveries = store.claim(self._queue, max_message_count, self._lock_duration, time.time(), self._suspect_from)
         return deliveries, None if deliveries else store.next_due(self._queue)
 
-    @contextlib.contextmanager
-    def _watching(self, changed: Callable[[], None]) -> Iterator[None]:
-        """Hear of added messages: of this loop's own from the group commit, of all others' from the file."""
-        self._commit.listeners.add(changed)
-        self._watcher.start(changed)
-        try:
-            yield
-        finally:
-            self._watcher.stop()
-            self._commit.listeners.discard(changed)
+    def _give_back(self, claiming: asyncio.Future[list[Any]]) -> None:
+        """What was locked by a receive that was cancelled in between."""
+        if claiming.exception() is None and not isinstance(claiming.result()[0], Exception):
+            self.settle([Settlement(delivery, Action.ABANDON) for delivery in claiming.result()[0][0]])
+        self._pending.discard(claiming)
 
-    def settle(self, settlements: Sequence[Settlement], durable: bool = False) -> asyncio.Future[list[Rejection]]:
-        self._held.difference_update(settlement.delivery for settlement in settlements)
-        if self._commit.file.closed:
-            return asyncio.ensure_future(self._settle_anew(settlements, durable))
-        return self._commit.submit(functools.partial(self._settle_now, settlements), durable=durable)
+    # -- settling
 
-    async def _settle_anew(self, settlements: Sequence[Settlement], durable: bool) -> list[Rejection]:
-        """Settle by the bus as it is opened again; the next receive goes on with that too."""
-        commit = await self._bus._commit()
-        return await commit.submit(functools.partial(self._settle_now, settlements), durable=durable)
+    def settle(self, settlements: Sequence[Settlement], durable: bool = False) -> asyncio.Future[None]:
+        self._held.difference_update([each.delivery for each in settlements if each.action is not Action.KEEP])
+        settled: asyncio.Future[None] = self._loop.create_future()
+        self._pending.add(settled)
+        settled.add_done_callback(self._pending.discard)
+        submitted = self._submit(self._commit, settlements, durable)
+        submitted.add_done_callback(functools.partial(self._submitted, settlements, settled))
+        return settled
 
-    def _settle_now(self, settlements: Sequence[Settlement], store: Store) -> list[Rejection]:
-        """All in the one transaction; those that only delete, together."""
-        now = time.time()
-        plain: list[Settlement] = []
-        others: list[Settlement] = []
-        for one in settlements:
-            only_deletes = one.disposition is Disposition.COMPLETE and one.follow_up is None
-            (plain if only_deletes else others).append(one)
-        if not self._complete_all(store, plain):
-            others += plain  # one by one, to know which
-        return [rejection for one in others if (rejection := self._settle_one(store, one, now)) is not None]
+    def _submit(
+        self, commit: GroupCommit, settlements: Sequence[Settlement], durable: bool = False
+    ) -> asyncio.Future[list[Any]]:
+        settle, now = functools.partial(commit.file.store.settle, self._queue), time.time()
+        return commit.submit(*[functools.partial(settle, each, now) for each in settlements], durable=durable)
 
-    def _complete_all(self, store: Store, settlements: Sequence[Settlement]) -> bool:
-        """Complete, all or none; False if one was not held any more."""
-        if not settlements:
-            return True
-        try:
-            with store.savepoint():
-                if store.complete([one.delivery for one in settlements]) < len(settlements):
-                    raise MessageLockLost
-        except MessageLockLost:
-            return False
-        return True
+    def _submitted(
+        self, settlements: Sequence[Settlement], settled: asyncio.Future[None], submitted: asyncio.Future[list[Any]]
+    ) -> None:
+        unsynced = submitted.exception()
+        results = submitted.result() if unsynced is None else [unsynced] * len(settlements)
+        for settlement, result in zip(settlements, results, strict=True):
+            if isinstance(result, Exception):
+                settlement.error = result
+        troubled = [each for each in settlements if each.error and not isinstance(each.error, MessageLockLost)]
+        if troubled and unsynced is None:
+            insisting = self._loop.create_task(self._insist(troubled))
+            insisting.add_done_callback(lambda _: _resolve(settled, None))
+        else:
+            _resolve(settled, None)
 
-    def _settle_one(self, store: Store, settlement: Settlement, now: float) -> Rejection | None:
-        """Settle and publish what follows, both or, if the lock was lost or something is wrong with them, neither."""
-        try:
-            with store.savepoint():
-                if not self._dispose(store, settlement, now):
-                    return _lock_lost(settlement)
-                if settlement.follow_up is not None:
-                    store.insert([settlement.follow_up], now)
-        except (ValueError, OverflowError) as error:  # text or a number that SQLite cannot hold
-            return Rejection(settlement, error)
-        return None
+    async def _insist(self, troubled: Sequence[Settlement]) -> None:
+        """Settle what failed: rejected, if its messages are to blame; else again.
 
-    def _dispose(self, store: Store, settlement: Settlement, now: float) -> bool:
-        """Whether the message was still held."""
-        delivery = settlement.delivery
-        match settlement.disposition:
-            case Disposition.COMPLETE:
-                return store.complete([delivery]) == 1
-            case Disposition.DEAD_LETTER:
-                return store.dead_letter(self._queue, delivery, settlement.reason, settlement.description, now)
-            case Disposition.ABANDON:
-                return store.abandon(delivery)
-            case Disposition.LEAVE:
-                return True
+        For as long as the lock lasts, or, where the message is gone already, until the receiver is closed.
+        """
+        for settlement in troubled:
+            number = settlement.delivery.sequence_number
+            logger.warning("Settling failed, will try again sequence_number=%s: %s", number, settlement.error)
+        latest = self._loop.time() + self._lock_duration / 2
+        blamed = [each for each in troubled if each.messages and not _is_about_the_file(each.error)]
+        if blamed:
+            await self._submit(self._commit, [rejected(each, each.error) for each in blamed if each.error])
+        again = [each for each in troubled if _is_about_the_file(each.error)]
+        while again and not self._closed.is_set():
+            await asyncio.sleep(RETRY_PAUSE)
+            for settlement in again:
+                settlement.error = None
+            try:
+                results = await self._submit(await self._present_commit(), again)
+            except BoilermakerError as error:
+                results = [error] * len(again)
+            for settlement, result in zip(again, results, strict=True):
+                settlement.error = result if isinstance(result, Exception) else settlement.error
+            in_time = self._loop.time() < latest
+            again = [
+                each for each in again if _is_about_the_file(each.error) and (in_time or each.action is Action.LEAVE)
+            ]
+
+    # -- renewing
 
     def _keep_locks(self) -> None:
-        """Renew in a thread, so that a task which blocks the event loop keeps its lock."""
-        while not self._closed.wait(self._lock_duration / 2) and not self._loop.is_closed():
+        """Renew in a thread, so that a task which blocks the event loop keeps its lock; soon again if that failed."""
+        pause = self._lock_duration / 2
+        while not self._closed.wait(pause) and not self._loop.is_closed():
             try:
                 lost = self._renew(list(self._held))
+                pause = self._lock_duration / 2
             except Exception as error:
                 logger.warning("Renewing the locks of %s failed, will try again: %s", self._queue, error)
+                pause = self._lock_duration / 10
                 continue
             with contextlib.suppress(RuntimeError):  # the event loop is closed
                 for delivery in lost:
@@ -2863,13 +3038,18 @@ class LocalReceiver:
 
     def _renew(self, held: Sequence[Delivery]) -> list[Delivery]:
         """Renew locks; those that are lost, or were renewed for long enough."""
-        latest = time.monotonic() - self._max_renewal
         if not held:
             return []
+        lost, latest = [], time.monotonic() - self._max_renewal
         store = self._commit.file.store
         with _explained(store.path), store.transaction():
             now = time.time()
-            return [d for d in held if d.received < latest or not store.renew(d, self._lock_duration, now)]
+            for delivery in held:
+                if delivery.received < latest or not store.renew(delivery, self._lock_duration, now):
+                    lost.append(delivery)
+                else:
+                    delivery.locked_until = now + self._lock_duration
+        return lost
 
     def _lose(self, delivery: Delivery) -> None:
         if delivery in self._held:
@@ -2879,92 +3059,11 @@ class LocalReceiver:
     async def close(self) -> None:
         self._closed.set()
         try:
-            with contextlib.suppress(ServiceBusUnavailable):
-                await self._commit.submit(lambda store: None)  # what was given back just now comes before
+            while self._pending:  # what is being given back
+                await asyncio.wait(self._pending)
         finally:
             await asyncio.to_thread(self._renewer.join)
-            self._watcher.close()
-
-
-def _lock_lost(settlement: Settlement, how: str = "and another receiver had it") -> Rejection:
-    number = settlement.delivery.sequence_number
-    return Rejection(settlement, MessageLockLost(f"the lock of message {number} ran out {how}"))
-
-
-class FileWatcher:
-    """Calls back in the event loop when somebody may have added messages to the file.
-
-    Linux tells by inotify, within a fraction of a millisecond and without costing anything in between: who has added
-    some opens and closes the write-ahead log after the commit, for that to be heard. (That it is written to can be
-    heard too, but in the middle of the commit, too soon to receive anything.) Elsewhere the file's change counter is
-    read every POLL_INTERVAL. The callback may come for nothing, and nothing depends on it: a worker looks for itself
-    every MAX_WAIT, should somebody have died in between.
-    """
-
-    def __init__(self, log_path: str | None, store: Store) -> None:
-        self._store = store
-        self._inotify = None if log_path is None else _inotify(log_path)
-        self._polls = log_path is not None and self._inotify is None
-        self._changed: Callable[[], None] = lambda: None
-        self._poll_handle: asyncio.TimerHandle | None = None
-        self._version = 0
-
-    def start(self, changed: Callable[[], None]) -> None:
-        self._changed = changed
-        if self._inotify is not None:
-            asyncio.get_running_loop().add_reader(self._inotify, self._heard)
-        elif self._polls:
-            self._version = self._store.data_version()
-            self._poll()
-
-    def stop(self) -> None:
-        if self._inotify is not None:
-            asyncio.get_running_loop().remove_reader(self._inotify)
-        if self._poll_handle is not None:
-            self._poll_handle.cancel()
-
-    def close(self) -> None:
-        inotify, self._inotify = self._inotify, None
-        if inotify is not None:
-            os.close(inotify)
-
-    def _heard(self) -> None:
-        assert self._inotify is not None
-        with contextlib.suppress(BlockingIOError):
-            os.read(self._inotify, 65536)
-        self._changed()
-
-    def _poll(self) -> None:
-        try:
-            version = self._store.data_version()
-        except sqlite3.Error:  # it has been closed: the next receive opens it again
-            return
-        self._poll_handle = asyncio.get_running_loop().call_later(POLL_INTERVAL, self._poll)
-        if version != self._version:
-            self._version = version
-            self._changed()
-
-
-_HAS_INOTIFY = sys.platform.startswith("linux")
-
-
-def _inotify(path: str) -> int | None:
-    """A descriptor that is readable when the file was opened; None where the system has no such thing."""
-    if not _HAS_INOTIFY:
-        return None
-    import ctypes
-
-    opened = 0x20  # IN_OPEN, see inotify(7)
-    try:
-        libc = ctypes.CDLL(None, use_errno=True)
-        descriptor: int = libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
-        if descriptor >= 0 and libc.inotify_add_watch(descriptor, os.fsencode(path), opened) >= 0:
-            return descriptor
-    except (OSError, AttributeError):
-        return None
-    if descriptor >= 0:
-        os.close(descriptor)
-    return None
+            self._changes.close()
 
 
 # ======================================================================================================================
@@ -2986,9 +3085,6 @@ ATTEMPT_TIMEOUT = 15
 
 SEND_PAUSES = (0.25, 1.0, 4.0)
 """Seconds, at most, between attempts to send."""
-
-RETRY_PAUSE = 0.25
-"""Seconds between two attempts to settle."""
 
 SHORTEST_LOCK = 5
 """Seconds that a lock is taken to last where the clocks leave it open: shorter ones are of no use to anybody."""
@@ -3153,7 +3249,9 @@ class AzureServiceBus:
         credential: Any = None,
         *,
         max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
+        max_delivery_count: int | None = 10,
     ) -> None:
+        self.max_delivery_count = max_delivery_count
         self.namespace = _namespace_of(namespace_url)
         self.queue_name = _checked_queue_name(queue_name)
         self.max_message_bytes = _count("max_message_bytes", max_message_bytes)
@@ -3216,10 +3314,15 @@ class AzureServiceBus:
         properties = sum(len(key) + len(value) for key, value in message.application_properties.items())
         return len(message.body) + len(message.message_id) + properties + 512
 
-    async def open_receiver(self, on_lock_lost: Callable[[Delivery], None], max_renewal: float) -> AzureReceiver:
+    async def open_receiver(
+        self, on_lock_lost: Callable[[Delivery], None], max_renewal: float, suspect_from: int = MAX_SECONDS
+    ) -> AzureReceiver:
         receiver = AzureReceiver(self, on_lock_lost, max_renewal)
         await receiver.open()
         return receiver
+
+    def check_queue(self, queue: str) -> None:
+        """Every queue of the namespace can be sent to."""
 
     def receiver_link(self, **options: Any) -> AzureLink:
         options |= {"socket_timeout": SOCKET_TIMEOUT, "timeout": ATTEMPT_TIMEOUT}
@@ -3711,7 +3814,7 @@ class AzureReceiver:
         self._behind = 0.0  # how far this machine's clock is behind the service's, at least
         self._warned_of_clock = False
         self._stopping = False
-        self._settling: set[asyncio.Future[list[Rejection]]] = set()
+        self._settling: set[asyncio.Future[None]] = set()
         self._renew_at: dict[Delivery, float] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -3784,7 +3887,7 @@ class AzureReceiver:
             self._stopping = True
             await asyncio.wait([receiving], timeout=max_wait_time + 1)
             if not receiving.cancel():
-                await self.settle([Settlement(delivery, Disposition.ABANDON) for delivery in receiving.result()])
+                await self.settle([Settlement(delivery, Action.ABANDON) for delivery in receiving.result()])
             raise
 
     async def _receive(self, max_message_count: int, max_wait_time: float) -> list[Delivery]:
@@ -3847,32 +3950,40 @@ class AzureReceiver:
 
     # -- settling
 
-    def settle(self, settlements: Sequence[Settlement], durable: bool = False) -> asyncio.Future[list[Rejection]]:
+    def settle(self, settlements: Sequence[Settlement], durable: bool = False) -> asyncio.Future[None]:
         settling = asyncio.ensure_future(self._settle_all(settlements))
         self._settling.add(settling)
         settling.add_done_callback(self._settling.discard)
         return settling
 
-    async def _settle_all(self, settlements: Sequence[Settlement]) -> list[Rejection]:
-        results = await asyncio.gather(*map(self._settle, settlements))
-        return [rejection for rejection in results if rejection is not None]
+    async def _settle_all(self, settlements: Sequence[Settlement]) -> None:
+        await asyncio.gather(*map(self._settle, settlements))
 
-    async def _settle(self, settlement: Settlement) -> Rejection | None:
+    async def _settle(self, settlement: Settlement) -> None:
         """Publish what follows, then settle: there is no transaction over both."""
-        delivery, disposition, follow_up = settlement.delivery, settlement.disposition, settlement.follow_up
-        if disposition is not Disposition.LEAVE and delivery.locked_until <= time.time():
+        delivery, action = settlement.delivery, settlement.action
+        if action not in (Action.LEAVE, Action.KEEP) and delivery.locked_until <= time.time():
             self._renew_at.pop(delivery, None)
-            return _lock_lost(settlement, "before it was renewed: is the connection lost, or the event loop blocked?")
+            settlement.error = MessageLockLost(
+                f"the lock of message {delivery.sequence_number} ran out before it was renewed: "
+                "is the connection lost, or the event loop blocked?"
+            )
+            return
         try:
-            if follow_up is not None:
-                await self._while_locked(delivery, functools.partial(self._bus.send, [follow_up]))
-            if disposition is not Disposition.LEAVE:
+            if settlement.messages:
+                await self._while_locked(delivery, functools.partial(self._bus.send, settlement.messages))
+            if action not in (Action.LEAVE, Action.KEEP):
                 await self._while_locked(delivery, functools.partial(self._dispose, settlement))
+        except MessageTooLarge as error:
+            settlement.error = error
+            rejection = rejected(settlement, error)
+            if rejection.action is Action.DEAD_LETTER:
+                await self._dispose(rejection)
         except BoilermakerError as error:
-            return Rejection(settlement, error)
+            settlement.error = error
         finally:
-            self._renew_at.pop(delivery, None)
-        return None
+            if action is not Action.KEEP:
+                self._renew_at.pop(delivery, None)
 
     async def _while_locked(self, delivery: Delivery, action: Callable[[], Coroutine[Any, Any, object]]) -> None:
         """Do something about a message, if need be again: until it works, or the lock has run out."""
@@ -3894,12 +4005,12 @@ class AzureReceiver:
             delivery.raw._is_deferred_message = True
         delivery.raw._expiry = _utc(delivery.locked_until)  # by which the SDK refuses to settle
         started = time.monotonic()
-        match settlement.disposition:
-            case Disposition.COMPLETE:
+        match settlement.action:
+            case Action.COMPLETE:
                 await link.call(link.sdk.complete_message, delivery.raw)
-            case Disposition.ABANDON:
+            case Action.ABANDON:
                 await link.call(link.sdk.abandon_message, delivery.raw)
-            case Disposition.DEAD_LETTER:
+            case Action.DEAD_LETTER:
                 why = {"reason": settlement.reason, "error_description": settlement.description}
                 await link.call(link.sdk.dead_letter_message, delivery.raw, **why)
         link.round_trip = min(link.round_trip or ATTEMPT_TIMEOUT, time.monotonic() - started)
@@ -3948,50 +4059,50 @@ class AzureReceiver:
 class Tracing:
     """Spans for publishing and processing, by OpenTelemetry's conventions for messaging.
 
-    https://opentelemetry.io/docs/specs/semconv/messaging/messaging-spans/. The W3C `traceparent` travels in the
-    message's application properties, so that a task's span is a child of its publisher's.
+    https://opentelemetry.io/docs/specs/semconv/messaging/messaging-spans/. What the program's propagators inject (by
+    default the W3C trace context and baggage) travels in the message's application properties, so that a task's span is
+    a child of its publisher's.
     """
 
     def __init__(self, bus: ServiceBus) -> None:
         try:
-            from opentelemetry import trace
-            from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+            from opentelemetry import context, propagate, trace
         except ImportError as error:
             raise ConfigurationError(
                 "enable_opentelemetry=True needs opentelemetry-api: pip install opentelemetry-api."
             ) from error
         self._bus = bus
-        self._trace = trace
+        self._context, self._propagate, self._trace = context, propagate, trace
         self._tracer = trace.get_tracer("boilermaker", __version__)
-        self._propagator = TraceContextTextMapPropagator()
 
     def publishing(self, task: Task, queue: str, message_id: str) -> tuple[Span, Mapping[str, str]]:
         """A PRODUCER span, to be ended when the message is sent, and the properties that carry it."""
         span = self._tracer.start_span(
-            f"publish {queue}",
+            f"publish {task.function_name}",
             kind=self._trace.SpanKind.PRODUCER,
             attributes=self._attributes("publish", "send", task, queue, message_id),
         )
         properties: dict[str, str] = {}
-        self._propagator.inject(properties, self._trace.set_span_in_context(span))
+        self._propagate.inject(properties, self._trace.set_span_in_context(span))
         return span, properties
 
     @contextlib.contextmanager
-    def processing(self, task: Task, delivery: Delivery) -> Iterator[Callable[[BaseException], None]]:
-        """A CONSUMER span, child of the publisher's; gives a function to record the task's error."""
-        queue = self._bus.queue_name
-        with self._tracer.start_as_current_span(
-            f"process {queue}",
-            context=self._propagator.extract(dict(delivery.application_properties)),
-            kind=self._trace.SpanKind.CONSUMER,
-            attributes=self._attributes("process", "process", task, queue, delivery.message_id or ""),
-        ) as span:
-
-            def record(error: BaseException) -> None:
-                span.record_exception(error)
-                span.set_status(self._trace.StatusCode.ERROR, describe(error))
-
-            yield record
+    def processing(self, run: Run, task: Task) -> Iterator[None]:
+        """A CONSUMER span around a run, child of the publisher's and in its context, with the error of the run."""
+        queue, delivery = self._bus.queue_name, run.delivery
+        token = self._context.attach(self._propagate.extract(dict(delivery.application_properties)))
+        try:
+            with self._tracer.start_as_current_span(
+                f"process {task.function_name}",
+                kind=self._trace.SpanKind.CONSUMER,
+                attributes=self._attributes("process", "process", task, queue, delivery.message_id or ""),
+            ) as span:
+                yield
+                if run.error is not None:
+                    span.record_exception(run.error)
+                    span.set_status(self._trace.StatusCode.ERROR, describe(run.error))
+        finally:
+            self._context.detach(token)
 
     def _attributes(self, name: str, kind: str, task: Task, queue: str, message_id: str) -> dict[str, str | int]:
         return {
@@ -4006,7 +4117,7 @@ class Tracing:
         }
 
 
-_NO_SPANS = contextlib.nullcontext()
+_NOT_TRACED = contextlib.nullcontext()
 
 
 def _end_span(span: Span, kind: object, error: BaseException | None, trace: object) -> None:
@@ -4028,22 +4139,14 @@ BURST_PAUSE = 0.05
 STOP_PATIENCE = 2.0
 """Seconds that a cancelled task may take to end, and a last settlement, before a worker ends without it."""
 
-
 LONGEST_TURN = 0.01
-"""Seconds for which tasks that never wait are run one after the other, before the event loop has its turn."""
+"""Seconds for which messages are begun one after the other, before the event loop has its turn."""
 
-MOST_STARTING = 5
-"""Runners that are made before one of them has begun: often the first runs all that is lined up."""
+SIGNAL_GAP = 0.5
+"""Seconds within which a second signal is the same one: a terminal's to the group, and the supervisor's."""
 
-
-@dataclass(slots=True, eq=False)
-class Run:
-    """A message whose task is running. `stopped` is how it ended, if something other than the task ended it."""
-
-    delivery: Delivery
-    task: Task
-    runner: asyncio.Task[None] | None = None
-    stopped: Ending | None = None
+MOST_KEPT = 2_000
+"""Dead letters that a worker on a dead-letter queue holds which it leaves as they are."""
 
 
 class Worker:
@@ -4054,66 +4157,151 @@ class Worker:
     """
 
     def __init__(
-        self, app: Boilermaker, concurrency: int, burst: bool, grace_period: float, max_renewal: float
+        self,
+        app: Boilermaker,
+        *,
+        concurrency: int,
+        burst: bool,
+        grace_period: float,
+        max_renewal: float,
+        max_deliveries: int | None,
     ) -> None:
         self._app = app
         self._bus = app.service_bus_client
-        self._queue = app.queue_name
+        self._queue = app.service_bus_client.queue_name
         self._concurrency = concurrency
         self._burst = burst
         self._grace_period = grace_period
         self._max_renewal = max_renewal
-        self._receiver: Receiver
-        self._running: dict[Delivery, Run] = {}
-        self._ready: collections.deque[Run] = collections.deque()
-        self._starting = 0
-        self._finished: list[Settlement] = []
-        self._settling: set[asyncio.Future[list[Rejection]]] = set()
-        self._resending: list[Settlement] = []
+        self._max_deliveries = max_deliveries
+        self._suspect_from = MAX_SECONDS
+        if (most := max_deliveries or self._bus.max_delivery_count) and not self._queue.endswith(DEAD_LETTER_SUFFIX):
+            self._suspect_from = max(3, math.ceil(most / 2))
+        self._receiver: Receiver | None = None
         self._receiving: asyncio.Task[None] | None = None
+        self._waiting: collections.deque[Delivery] = collections.deque()
+        self._suspects: list[Delivery] = []
+        self._suspects_until = 0.0
+        self._alone: Run | None = None
+        self._running: dict[Delivery, Run] = {}
+        self._finished: list[Run] = []
+        self._settling: set[asyncio.Future[None]] = set()
+        self._kept: dict[Delivery, Run] = {}
         self._wake = asyncio.Event()
-        self._idle = asyncio.Event()
-        self._signals = 0
+        self._dry = False
+        self._signalled: float | None = None
         self._stopping = False
+        self._in_haste = False
+        self._failure: Exception | None = None
+        self.loop = asyncio.get_running_loop()
+        self.ended: asyncio.Task[None]
 
     async def run(self) -> None:
-        """Work until a signal, until cancelled, or, in a burst, until there is nothing to do."""
-        self._loop, self._own = asyncio.get_running_loop(), asyncio.current_task()
-        self._receiver = await self._bus.open_receiver(self._lock_lost, self._max_renewal)
-        with _on_signals(self._signalled):
-            names = self._app.task_names
-            logger.info("Worker started: %r, concurrency=%d, tasks: %s", self._bus, self._concurrency, ", ".join(names))
-            if not names:
-                logger.warning("No task is registered: import the modules that register some before app.run()")
-            try:
-                await self._pump()
-                await self._stop_receiving()
-                for run in list(self._ready):
-                    self._cancel(run, Ending.STOPPED)
-                await self._finish_running()
-            finally:
-                await asyncio.shield(asyncio.ensure_future(self._end()))
+        """Work until a signal, until stopped or cancelled, or, in a burst, until there is nothing to do.
+
+        The work is a task of its own, so that whoever cancels this one, even at every await as anyio's cancel scopes
+        do, only ends the grace period: it returns when what was left has been given back.
+        """
+        self._owner, cancelled = asyncio.current_task(), False
+        self.ended = self.loop.create_task(self._work())
+        self._app.workers.add(self)
+        try:
+            with _signals.told_to(self._on_signal, self.loop):
+                while not self.ended.done():
+                    try:
+                        await asyncio.wait([self.ended])
+                    except asyncio.CancelledError:
+                        cancelled = True
+                        self._abandon()
+        finally:
+            self._app.workers.discard(self)
+        if cancelled and (self.ended.cancelled() or self.ended.exception() is None):
+            raise asyncio.CancelledError
+        self.ended.result()
+
+    async def _work(self) -> None:
+        """Open, pump, end; what goes wrong is in the log too, since nobody may await the run."""
+        try:
+            self._receiver = await self._bus.open_receiver(self._lock_lost, self._max_renewal, self._suspect_from)
+        except Exception as error:
+            logger.error("Worker of %r cannot start: %s", self._bus, error)
+            raise
+        names = self._app.task_names
+        logger.info("Worker started: %r, concurrency=%d, tasks: %s", self._bus, self._concurrency, ", ".join(names))
+        if not names:
+            logger.warning("No task is registered: import the modules that register some before app.run()")
+        cancelled = False
+        try:
+            await self._pump()
+        except asyncio.CancelledError:  # by who cancels all tasks, as asyncio.run does at its end
+            cancelled = True
+            self._abandon()
+        await self._end()
+        if self._failure is not None:
+            raise self._failure
+        if cancelled:
+            raise asyncio.CancelledError
+
+    def stop(self) -> None:
+        """Take no more, and end when what runs has ended, or the grace period is over."""
+        self._stopping = True
+        self._wake.set()
+
+    def _abandon(self) -> None:
+        """Give back what runs, at once."""
+        self._in_haste = True
+        self.stop()
+        if self._receiver is None:  # it is still being opened
+            self.ended.cancel()
+
+    def _on_signal(self, number: int) -> None:
+        """The first signal stops the worker, the second ends the grace period."""
+        name = signal.Signals(number).name
+        if self._signalled is None:
+            self._signalled = self.loop.time()
+            logger.warning(
+                "Received %s: shutting down; tasks running: %d, for %g s at most; a second signal ends them at once",
+                *(name, len(self._running), self._grace_period),
+            )
+            self.stop()
+        elif self.loop.time() - self._signalled > SIGNAL_GAP:
+            logger.warning("Received %s: ending at once", name)
+            self._in_haste = True
+            self.stop()
 
     # -- the pump
 
     async def _pump(self) -> None:
         while not self._stopping:
             self._wake.clear()
-            free = self._concurrency - len(self._running)
-            if free > 0 and self._receiving is None and len(self._settling) < self._concurrency:
-                self._receiving = self._loop.create_task(self._receive(free))
             self._settle_finished()
+            free = self._concurrency - len(self._running) - len(self._waiting)
+            if self._suspects:
+                self._run_suspect()
+            elif self._may_receive() and free > 0:
+                self._receiving = self.loop.create_task(self._receive(free))
             await self._wake.wait()
 
+    def _may_receive(self) -> bool:
+        busy = self._receiving is not None or self._alone is not None or len(self._settling) >= self._concurrency
+        return not busy and not self._dry
+
     async def _receive(self, free: int) -> None:
-        alone = self._is_idle()
+        """Begin with what comes; in a burst, see whether anything will."""
+        assert self._receiver is not None
+        was_idle = self._is_idle()
         try:
             deliveries = await self._receiver.receive(free, 0 if self._burst else MAX_WAIT)
-            for delivery in deliveries:
-                self._line_up(delivery)
-            self._make_runners(1)
+            self._waiting += deliveries
+            await self._begin_waiting()
             if self._burst and not deliveries:
-                await self._end_of_burst(alone)
+                self._stopping = self._stopping or was_idle
+                self._dry = True  # until something has ended here, or a moment has passed
+                self.loop.call_later(BURST_PAUSE, self._look_again)
+        except UsageError as error:
+            logger.error("Worker of %r cannot go on: %s", self._bus, error)
+            self._failure = error
+            self.stop()
         except Exception as error:
             logger.error("Receiving from %r failed, will try again: %s", self._bus, error)
             await asyncio.sleep(MAX_WAIT)
@@ -4121,427 +4309,390 @@ class Worker:
             self._receiving = None
             self._wake.set()
 
-    async def _end_of_burst(self, alone: bool) -> None:
-        """Stop if nothing was there, nor was on its way; else look again soon, at the latest when all has settled."""
-        self._stopping = self._stopping or alone
-        self._idle.clear()
-        if not self._stopping and not self._is_idle():
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._idle.wait(), BURST_PAUSE)
+    def _look_again(self) -> None:
+        self._dry = False
+        self._wake.set()
 
     def _is_idle(self) -> bool:
-        return not (self._running or self._finished or self._settling or self._resending)
+        return not (self._running or self._finished or self._settling or self._suspects)
 
-    def _settle_finished(self) -> None:
-        if self._finished:
-            settlements, self._finished = self._finished, []
-            settling = self._receiver.settle(settlements)
-            self._settling.add(settling)
-            settling.add_done_callback(functools.partial(self._settled, settlements))
+    async def _begin_waiting(self) -> None:
+        """Begin with what was received: as many at once as do not keep the event loop from its turn for long."""
+        together = 1
+        while self._waiting and not self._stopping:
+            began = self.loop.time()
+            for _ in range(min(together, len(self._waiting))):
+                delivery = self._waiting.popleft()
+                if delivery.delivery_count >= self._suspect_from and not self._is_over(delivery):
+                    self._set_aside(delivery)
+                else:
+                    self._start(Run(delivery))
+                if self.loop.time() - began > LONGEST_TURN:
+                    break
+            if self._waiting:
+                await asyncio.sleep(0)  # where tasks do not begin at once, they do now
+                together = together * 2 if self.loop.time() - began < LONGEST_TURN else 1
 
-    def _settled(self, settlements: Sequence[Settlement], settling: asyncio.Future[list[Rejection]]) -> None:
-        """Log what was not settled; publish again what has no message any more that would be delivered again."""
-        self._settling.discard(settling)
-        self._wake.set()
-        if self._is_idle():
-            self._idle.set()
-        for settlement, error in _rejections(settlements, settling):
-            logger.error("Settling failed sequence_number=%s: %s", settlement.delivery.sequence_number, error)
-            if isinstance(error, MessageTooLarge):
-                self._reject(settlement, error)
-            elif settlement.disposition is Disposition.LEAVE and settlement.follow_up is not None:
-                self._resending.append(settlement)
-                self._loop.call_later(MAX_WAIT, self._resend)
+    def _start(self, run: Run) -> None:
+        """Give a message an asyncio task of its own, which begins at once where Python can."""
+        self._running[run.delivery] = run
+        if self.loop.get_task_factory() is None and sys.version_info >= (3, 12):
+            run.asyncio_task = asyncio.Task(self._process(run), loop=self.loop, eager_start=True)
+        else:
+            run.asyncio_task = self.loop.create_task(self._process(run))
 
-    def _reject(self, settlement: Settlement, error: MessageTooLarge) -> None:
-        """Dead-letter the message, if it is still there, of a follow-up that the service will never take."""
-        if settlement.disposition is not Disposition.LEAVE:
-            decision = reject(error)
-            self._finished.append(
-                Settlement(settlement.delivery, decision.disposition, decision.reason, decision.description)
-            )
+    # -- suspects: messages that were delivered often and never settled, since they may be what ends workers
 
-    def _resend(self) -> None:
-        if self._resending:
-            self._finished.append(self._resending.pop(0))
-            self._wake.set()
+    def _is_over(self, delivery: Delivery) -> bool:
+        """Whether it was delivered so often that it is not to run any more."""
+        dead = self._queue.endswith(DEAD_LETTER_SUFFIX)
+        return self._max_deliveries is not None and delivery.delivery_count >= self._max_deliveries and not dead
+
+    def _set_aside(self, delivery: Delivery) -> None:
+        """To run when nothing else does."""
+        logger.warning(
+            "Suspect sequence_number=%s: delivered %d times and never settled; it runs alone",
+            *(delivery.sequence_number, delivery.delivery_count),
+        )
+        if not self._suspects:
+            lock_left = max(delivery.locked_until - time.time(), 0)
+            self._suspects_until = self.loop.time() + lock_left
+            self.loop.call_later(lock_left, self._wake.set)
+        self._suspects.append(delivery)
+
+    def _run_suspect(self) -> None:
+        """Run one of them, if all else has ended; give them back where that takes longer than a lock lasts."""
+        if not self._running and self._receiving is None:
+            self._alone = Run(self._suspects.pop(random.randrange(len(self._suspects))))
+            self._start(self._alone)
+        elif self._alone is None and self.loop.time() >= self._suspects_until:
+            for delivery in self._suspects:
+                logger.warning("Suspect given back sequence_number=%s: others still run", delivery.sequence_number)
+                self._give_back(Run(delivery))
+            self._suspects.clear()
 
     # -- one message
 
-    # A task that ends without having waited needs no asyncio task of its own: one runs message after message, each in
-    # a context of its own, until one has to wait. From then on it is that message's, and others are made for the rest.
-
-    def _line_up(self, delivery: Delivery) -> None:
-        try:
-            task = decode(delivery.body, self._queue)
-        except InvalidTaskFormat as error:
-            logger.error("Invalid task sequence_number=%s: %s", delivery.sequence_number, error)
-            ending = Ending.UNDECODABLE
-            self._finished.append(Settlement(delivery, ending.disposition, ending.reason, str(error)))
-            return
-        task.sequence_number, task.message_id = delivery.sequence_number, delivery.message_id
-        task._app = self._app
-        self._running[delivery] = run = Run(delivery, task)
-        self._ready.append(run)
-
-    async def _run_ready(self) -> None:
-        """Run what is lined up, one after the other, until one has to wait or it is the event loop's turn."""
-        self._starting -= 1
-        runner = asyncio.current_task()
-        assert runner is not None
-        latest = self._loop.time() + LONGEST_TURN
-        while self._ready:
-            run = self._ready.popleft()
-            run.runner = runner
-            context, coroutine = contextvars.copy_context(), self._process(run)
-            references = _references(runner)
-            try:
-                awaited = context.run(coroutine.send, None)
-            except StopIteration:
-                kept = _references(runner) > references  # somebody may yet cancel it, or wait for its end
-                if kept or _cancels_itself(runner) or self._loop.time() > latest:
-                    self._make_runners(1)
-                    return
-            else:
-                self._make_runners(MOST_STARTING)
-                await _go_on(context, coroutine, awaited)
-                return
-
-    def _make_runners(self, most: int) -> None:
-        """Have as many that are about to begin as there are messages to run, up to a limit."""
-        for _ in range(min(most, len(self._ready)) - self._starting):
-            self._starting += 1
-            asyncio.Task(self._run_ready(), loop=self._loop)  # begins later, whatever task factory the loop has
-
     async def _process(self, run: Run) -> None:
-        """Run a task and leave its settlement with the pump."""
-        delivery, task = run.delivery, run.task
+        """From a message to its settlement, which is left with the pump."""
+        delivery = run.delivery
         try:
-            if self._app.tracing is None:
-                settlement = self._settlement(run, await self._outcome(run))
+            try:
+                run.task = decode(delivery.body, self._app.queue_name)
+            except InvalidTaskFormat as error:
+                run.outcome, run.error = Outcome.UNDECODABLE, error
             else:
-                with self._app.tracing.processing(task, delivery) as record:
-                    outcome = await self._outcome(run)
-                    if outcome.error is not None:
-                        record(outcome.error)
-                    settlement = self._settlement(run, outcome)
-            if self._running.pop(delivery, None) is not None:
-                self._finished.append(settlement)
+                run.task.sequence_number, run.task.message_id = delivery.sequence_number, delivery.message_id
+                run.task._app, run.task._worker = self._app, self
+                _current_task.set(run.task)
+                tracing = self._app.tracing
+                with _NOT_TRACED if tracing is None else tracing.processing(run, run.task):
+                    await self._call(run)
+                    run.settlement = self._conclude(run)
+            run.settlement = run.settlement or self._conclude(run)
         except Exception:
-            logger.exception("[%s] Internal error sequence_number=%s", task.function_name, task.sequence_number)
-            self._running.pop(delivery, None)
-            self._finished.append(Settlement(delivery, Disposition.LEAVE))  # again when its lock has run out
+            logger.exception("Internal error sequence_number=%s", delivery.sequence_number)
+            run.settlement = Settlement(delivery, Action.LEAVE)  # again when its lock has run out
+        if self._running.pop(delivery, None) is not None:  # else the worker has ended without it
+            self._finished.append(run)
+        if self._alone is run:
+            self._alone = None
         self._wake.set()
 
-    async def _outcome(self, run: Run) -> Outcome:
-        """Run the task, unless something speaks against it; whatever it does, the worker goes on."""
-        task = run.task
-        registration = self._app.registration(task.function_name)
+    async def _call(self, run: Run) -> None:
+        """Call the function, unless something speaks against it; whatever it does, the worker goes on."""
+        task, delivery = run.task, run.delivery
+        assert task is not None
+        registration = run.registration = self._app.registration(task.function_name)
         if registration is None:
-            name = task.function_name
-            unknown = UsageError(f"{name!r} is not registered: import its module before run().")
-            return Outcome(Ending.UNREGISTERED, error=unknown)
-        if task.policy_is_default or task.default_options:
-            registration.apply_to(task)
+            run.outcome = Outcome.UNREGISTERED
+            run.error = UsageError(f"{task.function_name!r} is not registered: import its module before run().")
+            return
+        registration.fill_in(task)
+        if delivery.locked_until <= time.time():  # somebody else may have it
+            run.outcome = Outcome.LOCK_LOST
+            return
+        if self._is_over(delivery):
+            run.outcome = Outcome.KILLER
+            run.error = BoilermakerError(f"It was delivered {delivery.delivery_count} times, never settled.")
+            return
         if not may_run(task):
-            exhausted = RetryException(f"no try left: {task.attempts.attempts} made, {task.policy}")
-            return Outcome(Ending.NO_TRY_LEFT, error=exhausted)
-        if not task.acks_late and (refusal := await self._complete_early(run)) is not None:
-            return refusal
-        started = _log_begin(task)
-        _current_task.set(task)
+            run.outcome = Outcome.NO_TRY_LEFT
+            run.error = RetryException(f"no try left: {task.attempts.attempts} made, {task.policy}")
+            return
+        if not task.acks_late and not await self._complete_early(run):
+            return
+        self._log(logging.INFO, run, "Begin Task")
+        started = time.perf_counter()
         try:
-            outcome = self._returned(await registration.function(self._app.state, *task.args, **task.kwargs), task)
+            run.result = self._checked(await registration.function(self._app.state, *task.args, **task.kwargs), task)
+            run.outcome = Outcome.FAILED if run.result is TaskFailureResult else Outcome.RETURNED
         except BaseException as error:
-            outcome = Outcome(ending_of(task, error), error=error)
+            run.outcome, run.error = outcome_of(task, error), error
             if isinstance(error, asyncio.CancelledError) and self._program_ends():
-                run.stopped = run.stopped or Ending.STOPPED
-        if run.stopped is Ending.LOCK_LOST or (run.stopped is not None and outcome.ending is not Ending.RETURNED):
-            return Outcome(run.stopped)
-        if started is not None and outcome.ending is Ending.RETURNED:
-            _log_completion(task, time.perf_counter() - started)
-        return outcome
+                run.stopped = run.stopped or Outcome.STOPPED
+        if run.stopped is Outcome.LOCK_LOST or (run.stopped is not None and run.outcome is not Outcome.RETURNED):
+            run.outcome, run.error = run.stopped, None
+        elif run.outcome is Outcome.RETURNED:
+            self._log(logging.INFO, run, "Completed Task", " in %.5fs", time.perf_counter() - started)
 
     def _program_ends(self) -> bool:
         """Whether the worker is cancelled: `asyncio.run`, when it ends, cancels a task and its worker at once."""
-        return self._own is not None and self._own.cancelling() > 0
+        return self.ended.cancelling() > 0 or (self._owner is not None and self._owner.cancelling() > 0)
 
-    async def _complete_early(self, run: Run) -> Outcome | None:
-        """Complete the message of a task that is to run at most once; how it ended if that came in between."""
-        settlements = [Settlement(run.delivery, Disposition.COMPLETE)]
-        settling = self._receiver.settle(settlements, durable=True)
+    async def _complete_early(self, run: Run) -> bool:
+        """Complete the message of a task that is to run at most once; whether it may begin."""
+        assert self._receiver is not None
+        settlement = Settlement(run.delivery, Action.COMPLETE)
         try:
-            await asyncio.wait([settling])
+            await asyncio.wait([self._receiver.settle([settlement], durable=True)])
         except asyncio.CancelledError:
-            return Outcome(run.stopped or Ending.STOPPED)
-        rejections = _rejections(settlements, settling)
-        if rejections and not isinstance(rejections[0].error, MessageLockLost):
-            logger.error("Settling failed sequence_number=%s: %s", run.delivery.sequence_number, rejections[0].error)
-        return Outcome(Ending.LOCK_LOST) if rejections else None
+            run.outcome = run.stopped or Outcome.STOPPED
+            return False
+        if settlement.error is None:
+            return True
+        run.outcome = Outcome.LOCK_LOST
+        if not isinstance(settlement.error, MessageLockLost):
+            self._log(logging.ERROR, run, "Settling failed", ": %s", settlement.error)
+        return False
 
-    def _returned(self, result: Any, task: Task) -> Outcome:
-        """What a task's result means; a task that it returned is checked."""
-        if result is None:
-            return _RETURNED
-        if result is TaskFailureResult:
-            return Outcome(Ending.FAILED, result)
+    def _checked(self, result: Any, task: Task) -> Any:
+        """What a task returned; a task among it is bound, and one that is published already has its own life."""
         if isinstance(result, RetryException):
             raise UsageError(f"{task.function_name} returned {_short(result)}: raise it.")
         if inspect.iscoroutine(result):
             result.close()
             raise UsageError(f"{task.function_name} returned {_short(result)}: await it.")
-        if isinstance(result, (Task, TaskFunction)):
-            result = self._successor(_as_task(result), task)
-        return Outcome(Ending.RETURNED, result)
-
-    def _successor(self, returned: Task, task: Task) -> Task:
-        """A returned task, bound; one that is published already has its own life, and no say here."""
+        if not isinstance(result, (Task, TaskFunction)):
+            return result
+        returned = _as_task(result)
         if returned.message_id is None:
             return self._app.bound(returned)
-        if task.on_success is not None and task.on_success.takes_result:
+        if task.on_success is not None and _as_task(task.on_success).takes_result:
             raise UsageError(
                 f"{returned!r} is published already and cannot take over: return {returned.function_name}.si(...)."
             )
         return returned
 
-    def _settlement(self, run: Run, outcome: Outcome) -> Settlement:
-        """What to do with the message, its follow-up ready to be sent."""
-        delivery, task = run.delivery, run.task
-        message_id = delivery.message_id or f"{self._bus.queue_name}:{delivery.sequence_number}"
-        follow_up = None
+    def _conclude(self, run: Run) -> Settlement:
+        """What to do with the message, its follow-ups ready to be sent."""
+        settlement = decide(run, self._queue)
         try:
-            if outcome.ending is Ending.RETRY:  # with the arguments as they came, whatever the function did to them
-                original = decode(delivery.body, self._queue)
-                task.args, task.kwargs = original.args, original.kwargs
-            decision = decide(task, outcome, message_id)
-            if decision.follow_up is not None:
-                due = time.time() + decision.delay if decision.delay else None
-                follow_up = self._app.outgoing(decision.follow_up, decision.follow_up_id, due)
-        except UsageError as error:
-            logger.error(
-                "[%s] Follow-up rejected sequence_number=%s: %s", task.function_name, task.sequence_number, error
-            )
-            decision = reject(error)
-            if not task.acks_late and outcome.ending.ran:
-                decision = decision._replace(disposition=Disposition.LEAVE)
-        if outcome.ending is not Ending.RETURNED:
-            _log_ending(task, outcome, decision)
-        return Settlement(delivery, decision.disposition, decision.reason, decision.description, follow_up)
+            settlement.messages = [
+                self._app.outgoing(self._app.bound(task), message_id, time.time() + delay if delay else None)
+                for task, message_id, delay in settlement.follow_ups
+            ]
+        except Exception as error:
+            settlement = rejected(settlement, error)
+        if run.outcome is not Outcome.RETURNED:
+            self._log_outcome(run, settlement)
+        if settlement.reason == FOLLOW_UP_REJECTED:
+            self._log(logging.ERROR, run, "Follow-up rejected", ": %s", settlement.description)
+        return settlement
+
+    # -- settling
+
+    def _settle_finished(self) -> None:
+        for run in [run for run in self._finished if run.settlement and run.settlement.action is Action.KEEP]:
+            self._keep(run)
+        if self._finished:
+            assert self._receiver is not None
+            runs, self._finished = self._finished, []
+            settling = self._receiver.settle([run.settlement for run in runs if run.settlement is not None])
+            self._settling.add(settling)
+            settling.add_done_callback(functools.partial(self._settled, runs))
+
+    def _settled(self, runs: Sequence[Run], settling: asyncio.Future[None]) -> None:
+        self._settling.discard(settling)
+        self._look_again()
+        for run in runs:
+            assert run.settlement is not None
+            if run.settlement.error is not None:
+                self._log(logging.ERROR, run, "Settling failed", ": %s", run.settlement.error)
+            for message_id in run.settlement.dropped:
+                self._log(logging.WARNING, run, "Follow-up dropped as a duplicate", " message_id=%s", message_id)
+
+    def _keep(self, run: Run) -> None:
+        """Hold a dead letter that stays one until the worker ends: given back now, it would be received at once."""
+        self._kept[run.delivery] = run
+        if len(self._kept) == MOST_KEPT:
+            logger.error("Worker of %r ends: it holds %d dead letters that it leaves alone", self._bus, MOST_KEPT)
+            self.stop()
+
+    def _give_back(self, run: Run) -> None:
+        run.settlement = Settlement(run.delivery, Action.ABANDON)
+        self._finished.append(run)
+        self._wake.set()
 
     def _lock_lost(self, delivery: Delivery) -> None:
         if delivery in self._running:
-            self._cancel(self._running[delivery], Ending.LOCK_LOST)
+            self._stop_task(self._running[delivery], Outcome.LOCK_LOST)
+        self._kept.pop(delivery, None)
 
-    def _cancel(self, run: Run, ending: Ending) -> None:
-        run.stopped = run.stopped or ending
-        if run.runner is not None:
-            run.runner.cancel()
-            return
-        self._ready.remove(run)
-        del self._running[run.delivery]
-        name, number = run.task.function_name, run.delivery.sequence_number
-        logger.warning("[%s] Task %s before it began sequence_number=%s", name, ending.text, number)
-        self._finished.append(Settlement(run.delivery, ending.disposition))
-        self._wake.set()
+    def _stop_task(self, run: Run, outcome: Outcome) -> None:
+        run.stopped = run.stopped or outcome
+        if run.asyncio_task is not None:
+            run.asyncio_task.cancel()
 
     # -- the end
 
-    def _signalled(self, number: int) -> None:
-        """The first signal stops the worker, the second ends the grace period."""
-        self._signals += 1
-        self._stopping = True
-        name = signal.Signals(number).name
-        if self._signals == 1:
-            logger.warning(
-                "Received %s: shutting down; tasks running: %d, for %g s at most; a second signal ends them at once",
-                *(name, len(self._running) - len(self._ready), self._grace_period),
-            )
-        else:
-            logger.warning("Received %s: ending at once", name)
-        self._wake.set()
-
-    async def _stop_receiving(self) -> None:
+    async def _end(self) -> None:
+        """Take no more, let what runs come to its end for a while, give back what is left, and close."""
+        assert self._receiver is not None
         if self._receiving is not None:
             if not self._receiving.cancelling():  # a second time would keep it from giving back what just arrived
                 self._receiving.cancel()
-            await asyncio.wait([self._receiving], timeout=MAX_WAIT + STOP_PATIENCE)
+            await self._wait([self._receiving], MAX_WAIT + STOP_PATIENCE)
+        for delivery in [*self._waiting, *self._suspects]:
+            self._give_back(Run(delivery))
+        self._waiting.clear()
+        self._suspects.clear()
 
-    async def _finish_running(self) -> None:
-        """Give running tasks the grace period."""
-        loop = asyncio.get_running_loop()
-        deadline = loop.time() + self._grace_period
-        while not self._is_idle() and self._signals < 2:
+        # The grace period.
+        deadline = self.loop.time() + self._grace_period
+        while not self._is_idle() and not self._in_haste and (left := deadline - self.loop.time()) > 0:
             self._wake.clear()
             self._settle_finished()
-            remaining = deadline - loop.time()
-            if remaining <= 0:
-                break
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(remaining):
-                    await self._wake.wait()
+            waking = self.loop.create_task(self._wake.wait())
+            await self._wait([waking], left)
+            waking.cancel()
 
-    async def _end(self) -> None:
-        """Give back what is left, and close."""
-        await self._stop_receiving()
-        await self._stop_running()
+        # What is left is given back.
+        for run in list(self._running.values()):
+            self._stop_task(run, Outcome.STOPPED)
+        await self._wait([run.asyncio_task for run in self._running.values() if run.asyncio_task], STOP_PATIENCE)
+        for run in list(self._running.values()):
+            self._log(logging.ERROR, run, "Would not stop")
+            held = (run.task is None or run.task.acks_late) and run.stopped is Outcome.STOPPED
+            run.settlement = Settlement(run.delivery, Action.ABANDON if held else Action.LEAVE)
+            self._finished.append(run)
+        self._running.clear()
         self._settle_finished()
+        for run in self._kept.values():
+            self._give_back(Run(run.delivery, run.task))
+        self._settle_finished()
+        await self._wait(self._settling, STOP_PATIENCE)
         if self._settling:
-            _, unsettled = await asyncio.wait(self._settling, timeout=STOP_PATIENCE)
-            for settling in unsettled:
-                logger.error("A settlement did not end: its messages will be delivered again when their locks run out.")
-                settling.cancel()
-        for settlement in self._resending:
-            assert settlement.follow_up is not None
-            logger.error(
-                "A follow-up could not be published: message %s for queue %r",
-                *(settlement.follow_up.message_id, settlement.follow_up.queue),
-            )
-        await self._receiver.close()
+            logger.error("A settlement did not end: its messages will be delivered again when their locks run out.")
+        await self._wait([self.loop.create_task(self._receiver.close())])
+        for settling in list(self._settling):
+            settling.cancel()
         logger.info("Worker ended: %r", self._bus)
 
-    async def _stop_running(self) -> None:
-        """Cancel what runs, and wait for it to end; not for ever."""
-        for run in list(self._running.values()):
-            self._cancel(run, Ending.STOPPED)
-        runners = [run.runner for run in self._running.values() if run.runner is not None]
-        if runners:
-            await asyncio.wait(runners, timeout=STOP_PATIENCE)
-        while self._running:
-            delivery, run = self._running.popitem()
-            logger.error("[%s] Would not stop sequence_number=%s", run.task.function_name, delivery.sequence_number)
-            held = run.task.acks_late and run.stopped is Ending.STOPPED
-            self._finished.append(Settlement(delivery, Disposition.ABANDON if held else Disposition.LEAVE))
+    async def _wait(self, futures: Iterable[asyncio.Future[Any]], timeout: float = math.inf) -> None:
+        """Wait for all, for so long, however often it is cancelled: that only ends the grace period."""
+        deadline = self.loop.time() + timeout
+        while (pending := [future for future in futures if not future.done()]) and self.loop.time() < deadline:
+            try:
+                await asyncio.wait(pending, timeout=min(deadline - self.loop.time(), MAX_SECONDS))
+            except asyncio.CancelledError:
+                self._abandon()
 
+    # -- the log
 
-_references: Callable[[object], int] = getattr(sys, "getrefcount", lambda thing: 0)  # PyPy does not count
-
-
-def _cancels_itself(runner: asyncio.Task[None]) -> bool:
-    """Whether a task that has ended cancelled what it ran in: the next must not be met by that."""
-    return bool(runner.cancelling() or getattr(runner, "_must_cancel", False))
-
-
-@types.coroutine
-def _go_on(
-    context: contextvars.Context, coroutine: Coroutine[Any, Any, None], awaited: Any
-) -> Generator[Any, Any, None]:
-    """Take a coroutine that waits for something to its end, by the present asyncio task, in a context of its own."""
-    while True:
-        try:
-            step = functools.partial(coroutine.send, (yield awaited))
-        except BaseException as error:  # its own, such as a cancellation
-            step = functools.partial(coroutine.throw, error)
-        try:
-            awaited = context.run(step)
-        except StopIteration:
+    def _log(
+        self, level: int, run: Run, text: str, rest: str = "", *args: Any, error: BaseException | None = None
+    ) -> None:
+        """A line about a message, with fields for who reads them by machine; `current_task()` is its task meanwhile."""
+        if not logger.isEnabledFor(level):
             return
+        task, delivery = run.task, run.delivery
+        fields: dict[str, Any] = {
+            "queue": self._queue,
+            "sequence_number": delivery.sequence_number,
+            "delivery_count": delivery.delivery_count,
+        }
+        if task is not None:
+            fields |= {"task": task.function_name, "task_id": task.task_id, "attempt": task.attempts.attempts + 1}
+            text, args = f"[%s] {text}", (_printable(task.function_name), delivery.sequence_number, *args)
+        else:
+            args = (delivery.sequence_number, *args)
+        token = None if task is None else _current_task.set(task)
+        try:
+            traced = None if error is None or error.__traceback__ is None else error  # only what was raised has one
+            logger.log(level, f"{text} sequence_number=%s{rest}", *args, extra=fields, exc_info=traced)
+        finally:
+            if token is not None:
+                _current_task.reset(token)
+
+    def _log_outcome(self, run: Run, settlement: Settlement) -> None:
+        """How a run ended that did not return."""
+        task, outcome, error = run.task, run.outcome, run.error
+        assert outcome is not None
+        match outcome:
+            case Outcome.UNDECODABLE:
+                self._log(logging.ERROR, run, "Invalid task", ": %s", error)
+            case Outcome.RETRY if task is not None and settlement.follow_ups:
+                retry, (again, _, delay) = _retry_in(error), settlement.follow_ups[0]
+                tries = ((retry and retry.policy) or task.policy or DEFAULT_POLICY).max_tries
+                self._log(
+                    *(logging.WARNING, run, "Retry", " [attempt %d of %d] in %g s: %s"),
+                    *(again.attempts.attempts, tries, delay, _printable(_message_of(error or RetryException()))),
+                )
+            case Outcome.STOPPED:
+                held = task is None or task.acks_late
+                fate = "given back" if held else "not to run again, as acks_late=False"
+                self._log(logging.WARNING, run, f"Stopped with the worker, {fate}")
+            case Outcome.LOCK_LOST:
+                held = task is None or task.acks_late
+                again_text = "it will run again" if held else "it may not run again, as acks_late=False"
+                self._log(logging.ERROR, run, f"Lock lost, {'cancelled' if run.stopped else 'not begun'}: {again_text}")
+            case _:
+                kept = ", left as it is" if settlement.action is Action.KEEP else ""
+                self._log(
+                    *(logging.ERROR, run, f"Task {outcome.text}{kept}", ": %s", _printable(describe(error))),
+                    error=error,
+                )
 
 
-def _rejections(settlements: Sequence[Settlement], settling: asyncio.Future[list[Rejection]]) -> list[Rejection]:
-    """What was not settled: all, if the transaction over them failed."""
-    if settling.cancelled():
-        return []
-    error = settling.exception()
-    if isinstance(error, Exception):
-        return [Rejection(settlement, error) for settlement in settlements]
-    return settling.result()
+class _Signals:
+    """Tells the workers of the main thread of SIGINT and SIGTERM, where the program has set no handler of its own."""
 
+    def __init__(self) -> None:
+        self._listeners: dict[Callable[[int], None], asyncio.AbstractEventLoop] = {}
+        self._previous: dict[int, Any] = {}
 
-def _log_begin(task: Task) -> float | None:
-    """Say that a task begins; when that was, or None if nobody wants to know."""
-    if not logger.isEnabledFor(logging.INFO):
-        return None
-    logger.info("[%s] Begin Task sequence_number=%s", task.function_name, task.sequence_number)
-    return time.perf_counter()
-
-
-def _log_completion(task: Task, seconds: float) -> None:
-    logger.info("[%s] Completed Task sequence_number=%s in %.5fs", task.function_name, task.sequence_number, seconds)
-
-
-def _log_ending(task: Task, outcome: Outcome, decision: Decision) -> None:
-    """Say how a run ended that did not return."""
-    name, number, error = task.function_name, task.sequence_number, outcome.error
-    match outcome.ending:
-        case Ending.RETRY:
-            tries = policy_in_force(task, error).max_tries
-            logger.warning(
-                "[%s] Retry sequence_number=%s [attempt %d of %d] in %d s: %s",
-                *(name, number, task.attempts.attempts + 1, tries, decision.delay, error),
-            )
-        case Ending.STOPPED:
-            fate = "given back" if task.acks_late else "not to run again, as acks_late=False"
-            logger.warning("[%s] Stopped with the worker, %s sequence_number=%s", name, fate, number)
-        case Ending.LOCK_LOST:
-            again = "it will run again" if task.acks_late else "it may not run again, as acks_late=False"
-            logger.error("[%s] Lock lost, cancelled: %s sequence_number=%s", name, again, number)
-        case _:
-            logger.error(
-                "[%s] Task %s sequence_number=%s: %s",
-                *(name, outcome.ending.text, number, describe(error)),
-                exc_info=error if getattr(error, "__traceback__", None) else None,  # only what was raised has one
-            )
-
-
-class SignalHandlers:
-    """Tells all workers of an event loop of SIGINT and SIGTERM (in the main thread, on Unix).
-
-    A handler of the program's own, such as a web server's, hears of them when the last worker has ended.
-    """
-
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self.listeners: list[Callable[[int], None]] = []
-        self._loop = loop
-        self._previous: dict[int, tuple[Any, Any]] = {}  # the process's handler, and the event loop's behind it
-        self._received: set[int] = set()
-
-    def take_over(self) -> None:
+    @contextlib.contextmanager
+    def told_to(self, listener: Callable[[int], None], loop: asyncio.AbstractEventLoop) -> Iterator[None]:
+        if threading.current_thread() is not threading.main_thread():  # Python sets handlers only there
+            yield
+            return
+        self._listeners = {each: its for each, its in self._listeners.items() if not its.is_closed()} | {listener: loop}
         for number in (signal.SIGINT, signal.SIGTERM):
-            with contextlib.suppress(NotImplementedError, RuntimeError, ValueError):
-                previous = signal.getsignal(number), getattr(self._loop, "_signal_handlers", {}).get(number)
-                self._loop.add_signal_handler(number, self._tell, number)
+            previous = signal.getsignal(number)
+            if number not in self._previous and _is_default(previous):
                 self._previous[number] = previous
+                signal.signal(number, self._handle)
+        try:
+            yield
+        finally:
+            self._listeners.pop(listener, None)
+            if not self._listeners:
+                self.give_back()
 
-    def _tell(self, number: int) -> None:
-        self._received.add(number)
-        for listener in list(self.listeners):
-            listener(number)
+    def _handle(self, number: int, frame: object) -> None:
+        for listener, loop in list(self._listeners.items()):
+            with contextlib.suppress(RuntimeError):  # the loop is closed
+                loop.call_soon_threadsafe(listener, number)
 
     def give_back(self) -> None:
-        for number, (handler, handle) in self._previous.items():
-            self._loop.remove_signal_handler(number)
-            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
-            if handle is not None:
-                self._loop.add_signal_handler(number, handle._callback, *handle._args)
-        for number in self._received:
-            if _is_of_the_program(self._previous[number][0]):
-                signal.raise_signal(number)
+        """Restore what was there, unless somebody else has set a handler since; in a forked child, at once."""
+        for number, previous in self._previous.items():
+            if signal.getsignal(number) == self._handle:
+                signal.signal(number, previous)
+        self._previous.clear()
+        self._listeners.clear()
 
 
-def _is_of_the_program(handler: Any) -> bool:
-    """Whether a signal handler is neither the system's nor Python's nor that of `asyncio.run`."""
+def _is_default(handler: Any) -> bool:
+    """Whether a signal handler is the system's, Python's or `asyncio.run`'s."""
     owner = getattr(getattr(handler, "func", None), "__self__", None)
-    return callable(handler) and handler is not signal.default_int_handler and not isinstance(owner, asyncio.Runner)
+    return handler in (signal.SIG_DFL, signal.default_int_handler) or isinstance(owner, asyncio.Runner)
 
 
-_signals: dict[asyncio.AbstractEventLoop, SignalHandlers] = {}
-
-
-@contextlib.contextmanager
-def _on_signals(listener: Callable[[int], None]) -> Iterator[None]:
-    """Have a worker told of signals."""
-    loop = asyncio.get_running_loop()
-    signals = _signals.setdefault(loop, SignalHandlers(loop))
-    signals.listeners.append(listener)
-    if len(signals.listeners) == 1:
-        signals.take_over()
-    try:
-        yield
-    finally:
-        signals.listeners.remove(listener)
-        if not signals.listeners:
-            del _signals[loop]
-            signals.give_back()
+_signals = _Signals()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_signals.give_back)
 
 
 # ======================================================================================================================
@@ -4562,12 +4713,16 @@ class Boilermaker:
 
     def __init__(self, state: Any, service_bus_client: ServiceBus, enable_opentelemetry: bool = False) -> None:
         if isinstance(service_bus_client, type) or not hasattr(service_bus_client, "open_receiver"):
+            of_azure = type(service_bus_client).__module__.startswith("azure.")
+            hint = " Give that one's settings to AzureServiceBus(namespace_url, queue_name)." if of_azure else ""
             raise UsageError(
-                f"service_bus_client={service_bus_client!r} must be a LocalServiceBus or an AzureServiceBus."
+                f"service_bus_client={service_bus_client!r} must be a LocalServiceBus or an AzureServiceBus.{hint}"
             )
         self.state = state
         self.service_bus_client = service_bus_client
         self.tracing = Tracing(service_bus_client) if enable_opentelemetry else None
+        self.workers: set[Worker] = set()
+        """Those that run now."""
         self._registry: dict[str, Registration] = {}
         self._by_function: dict[Callable[..., Any], Registration] = {}
 
@@ -4578,8 +4733,17 @@ class Boilermaker:
         await self.close()
 
     async def close(self) -> None:
-        """Close the bus."""
-        await self.service_bus_client.close()
+        """End the workers of this event loop, as `stop` does, then close the bus.
+
+        Raises:
+            UsageError: called by a task, whose worker cannot end before it.
+        """
+        if self._works_here():
+            raise UsageError("close() was called by a task, before its worker has ended: stop() asks that to end.")
+        try:
+            await self.stop()
+        finally:
+            await self.service_bus_client.close()
 
     # -- registering
 
@@ -4628,7 +4792,7 @@ class Boilermaker:
             registration = self._register(
                 function, name=name, policy=policy, should_dead_letter=should_dead_letter, acks_late=acks_late
             )
-            return TaskFunction(self, registration, registration.function)
+            return TaskFunction(self, registration)
 
         return decorate if function is None else decorate(function)
 
@@ -4669,21 +4833,31 @@ class Boilermaker:
     ) -> Registration:
         if isinstance(function, TaskFunction):
             function = function.function
-        function_name = _function_name(function)
-        name = function_name if name is None else name
-        if not isinstance(name, str) or not name:
-            raise UsageError(f"name={name!r} of {function_name} must be a string that is not empty.")
-        if _arity(function)[1] < 0:
+        name = _function_name(function, name)
+        if _signature(function)[2] < 0:
             raise UsageError(
                 f"{name} must take the application's state as its first argument: async def {name}(state)."
             )
+        _checked_policy(name, policy)
+        for option, value in (("should_dead_letter", should_dead_letter), ("acks_late", acks_late)):
+            if type(value) is not bool:
+                raise UsageError(f"{name}: {option}={value!r} must be True or False.")
         if name in self._registry:
-            raise UsageError(f"Function already registered: {name}. Give one of the two another name with name='...'.")
-        _check_options(name, policy, should_dead_letter=should_dead_letter, acks_late=acks_late)
-        registration = Registration(name, function, policy or DEFAULT_POLICY, should_dead_letter, acks_late)
+            self._check_replacement(name, self._registry[name].function, function)
+        options = Options(policy or DEFAULT_POLICY, should_dead_letter, acks_late)
+        registration = Registration(name, function, options)
         self._registry[name] = self._by_function[function] = registration
         logger.info("Registered background function fn=%s", name)
         return registration
+
+    def _check_replacement(self, name: str, former: Callable[..., Any], function: Callable[..., Any]) -> None:
+        """Allow what a notebook's cell does that is run twice, or a module that is reloaded; else the name is taken."""
+        if former is function:
+            raise UsageError(f"Function already registered: {name}, this very one. Leave out one of the two.")
+        place, former_place = _place_of(function), _place_of(former)
+        if place is None or place[:2] != (former_place or ())[:2] or "<locals>" in place[1]:
+            raise UsageError(f"Function already registered: {name}. Give one of the two another name with name='...'.")
+        logger.warning("Registered anew: %s of %s replaces that of %s", name, place[2], (former_place or place)[2])
 
     @property
     def task_names(self) -> list[str]:
@@ -4728,17 +4902,17 @@ class Boilermaker:
     def _new_task(self, fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any], policy: RetryPolicy | None) -> Task:
         function = fn.function if isinstance(fn, TaskFunction) else fn
         name = fn.registration.name if isinstance(fn, TaskFunction) else ""
+        if not callable(function):
+            raise UsageError(
+                f"What is to be run must be a function, not {_short(fn)}: a Task is published by publish_task, "
+                "a task known by name alone by send_task."
+            )
         registration = self._registration_of(function, name)
         if registration is None:
-            if not callable(fn):
-                raise UsageError(
-                    f"What is to be run must be a function, not {_short(fn)}: a Task is published by publish_task, "
-                    "a task known by name alone by send_task."
-                )
             raise _unregistered(getattr(fn, "__name__", repr(fn)))
-        task = _task_of(registration, self, args, kwargs)
-        if policy is not None:
-            _set_policy(task, policy)
+        task = Task(function_name=registration.name, args=list(args), kwargs=kwargs)
+        task.policy = _checked_policy(registration.name, policy)
+        task._app, task._function = self, function
         return task
 
     def chain(self, *tasks: TaskLike, on_failure: TaskLike | None = None) -> Task:
@@ -4756,12 +4930,13 @@ class Boilermaker:
         for member, following in itertools.pairwise(members):
             if following is member:
                 raise UsageError(f"{member!r} is in the chain twice in a row: use copy().")
-            if following not in _chain_of(member):
+            steps = _chain_of(member)
+            if following not in steps:
                 _check_beginning(following)
-                _last(member).on_success = following
+                steps[-1].on_success = following
         for step in _chain_of(members[0]):
             step.on_failure = failure or step.on_failure
-        _workflow(members[0])
+        _workflow(members[0])  # the callback of a failure may close a circle too
         return members[0]
 
     # -- publishing
@@ -4805,12 +4980,10 @@ class Boilermaker:
         """
         if not isinstance(name, str) or not name:
             raise UsageError(f"send_task: name={_short(name)} must be the name a task is registered under.")
-        task = _task_by_name(name, args, kwargs)
+        task = Task(function_name=name, args=list(args), kwargs=kwargs, policy=_checked_policy(name, policy))
         task.queue = None if queue is None else _checked_queue_name(queue)
         task.on_success = None if on_success is None else _as_task(on_success, "on_success")
         task.on_failure = None if on_failure is None else _as_task(on_failure, "on_failure")
-        if policy is not None:
-            _set_policy(task, policy)
         return await self.publish_task(task, delay=delay, eta=eta, publish_attempts=publish_attempts)
 
     async def publish_task(
@@ -4857,7 +5030,7 @@ class Boilermaker:
             raise UsageError(f"publish_attempts={publish_attempts!r} must be an int of at least 1.")
         due = _due_time(delay, eta)
         heads = [self.bound(_as_task(task, "What is published")) for task in _listed(tasks, "publish_many")]
-        with _NO_SPANS if self.tracing is None else contextlib.ExitStack() as spans:
+        with contextlib.ExitStack() as spans:
             messages = [self.outgoing(head, head.task_id, due, spans) for head in heads]
             numbers = await self._send(messages, publish_attempts)
         for head, message, number in zip(heads, messages, numbers, strict=True):
@@ -4868,20 +5041,22 @@ class Boilermaker:
         """A workflow as this application would publish it: complete, and all its functions known.
 
         Raises:
-            UsageError: the task is not the head, or a function is not registered.
+            UsageError: the task is not the head, a function is not registered, or a queue cannot be sent to.
         """
-        _check_head(head)
+        _check_beginning(head)
+        if head.takes_result:
+            raise UsageError(f"{head!r} was made by .s(), for a parent's result, but has no parent: make it by .si().")
         single = head.on_success is None and head.on_failure is None
         for task in [head] if single else _workflow(head):
             _check_fields(task)
             registration = self._registration_of(task._function, task.function_name)
             if registration is not None:
-                task.function_name = registration.name
-                if task.policy_is_default or task.default_options:
-                    registration.apply_to(task)
-                _check_call(task)
+                task.function_name, task._published = registration.name, registration.options
+                _check_call(task, registration.function)
             elif task._function is not None and task.queue in (None, self.queue_name):
                 raise _unregistered(task.function_name)
+            if task.queue not in (None, self.queue_name):
+                self.service_bus_client.check_queue(task.queue)
             task._app = task._app or self
         return head
 
@@ -4893,28 +5068,24 @@ class Boilermaker:
         Args:
             spans: where a span that covers the sending is ended; if None, it covers only the making.
         """
-        bus = self.service_bus_client
-        home = self.queue_name
+        bus, home = self.service_bus_client, self.queue_name
         queue = task.queue or home
         if len(message_id) > MAX_MESSAGE_ID_LENGTH:
             raise UsageError(f"{task!r}: a message id has at most {MAX_MESSAGE_ID_LENGTH} characters.")
-        properties = _NO_PROPERTIES if self.tracing is None else self._traced(task, queue, message_id, spans)
-        message = Outgoing(encode(task, queue, home), message_id, queue, due, properties)
+        properties = _NO_PROPERTIES
+        if self.tracing is not None:
+            span, properties = self.tracing.publishing(task, queue, message_id)
+            if spans is None:
+                span.end()
+            else:
+                spans.push(functools.partial(_end_span, span))
+        message = Outgoing(encode(task, queue, home), message_id, queue, due, properties, task.function_name)
         if (size := bus.size(message)) > bus.max_message_bytes:
             raise MessageTooLarge(
                 f"{task!r} with its callbacks makes a message of {size} bytes, the limit is {bus.max_message_bytes}: "
                 "store the data elsewhere and pass its id."
             )
         return message
-
-    def _traced(self, task: Task, queue: str, message_id: str, spans: contextlib.ExitStack | None) -> Mapping[str, str]:
-        assert self.tracing is not None
-        span, properties = self.tracing.publishing(task, queue, message_id)
-        if spans is None:
-            span.end()
-        else:
-            spans.push(functools.partial(_end_span, span))
-        return properties
 
     async def _send(self, messages: Sequence[Outgoing], attempts: int) -> list[int | None]:
         errors: list[Exception] = []
@@ -4937,12 +5108,14 @@ class Boilermaker:
         *,
         grace_period: float = 25,
         max_lock_renewal: float = 24 * 3600,
+        max_deliveries: int | None = 9,
     ) -> None:
-        """Receive and run tasks until SIGINT or SIGTERM, or until cancelled.
+        """Receive and run tasks until SIGINT or SIGTERM, until `stop`, or until cancelled.
 
         On a signal the worker takes no more, gives running tasks the grace period, and then gives their messages back;
-        a second signal ends the grace period. Handlers that the program had set hear of it afterwards. Cancelling gives
-        them back at once. A lost connection is reconnected without end.
+        a second signal, half a second later or more, ends the grace period. It listens to a signal only where the
+        program has no handler of its own: a web server has, and its lifespan's end calls `stop`. Cancelling gives the
+        messages back at once. A lost connection is reconnected without end.
 
         Args:
             concurrency: how many tasks run at the same time.
@@ -4950,30 +5123,56 @@ class Boilermaker:
                 worker, is not waited for.
             grace_period: seconds; less than the 30 after which Kubernetes kills.
             max_lock_renewal: seconds after which a task that still runs is cancelled, to be delivered again.
+            max_deliveries: after so many deliveries without a settlement a message is not run any more, since it has
+                ended its workers, but dead-lettered, and `on_failure` published. One less than the queue's own limit at
+                most, which would dead-letter it without. None: only that limit counts.
 
         Raises:
-            ConfigurationError: at the start, the queue, the credential or the file is not right; says what to do.
+            ConfigurationError: at the start, the queue, the credential or the file is not right; says what to do. Or,
+                later, another program's file is in the place of the queue's.
             ServiceBusUnavailable: at the start, the bus cannot be reached.
         """
         if type(concurrency) is not int or concurrency < 1:
             raise UsageError(f"concurrency={concurrency!r} must be an int of at least 1.")
         _positive("max_lock_renewal", max_lock_renewal)
         _positive("grace_period", grace_period, or_zero=True)
-        await Worker(self, concurrency, burst, grace_period, max_lock_renewal).run()
+        limit = self.service_bus_client.max_delivery_count
+        if max_deliveries is not None:
+            _count("max_deliveries", max_deliveries)
+            max_deliveries = max_deliveries if limit is None else max(min(max_deliveries, limit - 1), 1)
+        worker = Worker(
+            self,
+            concurrency=concurrency,
+            burst=burst,
+            grace_period=grace_period,
+            max_renewal=max_lock_renewal,
+            max_deliveries=max_deliveries,
+        )
+        await worker.run()
+
+    async def stop(self) -> None:
+        """End the workers of this event loop: they take no more, and give what runs their grace period.
+
+        Returns when they have ended; called by a task of such a worker, it only asks.
+        """
+        workers = [worker for worker in self.workers if worker.loop is asyncio.get_running_loop()]
+        for worker in workers:
+            worker.stop()
+        if workers and not self._works_here():
+            await asyncio.wait([worker.ended for worker in workers])
+
+    def _works_here(self) -> bool:
+        """Whether it is a task of one of our workers that calls."""
+        task = _current_task.get(None)
+        return task is not None and task._worker in self.workers
 
 
-def _check_options(name: str, policy: object, **flags: object) -> None:
-    if policy is not None and not isinstance(policy, RetryPolicy):
-        raise UsageError(f"{name}: policy={policy!r} must be a RetryPolicy.")
-    for option, value in flags.items():
-        if type(value) is not bool:
-            raise UsageError(f"{name}: {option}={value!r} must be True or False.")
-
-
-def _listed(things: Iterable[T], taker: str) -> list[T]:
-    if not isinstance(things, Iterable):
-        raise UsageError(f"{taker} takes a list, not {_short(things)}.")
-    return list(things)
+def _place_of(function: Any) -> tuple[str, str, str] | None:
+    """The module and the qualified name of a function, and its line for people; None of what has no name."""
+    if not hasattr(function, "__qualname__"):
+        return None
+    code = inspect.unwrap(function).__code__
+    return function.__module__, function.__qualname__, f"{code.co_filename}:{code.co_firstlineno}"
 
 
 def _unregistered(name: str) -> UsageError:
@@ -4988,7 +5187,7 @@ async def _debug_task(state: Any) -> int:
     return 0
 
 
-_BUILT_IN = {"debug_task": Registration("debug_task", _debug_task)}
+_BUILT_IN = {"debug_task": Registration("debug_task", _debug_task, Options())}
 
 
 # ======================================================================================================================

@@ -209,7 +209,7 @@ class Bare(Peer):
         import boilermaker
 
         self.connect("FULL")
-        self.connection.executescript(boilermaker.SCHEMA)
+        self.connection.executescript(";".join(boilermaker.MIGRATIONS))
         self.body = boilermaker.encode(boilermaker.Task(function_name="noop", args=[12345]), "tasks", "tasks")
 
     async def publish(self, task: str, number: int) -> None:

@@ -277,7 +277,7 @@ class Broker(Store):
 
     def rows(self, condition: str, *parameters: Any) -> list[Row]:
         sql = f"SELECT {', '.join(Row._fields)} FROM message WHERE {condition}"
-        return [Row(*row) for row in self._connection.execute(sql, parameters)]
+        return [Row(*row) for row in self.sql.execute(sql, parameters)]
 
     def numbered(self, sequence_numbers: Iterable[int]) -> list[Row]:
         wanted = "sequence_number IN (SELECT value FROM json_each(?)) ORDER BY sequence_number"
@@ -329,7 +329,7 @@ class Broker(Store):
             raise Refusal("com.microsoft:message-lock-lost", text)
         return now
 
-    def settle(self, queue: str, lock: Lock, status: str, reason: str = "", description: str = "") -> None:
+    def let_go(self, queue: str, lock: Lock, status: str, reason: str = "", description: str = "") -> None:
         """Let go of a message. The status is the service's word for how, or `released`: as if never delivered."""
         now = self.hold(lock)
         self.stirred.add(queue)
@@ -351,7 +351,7 @@ class Broker(Store):
                  WHEN state = ? THEN 'locked' ELSE 'scheduled' END
         """
         sql = f"SELECT {kinds}, count(*) FROM message JOIN queue USING (queue_id) GROUP BY 1"
-        counted = self._connection.execute(sql, (DEAD_LETTER_SUFFIX, DEFERRED, now, LOCKED)).fetchall()
+        counted = self.sql.execute(sql, (DEAD_LETTER_SUFFIX, DEFERRED, now, LOCKED)).fetchall()
         return dict.fromkeys(("active", "locked", "scheduled", "deferred", "dead"), 0) | dict(counted)
 
 
@@ -395,7 +395,7 @@ def renew_lock(broker: Broker, queue: str, body: Body) -> Body:
 def update_disposition(broker: Broker, queue: str, body: Body) -> Body:
     reason, description = body.get("deadletter-reason") or "", body.get("deadletter-description") or ""
     for token in body["lock-tokens"]:
-        broker.settle(queue, Lock.of_token(token), body["disposition-status"], reason, description)
+        broker.let_go(queue, Lock.of_token(token), body["disposition-status"], reason, description)
     return {}
 
 
@@ -634,7 +634,7 @@ class Wire(asyncio.Protocol):
     def settle(self, link: Any, delivery: Any) -> None:
         state, refusal = delivery.remote_state, None
         try:
-            self.broker.settle(link.queue, delivery.lock, *outcome_of(delivery))
+            self.broker.let_go(link.queue, delivery.lock, *outcome_of(delivery))
         except Refusal as lost:
             state, refusal = proton.Delivery.REJECTED, lost
         if not self.answer_is_lost() and link.name in self.links:
@@ -712,7 +712,7 @@ class Service:
         outlet.advance()
         if outlet.snd_settle_mode == proton.Link.SND_SETTLED:  # receive and delete
             delivery.settle()
-            self.broker.settle(outlet.queue, lock, "completed")
+            self.broker.let_go(outlet.queue, lock, "completed")
 
     def set_alarm(self, queue: str) -> None:
         if alarm := self.alarms.pop(queue, None):
