@@ -545,9 +545,13 @@ class Registration:
 
     def fill_in(self, task: Task) -> None:
         """Put in force for a task that is about to run what it was not given."""
-        for option, value in zip(Options._fields, self.options, strict=True):
-            if getattr(task, option) is None:
-                setattr(task, option, value)
+        options = self.options
+        if task.policy is None:
+            task.policy = options.policy
+        if task.should_dead_letter is None:
+            task.should_dead_letter = options.should_dead_letter
+        if task.acks_late is None:
+            task.acks_late = options.acks_late
 
 
 class _Bound:
@@ -1027,7 +1031,16 @@ def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
 
-_from_json: Callable[[str], Any] = json.JSONDecoder(parse_float=_finite, parse_constant=_no_constant).decode
+_decoder = json.JSONDecoder(parse_float=_finite, parse_constant=_no_constant)
+
+
+def _from_json(text: str) -> Any:
+    """As `json.loads`, strict about numbers, and quicker where there is no white space around the value."""
+    try:
+        document, end = _decoder.raw_decode(text)
+    except ValueError:
+        return _decoder.decode(text)
+    return document if end == len(text) else _decoder.decode(text)
 
 
 class InvalidTaskFormat(BoilermakerError):
@@ -1066,20 +1079,22 @@ def _read_payload(document: dict[str, Any], name: str, where: str) -> dict[str, 
 
 
 def _read_policy(document: dict[str, Any], name: str, where: str) -> RetryPolicy:
-    values = [document.get(key) for key in ("max_tries", "delay", "delay_max", "retry_mode")]
     try:
-        return (_policy_of if all(type(value) is int for value in values) else RetryPolicy)(*values)  # type: ignore
-    except UsageError as error:
+        return _policy_of(*_policy_values(document))
+    except KeyError as missing:
+        raise InvalidTaskFormat(f"{name} of {where}: {missing} is missing.") from missing
+    except (UsageError, TypeError) as error:
         raise InvalidTaskFormat(f"{name} of {where}: {error}") from error
 
 
-@functools.lru_cache(maxsize=1024)
-def _policy_of(max_tries: int, delay: int, delay_max: int, retry_mode: int) -> RetryPolicy:
+_policy_values = operator.itemgetter("max_tries", "delay", "delay_max", "retry_mode")
+
+
+@functools.lru_cache(maxsize=1024, typed=True)
+def _policy_of(max_tries: Any, delay: Any, delay_max: Any, retry_mode: Any) -> RetryPolicy:
     """A policy as it stands in a message: there, a maximum under the delay is no error."""
-    policy = RetryPolicy(max_tries, delay, max(delay, delay_max), retry_mode)  # type: ignore[arg-type]
-    if delay_max < delay:
-        RetryPolicy(max_tries, 0, delay_max)
-        object.__setattr__(policy, "delay_max", delay_max)
+    policy = RetryPolicy(max_tries, 0, delay_max, retry_mode)
+    object.__setattr__(policy, "delay", RetryPolicy(delay=delay).delay)
     return policy
 
 
@@ -1133,6 +1148,8 @@ FIELDS = ALWAYS_WRITTEN + WRITTEN_WHERE_SET + WRITTEN_WITH_OTHERS
 _TEMPLATE = "{" + "".join(f'"{each.name}":%s,' for each in ALWAYS_WRITTEN) + '%s%s,"on_success":%s,"on_failure":%s}'
 _WRITERS = [each.write for each in ALWAYS_WRITTEN]
 _READERS = {each.name: (each.json_type, each.read) for each in FIELDS if each.json_type is not None}
+_TYPES = [each.types for each in FIELDS if each.types]
+_attributes = operator.attrgetter(*(each.name for each in FIELDS if each.types))
 _always = operator.attrgetter(*(each.name for each in ALWAYS_WRITTEN))
 _where_set = operator.attrgetter(*(each.name for each in WRITTEN_WHERE_SET))
 _JSON_TYPES: Mapping[type, str] = {str: "a string", bool: "true or false", list: "an array", dict: "an object"}
@@ -1140,10 +1157,11 @@ _JSON_TYPES: Mapping[type, str] = {str: "a string", bool: "true or false", list:
 
 def _check_fields(task: Task) -> None:
     """Refuse what was set by hand and cannot be."""
-    for each in FIELDS:
-        if each.types and not isinstance(value := getattr(task, each.name), each.types):
-            expected = " or ".join(kind.__name__ for kind in each.types)
-            raise UsageError(f"{task!r}: {each.name}={_short(value)} must be of type {expected}.")
+    if not all(map(isinstance, _attributes(task), _TYPES)):
+        for each in FIELDS:
+            if each.types and not isinstance(value := getattr(task, each.name), each.types):
+                expected = " or ".join(kind.__name__ for kind in each.types)
+                raise UsageError(f"{task!r}: {each.name}={_short(value)} must be of type {expected}.")
     if not task.function_name or not task.task_id:
         name = "task_id" if task.function_name else "function_name"
         raise UsageError(f"{task!r}: {name}='' must not be empty.")
@@ -1183,17 +1201,18 @@ def _write_options(
 
 def _read_options(fields: dict[str, Any]) -> Options:
     """Turn what is marked into None; what stood there, the publisher's registration, is given back."""
-    policy, scheduled = fields.get("policy"), fields.pop("scheduled_policy", None)
+    policy = fields.get("policy")
     published = Options(policy or DEFAULT_POLICY, fields.get("should_dead_letter", True), fields.get("acks_late", True))
-    if scheduled is not None:
-        fields["policy"], fields["retry_policy"] = scheduled, policy
+    if "scheduled_policy" in fields:
+        fields["policy"], fields["retry_policy"] = fields.pop("scheduled_policy"), policy
     if fields.pop("policy_is_default", policy is None):
         fields["policy"] = None
         if "attempts" in fields and fields["attempts"].attempts:  # whoever published a retry allowed it
             fields["retry_policy"] = policy
-    for name in fields.pop("default_options", ()):
-        if name in ("should_dead_letter", "acks_late"):
-            fields.pop(name, None)
+    if "default_options" in fields:
+        for name in fields.pop("default_options"):
+            if name in ("should_dead_letter", "acks_late"):
+                fields[name] = None
     return published
 
 
@@ -1248,7 +1267,7 @@ def _encode_one(task: Task, queue: str | None, on_success: str, on_failure: str)
                 options += f',"{each.name}":{each.write(value)}'
     queue_text = "" if queue is None else f',"queue":{_to_json(queue)}'
     try:
-        written = [write(value) for write, value in zip(_WRITERS, _always(task), strict=True)]
+        written = [write(value) for write, value in zip(_WRITERS, _always(task))]  # noqa: B905
         return _TEMPLATE % (*written, options, queue_text, on_success, on_failure)
     except (TypeError, ValueError, RecursionError) as error:
         raise _explain_arguments(task, error) from error
@@ -1291,7 +1310,8 @@ def _decode_one(document: Any, queue: str, where: str) -> Task:
         if type(value) is not json_type:
             raise InvalidTaskFormat(f"{name} of {where} must be {_JSON_TYPES[json_type]}, not {_short(value)}.")
         fields[name] = value if read is None else read(value, name, where)
-    fields.update(fields.pop("payload", {}))
+    if "payload" in fields:
+        fields.update(fields.pop("payload"))
     for name in ("task_id", "function_name"):
         if name not in fields:
             raise InvalidTaskFormat(f"{name} of {where} is missing.")
@@ -1561,11 +1581,12 @@ def rejected(settlement: Settlement, error: Exception) -> Settlement:
 
 def _follow_ups(run: Run, queue: str) -> list[FollowUp]:
     """What is published when a run has ended, under ids that no other task's follow-ups have."""
-    task, outcome, dead = run.task, run.outcome, queue.endswith(DEAD_LETTER_SUFFIX)
+    task, outcome = run.task, run.outcome
+    if outcome is Outcome.RETURNED and task and task.on_success is None and not isinstance(run.result, Task):
+        return []  # most messages
+    dead = queue.endswith(DEAD_LETTER_SUFFIX)
     if task is None or outcome is None or (dead and outcome is Outcome.UNREGISTERED):
         return []
-    if outcome is Outcome.RETURNED and task.on_success is None and not isinstance(run.result, Task):
-        return []  # most messages
 
     root = task.root if task.root and not dead else root_of(run.delivery, queue)
     if outcome is Outcome.RETRY:
@@ -1589,8 +1610,10 @@ def outcome_of(task: Task, error: BaseException) -> Outcome:
 
 def may_run(task: Task) -> bool:
     """Whether a received task has a try left: one that was published with too few, or by another hand, may not."""
-    policies = [policy for policy in (task.policy, task.retry_policy) if policy is not None]
-    return task.attempts.attempts < max((policy.max_tries for policy in policies), default=MAX_TRIES)
+    tries = MAX_TRIES if task.policy is None else task.policy.max_tries
+    if task.retry_policy is not None:
+        tries = max(tries, task.retry_policy.max_tries)
+    return task.attempts.attempts < tries
 
 
 def _retry_in(error: BaseException | None) -> RetryException | None:
@@ -2099,21 +2122,28 @@ class Store(Connection):
 
     # -- settling
 
-    def settle(self, queue: str, settlement: Settlement, now: float) -> None:
-        """Settle and publish what follows, or, if the lock was lost, neither."""
-        delivery, held = settlement.delivery, True
+    def settle(self, queue: str, settlements: Sequence[Settlement], now: float) -> None:
+        """Settle a message and publish what follows, or, if the lock was lost, neither.
+
+        Several, if all that is to be done about them is to delete them, take one statement. It does not tell which of
+        them had been lost: then it is an error, for the transaction to be undone.
+        """
+        settlement, held = settlements[0], True
         match settlement.action:
             case Action.COMPLETE:
-                held = self.complete([delivery]) == 1
+                held = self.complete([each.delivery for each in settlements]) == len(settlements)
             case Action.ABANDON:
-                held = self.abandon(delivery)
+                held = self.abandon(settlement.delivery)
             case Action.DEAD_LETTER:
                 held = self.dead_letter(
-                    queue, delivery, settlement.reason, settlement.description, now, settlement.traceback
+                    *(queue, settlement.delivery, settlement.reason, settlement.description, now, settlement.traceback)
                 )
         if not held:
-            number = delivery.sequence_number
-            settlement.error = MessageLockLost(f"the lock of message {number} ran out and another receiver had it")
+            number = settlement.delivery.sequence_number
+            lost = MessageLockLost(f"the lock of message {number} ran out and another receiver had it")
+            if len(settlements) > 1:
+                raise lost
+            settlement.error = lost
         elif settlement.messages:
             dropped: list[str] = []
             settlement.dropped = dropped
@@ -2365,14 +2395,17 @@ again: to sync a file that grows takes the disk twice as long."""
 FULL_LOG_BYTES = 16 * 1024 * 1024
 """The size at which who writes waits for a checkpoint that makes the log a short file again."""
 
+LOOK_BYTES = 512 * 1024
+"""Bytes, roughly, that are written between two looks at how long the log is."""
+
 CHECKPOINT_PATIENCE = 100
 """Milliseconds for which a checkpoint keeps writers waiting for somebody who reads, before it leaves it to the next."""
 
 POLL_INTERVAL = 0.025
 """Seconds between two looks at the file where the operating system does not tell of changes."""
 
-LOOK_INTERVAL = 1.0
-"""Seconds between two looks whether the file is still there."""
+CHECK_INTERVAL = 1.0
+"""Seconds between two looks of a worker whether the file is still there."""
 
 RETRY_PAUSE = 0.25
 """Seconds between two attempts to settle."""
@@ -2396,7 +2429,8 @@ class QueueFile:
         self._syncing = threading.Lock()
         self._checkpointing = threading.Lock()
         self._checkpointed = 0 if self._log is None else -os.fstat(self._log).st_size  # what it found was written too
-        self._full_at = FULL_LOG_BYTES
+        self._full_at, self._look_at = FULL_LOG_BYTES, 0
+        self._checked = 0.0
 
     def in_a_thread(self, function: Callable[..., T], *arguments: Any) -> asyncio.Future[T]:
         """Call where waiting does no harm; the future fails if the file has been closed."""
@@ -2408,13 +2442,16 @@ class QueueFile:
             closed.set_exception(ServiceBusUnavailable(f"{self.store.path} has been closed."))
             return closed
 
-    def check(self) -> None:
-        """Notice that the file was deleted or replaced, and do not write on into nothing.
+    def check(self, interval: float = 0) -> None:
+        """Notice that the file was deleted or replaced, and do not write on into nothing; look once in so many seconds.
 
         The log is not asked for its inode: to Linux that is to read its time of change, which it then writes more
         exactly, and so more often; a publish would take a tenth longer.
         """
-        path = self.store.path
+        now, path = time.monotonic(), self.store.path
+        if now - self._checked < interval:
+            return
+        self._checked = now
         try:
             if self.log_path is None or (os.stat(path).st_ino == self._inode and os.access(self.log_path, os.F_OK)):
                 return
@@ -2446,14 +2483,17 @@ class QueueFile:
 
     def run(self, works: Sequence[Callable[[], Any]]) -> list[Any]:
         """Run statements in a thread, after a checkpoint if the log is full."""
-        if self.log_is_full:
+        if self._log is not None and os.fstat(self._log).st_size >= self._full_at:
             with self._checkpointing:
                 self._checkpoint()
         return self.store.run(works)
 
-    @property
     def log_is_full(self) -> bool:
-        return self._log is not None and os.fstat(self._log).st_size >= self._full_at
+        """Whether the log is so long that who writes waits for a checkpoint; looked at after some writing only."""
+        if self._log is None or self.store.bytes_written < self._look_at:
+            return False
+        self._look_at = self.store.bytes_written + LOOK_BYTES
+        return os.fstat(self._log).st_size >= self._full_at
 
     def checkpoint_soon(self) -> None:
         """After a transaction, let a thread move the log's content to the file if there is much of it."""
@@ -2542,16 +2582,13 @@ class Changes:
     def clear(self) -> None:
         """Forget what was told so far; to be called before a look at the queue."""
         self._changed.clear()
-        if self._inotify is not None:
-            with contextlib.suppress(BlockingIOError):
-                os.read(self._inotify, 65536)
-        elif self._polls:
+        if self._polls:
             self._version = self._file.store.data_version()
 
     async def wait(self, timeout: float) -> None:
         """Wait for a change since `clear`, for at most so many seconds."""
         if self._inotify is not None:
-            self._loop.add_reader(self._inotify, self._changed.set)
+            self._loop.add_reader(self._inotify, self._heard, self._inotify)
         try:
             async with asyncio.timeout(timeout):
                 while not self._changed.is_set():
@@ -2564,6 +2601,11 @@ class Changes:
         finally:
             if self._inotify is not None and not self._loop.is_closed():
                 self._loop.remove_reader(self._inotify)
+
+    def _heard(self, inotify: int) -> None:
+        with contextlib.suppress(BlockingIOError):
+            os.read(inotify, 65536)
+        self._changed.set()
 
     def close(self) -> None:
         self._file.listeners.discard(self)
@@ -2640,7 +2682,7 @@ class GroupCommit:
         requests = [request for request in self._requests if not request.future.done()]
         self._requests.clear()
         works = [work for request in requests for work in request.works]
-        if not self.file.log_is_full:
+        if not self.file.log_is_full():
             try:
                 with self.file.store.transaction(wait=False):
                     results = [work() for work in works]
@@ -2898,7 +2940,6 @@ class LocalReceiver:
         self._loop = asyncio.get_running_loop()
         self._commit = commit
         self._changes = Changes(commit.file)
-        self._looked = time.monotonic()
         self._held: set[Delivery] = set()
         self._pending: set[asyncio.Future[Any]] = set()
         self._closed = threading.Event()
@@ -2934,12 +2975,10 @@ class LocalReceiver:
     async def _present_commit(self) -> GroupCommit:
         """The transactions on the file that is there now; that it was deleted or replaced is seen within a second."""
         file = self._commit.file
-        if time.monotonic() - self._looked >= LOOK_INTERVAL:
-            self._looked = time.monotonic()
-            try:
-                file.check()
-            except ServiceBusUnavailable as error:
-                logger.error("%s Going on with what is there now.", error)
+        try:
+            file.check(CHECK_INTERVAL)
+        except ServiceBusUnavailable as error:
+            logger.error("%s Going on with what is there now.", error)
         if file.store.state is FileState.CLOSED:
             raise UsageError(f"{self._bus!r} was closed under a worker: app.close() ends its workers first.")
         if file.store.state is FileState.GONE:
@@ -2963,61 +3002,59 @@ class LocalReceiver:
 
     def settle(self, settlements: Sequence[Settlement], durable: bool = False) -> asyncio.Future[None]:
         self._held.difference_update([each.delivery for each in settlements if each.action is not Action.KEEP])
-        settled: asyncio.Future[None] = self._loop.create_future()
-        self._pending.add(settled)
-        settled.add_done_callback(self._pending.discard)
-        submitted = self._submit(self._commit, settlements, durable)
-        submitted.add_done_callback(functools.partial(self._submitted, settlements, settled))
-        return settled
+        plain = [each for each in settlements if each.action is Action.COMPLETE and not each.messages]
+        groups = [[each] for each in settlements if each.action is not Action.COMPLETE or each.messages]
+        if plain:
+            groups.append(plain)
+        attempt = self._attempt(self._commit, groups, durable)
+        settling = self._loop.create_task(self._insist(groups, attempt))
+        self._pending.add(settling)
+        settling.add_done_callback(self._pending.discard)
+        return settling
 
-    def _submit(
-        self, commit: GroupCommit, settlements: Sequence[Settlement], durable: bool = False
+    def _attempt(
+        self, commit: GroupCommit, groups: Sequence[Sequence[Settlement]], durable: bool = False
     ) -> asyncio.Future[list[Any]]:
         settle, now = functools.partial(commit.file.store.settle, self._queue), time.time()
-        return commit.submit(*[functools.partial(settle, each, now) for each in settlements], durable=durable)
+        return commit.submit(*[functools.partial(settle, group, now) for group in groups], durable=durable)
 
-    def _submitted(
-        self, settlements: Sequence[Settlement], settled: asyncio.Future[None], submitted: asyncio.Future[list[Any]]
-    ) -> None:
-        unsynced = submitted.exception()
-        results = submitted.result() if unsynced is None else [unsynced] * len(settlements)
-        for settlement, result in zip(settlements, results, strict=True):
-            if isinstance(result, Exception):
-                settlement.error = result
-        troubled = [each for each in settlements if each.error and not isinstance(each.error, MessageLockLost)]
-        if troubled and unsynced is None:
-            insisting = self._loop.create_task(self._insist(troubled))
-            insisting.add_done_callback(lambda _: _resolve(settled, None))
-        else:
-            _resolve(settled, None)
+    async def _insist(self, groups: Sequence[Sequence[Settlement]], attempt: asyncio.Future[list[Any]]) -> None:
+        """See to what failed: one by one, to find a lost lock; rejected, if its messages are to blame; or again.
 
-    async def _insist(self, troubled: Sequence[Settlement]) -> None:
-        """Settle what failed: rejected, if its messages are to blame; else again.
-
-        For as long as the lock lasts, or, where the message is gone already, until the receiver is closed.
+        Again for as long as the lock lasts, or, where the message is gone already, until the receiver is closed.
         """
-        for settlement in troubled:
-            number = settlement.delivery.sequence_number
-            logger.warning("Settling failed, will try again sequence_number=%s: %s", number, settlement.error)
         latest = self._loop.time() + self._lock_duration / 2
-        blamed = [each for each in troubled if each.messages and not _is_about_the_file(each.error)]
-        if blamed:
-            await self._submit(self._commit, [rejected(each, each.error) for each in blamed if each.error])
-        again = [each for each in troubled if _is_about_the_file(each.error)]
-        while again and not self._closed.is_set():
-            await asyncio.sleep(RETRY_PAUSE)
-            for settlement in again:
-                settlement.error = None
+        while True:
             try:
-                results = await self._submit(await self._present_commit(), again)
-            except BoilermakerError as error:
-                results = [error] * len(again)
-            for settlement, result in zip(again, results, strict=True):
-                settlement.error = result if isinstance(result, Exception) else settlement.error
-            in_time = self._loop.time() < latest
-            again = [
-                each for each in again if _is_about_the_file(each.error) and (in_time or each.action is Action.LEAVE)
+                results = await asyncio.shield(attempt)
+            except ServiceBusUnavailable as unsynced:  # it was done all the same
+                for settlement in itertools.chain(*groups):
+                    settlement.error = unsynced
+                return
+            failed = [
+                (group, error) for group, error in zip(groups, results, strict=True) if isinstance(error, Exception)
             ]
+            for group, error in failed:
+                for settlement in group:
+                    settlement.error = error
+            groups = [[settlement] for group, error in failed for settlement in self._again(group, error, latest)]
+            if not groups or self._closed.is_set():
+                return
+            if any(_is_about_the_file(error) for _, error in failed):
+                logger.warning("Settling failed, will try again: %s", failed[0][1])
+                await asyncio.sleep(RETRY_PAUSE)
+            for [settlement] in groups:
+                settlement.error = None
+            attempt = self._attempt(await self._present_commit(), groups)
+
+    def _again(self, group: Sequence[Settlement], error: Exception, latest: float) -> list[Settlement]:
+        """What is to be tried in place of what failed."""
+        if isinstance(error, MessageLockLost):
+            return list(group)
+        if not _is_about_the_file(error):
+            return [rejected(settlement, error) for settlement in group if settlement.messages]
+        late = self._loop.time() >= latest
+        return [settlement for settlement in group if not late or settlement.action is Action.LEAVE]
 
     # -- renewing
 
@@ -4168,18 +4205,19 @@ class Worker:
     ) -> None:
         self._app = app
         self._bus = app.service_bus_client
-        self._queue = app.service_bus_client.queue_name
+        self._queue, self._home = app.service_bus_client.queue_name, app.queue_name
         self._concurrency = concurrency
         self._burst = burst
         self._grace_period = grace_period
         self._max_renewal = max_renewal
-        self._max_deliveries = max_deliveries
-        self._suspect_from = MAX_SECONDS
-        if (most := max_deliveries or self._bus.max_delivery_count) and not self._queue.endswith(DEAD_LETTER_SUFFIX):
-            self._suspect_from = max(3, math.ceil(most / 2))
+        self._most_deliveries = self._suspect_from = MAX_SECONDS
+        if not self._queue.endswith(DEAD_LETTER_SUFFIX):  # how often those were delivered was counted before they died
+            self._most_deliveries = max_deliveries or MAX_SECONDS
+            self._suspect_from = max(3, math.ceil((max_deliveries or self._bus.max_delivery_count or MAX_SECONDS) / 2))
         self._receiver: Receiver | None = None
         self._receiving: asyncio.Task[None] | None = None
         self._waiting: collections.deque[Delivery] = collections.deque()
+        self._together = 1
         self._suspects: list[Delivery] = []
         self._suspects_until = 0.0
         self._alone: Run | None = None
@@ -4274,12 +4312,12 @@ class Worker:
     async def _pump(self) -> None:
         while not self._stopping:
             self._wake.clear()
-            self._settle_finished()
             free = self._concurrency - len(self._running) - len(self._waiting)
             if self._suspects:
                 self._run_suspect()
             elif self._may_receive() and free > 0:
                 self._receiving = self.loop.create_task(self._receive(free))
+            self._settle_finished()  # it is asked for before the other, and begins after it: both in one transaction
             await self._wake.wait()
 
     def _may_receive(self) -> bool:
@@ -4318,20 +4356,20 @@ class Worker:
 
     async def _begin_waiting(self) -> None:
         """Begin with what was received: as many at once as do not keep the event loop from its turn for long."""
-        together = 1
         while self._waiting and not self._stopping:
             began = self.loop.time()
-            for _ in range(min(together, len(self._waiting))):
+            for _ in range(min(self._together, len(self._waiting))):
                 delivery = self._waiting.popleft()
-                if delivery.delivery_count >= self._suspect_from and not self._is_over(delivery):
+                if self._suspect_from <= delivery.delivery_count < self._most_deliveries:
                     self._set_aside(delivery)
                 else:
                     self._start(Run(delivery))
                 if self.loop.time() - began > LONGEST_TURN:
                     break
-            if self._waiting:
+            if self._waiting or self._together < self._concurrency:
                 await asyncio.sleep(0)  # where tasks do not begin at once, they do now
-                together = together * 2 if self.loop.time() - began < LONGEST_TURN else 1
+            in_time = self.loop.time() - began < LONGEST_TURN
+            self._together = min(2 * self._together, self._concurrency) if in_time else 1
 
     def _start(self, run: Run) -> None:
         """Give a message an asyncio task of its own, which begins at once where Python can."""
@@ -4342,11 +4380,6 @@ class Worker:
             run.asyncio_task = self.loop.create_task(self._process(run))
 
     # -- suspects: messages that were delivered often and never settled, since they may be what ends workers
-
-    def _is_over(self, delivery: Delivery) -> bool:
-        """Whether it was delivered so often that it is not to run any more."""
-        dead = self._queue.endswith(DEAD_LETTER_SUFFIX)
-        return self._max_deliveries is not None and delivery.delivery_count >= self._max_deliveries and not dead
 
     def _set_aside(self, delivery: Delivery) -> None:
         """To run when nothing else does."""
@@ -4378,12 +4411,13 @@ class Worker:
         delivery = run.delivery
         try:
             try:
-                run.task = decode(delivery.body, self._app.queue_name)
+                run.task = decode(delivery.body, self._home)
             except InvalidTaskFormat as error:
                 run.outcome, run.error = Outcome.UNDECODABLE, error
             else:
                 run.task.sequence_number, run.task.message_id = delivery.sequence_number, delivery.message_id
                 run.task._app, run.task._worker = self._app, self
+                run.registration = self._app.registration(run.task.function_name)
                 _current_task.set(run.task)
                 tracing = self._app.tracing
                 with _NOT_TRACED if tracing is None else tracing.processing(run, run.task):
@@ -4395,46 +4429,53 @@ class Worker:
             run.settlement = Settlement(delivery, Action.LEAVE)  # again when its lock has run out
         if self._running.pop(delivery, None) is not None:  # else the worker has ended without it
             self._finished.append(run)
+            if run.settlement.action is Action.KEEP:
+                self._keep(run)
         if self._alone is run:
             self._alone = None
         self._wake.set()
 
     async def _call(self, run: Run) -> None:
         """Call the function, unless something speaks against it; whatever it does, the worker goes on."""
-        task, delivery = run.task, run.delivery
+        task, registration = run.task, run.registration
         assert task is not None
-        registration = run.registration = self._app.registration(task.function_name)
-        if registration is None:
-            run.outcome = Outcome.UNREGISTERED
-            run.error = UsageError(f"{task.function_name!r} is not registered: import its module before run().")
-            return
-        registration.fill_in(task)
-        if delivery.locked_until <= time.time():  # somebody else may have it
-            run.outcome = Outcome.LOCK_LOST
-            return
-        if self._is_over(delivery):
-            run.outcome = Outcome.KILLER
-            run.error = BoilermakerError(f"It was delivered {delivery.delivery_count} times, never settled.")
-            return
-        if not may_run(task):
-            run.outcome = Outcome.NO_TRY_LEFT
-            run.error = RetryException(f"no try left: {task.attempts.attempts} made, {task.policy}")
+        run.outcome = self._objection(run, task)
+        if run.outcome is not None or registration is None:
             return
         if not task.acks_late and not await self._complete_early(run):
             return
-        self._log(logging.INFO, run, "Begin Task")
+        if logs := logger.isEnabledFor(logging.INFO):
+            self._log(logging.INFO, run, "Begin Task")
         started = time.perf_counter()
         try:
-            run.result = self._checked(await registration.function(self._app.state, *task.args, **task.kwargs), task)
-            run.outcome = Outcome.FAILED if run.result is TaskFailureResult else Outcome.RETURNED
+            result = await registration.function(self._app.state, *task.args, **task.kwargs)
+            run.result = None if result is None else self._checked(result, task)
+            run.outcome = Outcome.FAILED if result is TaskFailureResult else Outcome.RETURNED
         except BaseException as error:
             run.outcome, run.error = outcome_of(task, error), error
             if isinstance(error, asyncio.CancelledError) and self._program_ends():
                 run.stopped = run.stopped or Outcome.STOPPED
         if run.stopped is Outcome.LOCK_LOST or (run.stopped is not None and run.outcome is not Outcome.RETURNED):
             run.outcome, run.error = run.stopped, None
-        elif run.outcome is Outcome.RETURNED:
+        elif logs and run.outcome is Outcome.RETURNED:
             self._log(logging.INFO, run, "Completed Task", " in %.5fs", time.perf_counter() - started)
+
+    def _objection(self, run: Run, task: Task) -> Outcome | None:
+        """How the run ends before it begins, if it does."""
+        delivery = run.delivery
+        if run.registration is None:
+            run.error = UsageError(f"{task.function_name!r} is not registered: import its module before run().")
+            return Outcome.UNREGISTERED
+        run.registration.fill_in(task)
+        if delivery.locked_until <= time.time():  # somebody else may have it
+            return Outcome.LOCK_LOST
+        if delivery.delivery_count >= self._most_deliveries:
+            run.error = BoilermakerError(f"It was delivered {delivery.delivery_count} times, never settled.")
+            return Outcome.KILLER
+        if not may_run(task):
+            run.error = RetryException(f"no try left: {task.attempts.attempts} made, {task.policy}")
+            return Outcome.NO_TRY_LEFT
+        return None
 
     def _program_ends(self) -> bool:
         """Whether the worker is cancelled: `asyncio.run`, when it ends, cancels a task and its worker at once."""
@@ -4477,13 +4518,14 @@ class Worker:
     def _conclude(self, run: Run) -> Settlement:
         """What to do with the message, its follow-ups ready to be sent."""
         settlement = decide(run, self._queue)
-        try:
-            settlement.messages = [
-                self._app.outgoing(self._app.bound(task), message_id, time.time() + delay if delay else None)
-                for task, message_id, delay in settlement.follow_ups
-            ]
-        except Exception as error:
-            settlement = rejected(settlement, error)
+        if settlement.follow_ups:
+            try:
+                settlement.messages = [
+                    self._app.outgoing(self._app.bound(task), message_id, time.time() + delay if delay else None)
+                    for task, message_id, delay in settlement.follow_ups
+                ]
+            except Exception as error:
+                settlement = rejected(settlement, error)
         if run.outcome is not Outcome.RETURNED:
             self._log_outcome(run, settlement)
         if settlement.reason == FOLLOW_UP_REJECTED:
@@ -4493,8 +4535,6 @@ class Worker:
     # -- settling
 
     def _settle_finished(self) -> None:
-        for run in [run for run in self._finished if run.settlement and run.settlement.action is Action.KEEP]:
-            self._keep(run)
         if self._finished:
             assert self._receiver is not None
             runs, self._finished = self._finished, []
@@ -4506,10 +4546,11 @@ class Worker:
         self._settling.discard(settling)
         self._look_again()
         for run in runs:
-            assert run.settlement is not None
-            if run.settlement.error is not None:
-                self._log(logging.ERROR, run, "Settling failed", ": %s", run.settlement.error)
-            for message_id in run.settlement.dropped:
+            settlement = run.settlement
+            assert settlement is not None
+            if settlement.error is not None:
+                self._log(logging.ERROR, run, "Settling failed", ": %s", settlement.error)
+            for message_id in settlement.dropped:
                 self._log(logging.WARNING, run, "Follow-up dropped as a duplicate", " message_id=%s", message_id)
 
     def _keep(self, run: Run) -> None:
@@ -4651,6 +4692,7 @@ class _Signals:
     def __init__(self) -> None:
         self._listeners: dict[Callable[[int], None], asyncio.AbstractEventLoop] = {}
         self._previous: dict[int, Any] = {}
+        self._pid = 0
 
     @contextlib.contextmanager
     def told_to(self, listener: Callable[[int], None], loop: asyncio.AbstractEventLoop) -> Iterator[None]:
@@ -4658,6 +4700,7 @@ class _Signals:
             yield
             return
         self._listeners = {each: its for each, its in self._listeners.items() if not its.is_closed()} | {listener: loop}
+        self._pid = os.getpid()
         for number in (signal.SIGINT, signal.SIGTERM):
             previous = signal.getsignal(number)
             if number not in self._previous and _is_default(previous):
@@ -4671,6 +4714,10 @@ class _Signals:
                 self.give_back()
 
     def _handle(self, number: int, frame: object) -> None:
+        if os.getpid() != self._pid:  # of a child that was forked an instant ago
+            self.give_back()
+            signal.raise_signal(number)
+            return
         for listener, loop in list(self._listeners.items()):
             with contextlib.suppress(RuntimeError):  # the loop is closed
                 loop.call_soon_threadsafe(listener, number)

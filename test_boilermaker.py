@@ -11,12 +11,15 @@ import dataclasses
 import datetime
 import decimal
 import enum
+import functools
 import gc
 import importlib
+import inspect
 import itertools
 import json
 import logging
 import math
+import multiprocessing
 import os
 import pathlib
 import pickle
@@ -34,6 +37,7 @@ import threading
 import time
 import uuid
 import venv
+import weakref
 import zipfile
 from collections import Counter
 from functools import partial
@@ -5850,6 +5854,1100 @@ async def test_a_worker_that_slept_over_its_lock_settles_nothing_and_says_so(ope
     assert await exit_code((process, output)) == 0
     assert journal("step") == journal("ended") == []
     assert await ids_of(bus) == await ids_of(bus, dead_letter=True) == []
+
+
+# ======================================================================================================================
+# What users of other task runners met with, and its kin
+# ======================================================================================================================
+
+
+def test_the_way_of_a_message_in_the_docstring_names_what_there_is():
+    way = boilermaker.__doc__.split("The way of a message")[1]
+    names = re.findall(r"\b(?:[A-Z]\w+\.\w+|decode|decide)\b", way)
+    assert len(set(names)) >= 14
+    for name in names:
+        owner, _, attribute = name.rpartition(".")
+        assert hasattr(getattr(boilermaker, owner) if owner else boilermaker, attribute), name
+    assert max(map(int, re.findall(r"(?m)^ +(\d+)\. ", way))) <= 15
+
+
+def test_a_field_that_is_added_is_one_row(tmp_path):
+    """The module with one more field, in one more line each where it is declared and in the table."""
+    source = MODULE.read_text()
+    changed = source.replace(
+        "    root: str | None = None\n", "    root: str | None = None\n    colour: str | None = None\n"
+    )
+    changed = changed.replace(
+        '    Field("root", (str, _NONE), str),\n',
+        '    Field("root", (str, _NONE), str),\n    Field("colour", (str, _NONE), str),\n',
+    )
+    assert changed.count("\n") == source.count("\n") + 2
+    (tmp_path / "boilermaker.py").write_text(changed)
+    code = """
+        import sys
+        sys.path.pop(0)  # the current folder
+        from boilermaker import Task, UsageError, _check_fields, decode, encode
+        task = Task(function_name="f", colour="red")
+        assert decode(encode(task, "q", "q"), "q").colour == "red"
+        assert "colour" not in encode(Task(function_name="f"), "q", "q")
+        try:
+            _check_fields(Task(function_name="f", colour=7))
+        except UsageError as error:
+            print(str(error).partition(": ")[2])
+    """
+    assert fresh_python(code, path=tmp_path) == "colour=7 must be of type str or NoneType."
+
+
+# -- registering
+
+
+async def rows_of_pages(state, n: int):
+    for row in range(n):
+        yield row
+
+
+class Pages:
+    @staticmethod
+    async def static(state): ...
+
+    @classmethod
+    async def of_class(cls, state): ...
+
+
+@pytest.mark.parametrize(
+    ("thing", "says"),
+    [
+        (rows_of_pages, r"rows_of_pages is an async generator\. Return its result instead"),
+        (vars(Pages)["static"], r"static is a staticmethod here\. Put @staticmethod above @app\.task"),
+        (vars(Pages)["of_class"], r"of_class is a classmethod here\. Put @classmethod above @app\.task"),
+        (functools.partial(fetch_page, depth=2), r"has no name: .*Give it one with name='\.\.\.'"),
+        (lambda state: None, "must be async: <lambda>"),
+    ],
+    ids=["async generator", "staticmethod", "classmethod", "partial", "lambda"],
+)
+def test_what_is_wrong_with_a_function_is_said(thing, says):
+    with pytest.raises(UsageError, match=says):
+        Boilermaker(None, LocalServiceBus()).task(thing)
+
+
+async def test_a_partial_with_a_name_is_a_task():
+    app = Boilermaker([], LocalServiceBus())
+
+    async def notify(state, channel: str, text: str):
+        state.append((channel, text))
+
+    sms = app.task(name="sms")(functools.partial(notify, channel="sms"))
+    app.register_async(functools.partial(notify, channel="mail"), name="mail")
+    await sms.delay(text="hello")
+    await app.send_task("mail", text="there")
+    with pytest.raises(InvalidArguments, match="sms"):
+        await sms.delay(title="hello")
+    await work_off(app)
+    await app.close()
+    assert app.state == [("sms", "hello"), ("mail", "there")]
+
+
+def injecting(function):
+    @functools.wraps(function)
+    async def wrapper(state, *args, **kwargs):
+        return await function(state, *args, session="a session", **kwargs)
+
+    return wrapper
+
+
+def without_state(function):
+    @functools.wraps(function)
+    async def wrapper(state, *args, **kwargs):
+        state.append((function.__name__, *args))
+        return await function(*args, **kwargs)
+
+    return wrapper
+
+
+async def test_the_signature_that_counts_is_that_of_what_is_called():
+    app = Boilermaker([], LocalServiceBus())
+
+    @app.task
+    @injecting
+    async def save(state, user_id: int, session):
+        state.append(("save", user_id, session))
+
+    @app.task
+    @without_state
+    async def resize(name): ...
+
+    @app.task
+    @without_state
+    async def cleanup(): ...
+
+    await save.delay(7)
+    await resize.delay("cat")
+    await cleanup.delay()
+    await app.run(concurrency=1, burst=True)
+    await app.close()
+    assert app.state == [("save", 7, "a session"), ("resize", "cat"), ("cleanup",)]
+
+
+def test_annotations_are_never_evaluated():
+    async def resize(state, image: NoSuchType): ...  # noqa: F821
+
+    app = Boilermaker(None, LocalServiceBus())
+    assert app.task(resize).si("x").args == ["x"]
+    with pytest.raises(InvalidArguments, match="resize"):
+        app.create_task(resize, 1, 2)
+
+
+@pytest.mark.parametrize("asks", [inspect.iscoroutinefunction, asyncio.iscoroutinefunction])
+@pytest.mark.filterwarnings("ignore:.*iscoroutinefunction:DeprecationWarning")
+def test_a_decorated_function_is_a_coroutine_function_to_who_asks(asks):
+    app = Boilermaker(None, LocalServiceBus())
+    assert asks(app.task(fetch_page))
+    assert asks(app.task(name="partial")(functools.partial(fetch_page, depth=2)))
+
+
+async def test_background_tasks_of_a_web_framework_run_a_decorated_function():
+    from starlette.background import BackgroundTask
+
+    app = Boilermaker(None, LocalServiceBus())
+    ran = []
+
+    @app.task
+    async def mail(state, address):
+        ran.append(address)
+
+    await BackgroundTask(mail, None, "ann@example.com")()
+    assert ran == ["ann@example.com"]
+
+
+PICKLED = Boilermaker(None, LocalServiceBus())
+
+
+@PICKLED.task
+async def picklable(state): ...
+
+
+@pytest.mark.parametrize("again", [copy.copy, copy.deepcopy, lambda thing: pickle.loads(pickle.dumps(thing))])
+def test_a_bound_task_is_a_dataclass_of_plain_values(again):
+    task = PICKLED.bound(picklable.si() | picklable.si())
+    twin = again(task)
+    assert dataclasses.asdict(twin) == dataclasses.asdict(task)
+    assert twin.on_success.function_name == "picklable"
+    assert again(picklable) is picklable
+
+
+def define(module="tests", qualified="resize", name="resize"):
+    async def resize(state): ...
+
+    resize.__module__, resize.__qualname__, resize.__name__ = module, qualified, name
+    return resize
+
+
+def test_a_function_that_is_registered_anew_replaces_the_former_with_a_warning(caplog):
+    app = Boilermaker(None, LocalServiceBus())
+    first, second = define(), define()
+    former = app.task(first)
+    app.task(second)
+    assert app.registration("resize").function is second
+    [warning] = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert len(re.findall(rf"{re.escape(__file__)}:\d+", warning)) == 2
+    assert app.bound(former.si()).function_name == "resize"  # who has the former still publishes
+
+
+@pytest.mark.parametrize(
+    "other",
+    [define(module="others"), define(qualified="Images.resize"), functools.partial(define())],
+    ids=["another module", "another name", "a partial"],
+)
+def test_a_name_that_is_taken_by_another_function_stays_taken(other):
+    app = Boilermaker(None, LocalServiceBus()).register_async(define())
+    with pytest.raises(UsageError, match=r"already registered: resize\. Give one of the two another name"):
+        app.register_async(other, name="resize")
+
+
+def test_what_a_factory_makes_twice_is_a_name_taken_twice():
+    app = Boilermaker(None, LocalServiceBus()).register_async(define(qualified="make.<locals>.resize"))
+    with pytest.raises(UsageError, match="already registered: resize"):
+        app.register_async(define(qualified="make.<locals>.resize"))
+    with pytest.raises(UsageError, match="resize, this very one"):
+        app.register_async(app.registration("resize").function)
+
+
+def test_a_client_of_the_sdk_for_a_bus_names_the_class_to_use():
+    client = type("ServiceBusClient", (), {"__module__": "azure.servicebus.aio._servicebus_client_async"})()
+    with pytest.raises(UsageError, match="Give that one's settings to AzureServiceBus"):
+        Boilermaker(None, client)
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda app, b: b.s(), r"b\.s\(\) passes its parent's result as the first argument; b\.si\(\) passes none"),
+        (lambda app, b: app.create_task(b, on_success=b.si()), r"A callback is set on a task: .*on_success"),
+        (lambda app, b: app.create_task(b, countdown=5), "called delay"),
+        (lambda app, b: app.create_task(b, queue="x"), r"send_task\('name', \.\.\., queue"),
+    ],
+    ids=["s", "on_success", "countdown", "queue"],
+)
+def test_what_people_try_first_is_answered_by_the_way_it_is_done(make, says):
+    app = Boilermaker(None, LocalServiceBus())
+
+    @app.task
+    async def b(state): ...
+
+    with pytest.raises(InvalidArguments, match=says):
+        make(app, b)
+
+
+# -- running
+
+
+@pytest.mark.parametrize("role", ["on_success", "on_failure"])
+async def test_a_decorated_function_set_on_the_running_task_follows_it(role):
+    app = Boilermaker([], LocalServiceBus())
+
+    @app.task
+    async def a(state):
+        setattr(current_task(), role, b)
+        if role == "on_failure":
+            raise ValueError
+
+    @app.task
+    async def b(state):
+        state.append("b")
+
+    await a.delay()
+    await work_off(app)
+    await app.close()
+    assert app.state == ["b"]
+
+
+async def test_the_policy_of_the_running_task_is_the_one_in_force(open_bus):
+    app = Boilermaker([], open_bus())
+
+    @app.task(policy=RetryPolicy(max_tries=7), acks_late=False, should_dead_letter=False)
+    async def look(state):
+        task = current_task()
+        state.append((task.policy.max_tries, task.acks_late, task.should_dead_letter))
+
+    await look.delay()
+    await app.apply_async(look, policy=NoRetry())
+    await work_off(app)
+    assert sorted(app.state) == [(1, False, False), (7, False, False)]
+
+
+async def test_state_kept_by_asyncio_task_does_not_pass_from_message_to_message(open_bus):
+    app, local, seen = Boilermaker(None, open_bus()), weakref.WeakKeyDictionary(), []
+
+    @app.task
+    async def handle(state, user):
+        me = asyncio.current_task()
+        seen.append((local.get(me), me.get_name().startswith("user ")))
+        local[me] = user
+        me.set_name(f"user {user}")
+
+    await app.publish_many([handle.si(user) for user in ("ann", "bob", "cid")])
+    await work_off(app)
+    assert seen == [(None, False)] * 3
+
+
+async def test_a_task_factory_of_the_event_loop_makes_the_tasks_of_messages(open_bus):
+    app, made = Boilermaker([], open_bus()), []
+    loop = asyncio.get_running_loop()
+
+    def factory(loop, coroutine, **options):
+        made.append(coroutine.__name__)
+        return asyncio.Task(coroutine, loop=loop, **options)
+
+    @app.task
+    async def work(state): ...
+
+    await work.delay()
+    loop.set_task_factory(factory)
+    try:
+        await work_off(app)
+    finally:
+        loop.set_task_factory(None)
+    assert "_process" in made
+
+
+async def test_the_log_has_fields_and_the_current_task_from_begin_to_settlement(open_bus):
+    app, lines = Boilermaker(None, open_bus()), []
+
+    class Handler(logging.Handler):
+        def emit(self, record):
+            if record.getMessage().startswith("[work]"):
+                lines.append((record, current_task().task_id))
+
+    @app.task(policy=RetryPolicy(max_tries=2))
+    async def work(state):
+        raise RetryException("again\nand again")
+
+    handler, logger = Handler(), logging.getLogger("boilermaker.app")
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        task = await work.delay()
+        await work_off(app)
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+    texts = [record.getMessage() for record, _ in lines]
+    assert [text.split("sequence_number")[0] for text in texts] == [
+        "[work] Begin Task ",
+        "[work] Retry ",
+        "[work] Begin Task ",
+        "[work] Task used up its tries ",
+    ]
+    assert {task_id for _, task_id in lines} == {task.task_id}
+    assert not any("\n" in text for text in texts)
+    for (record, _), attempt, number in zip(lines, [1, 1, 2, 2], [1, 1, 2, 2], strict=True):
+        assert (record.task, record.task_id, record.queue) == ("work", task.task_id, "tasks")
+        assert (record.attempt, record.sequence_number, record.delivery_count) == (attempt, number, 0)
+
+
+@pytest.mark.parametrize("field", ["function_name", "task_id"])
+async def test_foreign_text_forges_no_line_of_the_log(open_bus, caplog, field):
+    forged = "x] ok\n2031-01-01 INFO [pay] Completed Task\u2028\x1b[31m"
+    app = Boilermaker(None, open_bus())
+    fields = {"function_name": "unknown", "task_id": "t", field: forged}
+    await app.service_bus_client.send([letter(encode(Task(**fields), "tasks", "tasks"))])
+    await work_off(app)
+    text = "".join(record.getMessage() for record in caplog.records)
+    assert not re.search("[\n\u2028\x1b]", text)
+
+
+async def test_a_worker_that_cannot_start_says_so_in_the_log(caplog):
+    app = Boilermaker(None, LocalServiceBus("/no/such/directory/tasks.db"))
+    worker = asyncio.create_task(app.run())
+    await asyncio.wait([worker])
+    assert "/no/such/directory" in caplog.text
+    assert isinstance(worker.exception(), ConfigurationError)
+
+
+# -- stopping
+
+
+async def test_stop_returns_when_the_workers_have_ended_with_what_they_ran(open_bus):
+    app, begun, go = Boilermaker([], open_bus()), asyncio.Event(), asyncio.Event()
+
+    @app.task
+    async def slow(state):
+        begun.set()
+        await go.wait()
+        state.append("ended")
+
+    await slow.delay()
+    workers = [asyncio.create_task(app.run()) for _ in range(2)]
+    await begun.wait()
+    stopping = asyncio.create_task(app.stop())
+    await asyncio.sleep(0.05)
+    assert not stopping.done()
+    go.set()
+    await stopping
+    assert app.state == ["ended"]
+    await asyncio.gather(*workers)
+    assert app.workers == set()
+    await app.stop()
+
+
+async def test_a_task_that_stops_its_worker_only_asks(open_bus):
+    app = Boilermaker([], open_bus())
+
+    @app.task
+    async def last(state):
+        await app.stop()
+        with pytest.raises(UsageError, match=r"stop\(\) asks that to end"):
+            await app.close()
+        state.append("ended")
+
+    await last.delay()
+    await app.run()
+    assert app.state == ["ended"]
+
+
+@pytest.mark.parametrize("times", [1, 2, 50])
+async def test_however_often_a_run_is_cancelled_it_gives_back(open_bus, times):
+    app, begun = Boilermaker(None, open_bus(lock_duration=3600)), asyncio.Event()
+
+    @app.task
+    async def hold(state):
+        begun.set()
+        await asyncio.Event().wait()
+
+    await app.publish_many([hold.si(), hold.si()])
+    worker = asyncio.create_task(app.run(concurrency=1))
+    await begun.wait()
+    for _ in range(times):
+        worker.cancel()
+        await asyncio.sleep(0)
+    with pytest.raises(asyncio.CancelledError):
+        await worker
+    async with receiving(app.service_bus_client) as receiver:
+        assert len(await receiver.receive(5, 0)) == 2
+
+
+@pytest.mark.parametrize("turns", range(0, 40, 3))
+async def test_whenever_a_run_is_cancelled_nothing_stays_locked(open_bus, turns):
+    app = Boilermaker(None, open_bus(lock_duration=3600))
+
+    @app.task
+    async def hold(state):
+        await asyncio.Event().wait()
+
+    await app.publish_many([hold.si() for _ in range(5)])
+    worker = asyncio.create_task(app.run(concurrency=3))
+    for _ in range(turns):
+        await asyncio.sleep(0)
+    worker.cancel()
+    await asyncio.wait([worker])
+    async with receiving(app.service_bus_client) as receiver:
+        assert len(await receiver.receive(9, 0)) == 5
+
+
+async def test_a_cancel_scope_that_cancels_at_every_await_gets_messages_given_back(open_bus):
+    import anyio
+
+    app, begun = Boilermaker(None, open_bus(lock_duration=3600)), asyncio.Event()
+
+    @app.task
+    async def hold(state):
+        begun.set()
+        await asyncio.Event().wait()
+
+    await hold.delay()
+    async with anyio.create_task_group() as group:
+        group.start_soon(app.run)
+        await begun.wait()
+        group.cancel_scope.cancel()
+    async with receiving(app.service_bus_client) as receiver:
+        assert len(await receiver.receive(5, 0)) == 1
+
+
+async def test_a_limit_of_time_around_a_run_is_a_timeout(open_bus):
+    app = Boilermaker(None, open_bus())
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.05):
+            await app.run()
+    assert app.workers == set()
+
+
+async def test_a_task_that_raises_a_cancellation_by_itself_has_failed(open_bus):
+    app = Boilermaker(None, open_bus())
+
+    @app.task
+    async def odd(state):
+        raise asyncio.CancelledError
+
+    await odd.delay()
+    await work_off(app)
+    [dead] = await app.service_bus_client.peek(dead_letter=True)
+    assert dead.dead_letter_reason == "TaskFailed"
+    assert dead.dead_letter_error_description == "asyncio.exceptions.CancelledError"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+async def test_a_helper_process_that_a_task_terminates_ends_and_the_worker_goes_on(open_bus):
+    app = Boilermaker([], open_bus())
+
+    @app.task
+    async def render(state):
+        helper = multiprocessing.get_context("fork").Process(target=time.sleep, args=(PATIENCE,))
+        helper.start()
+        helper.terminate()
+        await asyncio.to_thread(helper.join, PATIENCE)
+        state.append(helper.exitcode)
+
+    async with working(app):
+        for _ in range(2):
+            await render.delay()
+        await until(lambda: len(app.state) == 2)
+    assert app.state == [-signal.SIGTERM] * 2
+
+
+def test_a_web_server_ends_its_worker_by_the_lifespan(start_program, tmp_path):
+    process, output = start_program(
+        """
+import asyncio, contextlib, logging, os, signal, threading, time
+import fastapi, uvicorn
+from boilermaker import Boilermaker, LocalServiceBus
+
+logging.basicConfig(level=logging.INFO)
+app = Boilermaker(None, LocalServiceBus("queue.db"))
+
+@app.task
+async def slow(state):
+    os.kill(os.getpid(), signal.SIGTERM)
+    await asyncio.sleep(0.3)
+    print("finished", flush=True)
+
+@contextlib.asynccontextmanager
+async def lifespan(api):
+    async with app:
+        worker = asyncio.create_task(app.run())
+        await slow.delay()
+        yield
+        await app.stop()
+        await worker
+        print("left", flush=True)
+
+uvicorn.run(fastapi.FastAPI(lifespan=lifespan), port=0)
+"""
+    )
+    assert process.wait(PATIENCE) in (0, -signal.SIGTERM), output.read_text()
+    lines = output.read_text().splitlines()
+    assert lines.index("finished") < lines.index("left")
+    assert await_no_locks(tmp_path / "queue.db") == 0
+
+
+def await_no_locks(path):
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        return connection.execute("SELECT count(*) FROM message").fetchone()[0]
+
+
+# -- locks, suspects, dead letters
+
+
+async def test_a_message_whose_lock_ran_out_before_its_task_began_is_not_run(open_bus, caplog):
+    app = Boilermaker([], open_bus(lock_duration=0.2))
+
+    @app.task
+    async def work(state):
+        state.append(current_task().sequence_number)
+
+    await work.delay()
+    receive = boilermaker.LocalReceiver.receive
+    late = []
+
+    async def received_late(receiver, *arguments):
+        deliveries = await receive(receiver, *arguments)
+        for delivery in deliveries:
+            if not late:
+                late.append(delivery)
+                delivery.locked_until = time.time() - 1  # the event loop stood still in between
+                await app.service_bus_client.send([])
+        return deliveries
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(boilermaker.LocalReceiver, "receive", received_late)
+        async with working(app):
+            await until(lambda: app.state)
+    assert len(app.state) == 1
+    assert "Lock lost, not begun" in caplog.text
+
+
+async def test_one_failed_renewal_is_tried_again_long_before_the_lock_runs_out(open_bus, monkeypatch):
+    bus, attempts = open_bus(lock_duration=2), []
+    renew = boilermaker.Store.renew
+
+    def flaky(store, *arguments):
+        attempts.append(time.monotonic())
+        if len(attempts) == 1:
+            raise sqlite3.OperationalError("disk I/O error")
+        return renew(store, *arguments)
+
+    monkeypatch.setattr(boilermaker.Store, "renew", flaky)
+    await bus.send([letter("a")])
+    async with receiving(bus) as receiver:
+        [delivery] = await receiver.receive(1, 0)
+        await until(lambda: len(attempts) >= 2)
+        assert await settle(receiver, delivery) is None
+    assert attempts[1] - attempts[0] < 1
+
+
+async def deliver_often(bus, times):
+    """Deliver everything that often, without settling it."""
+    with contextlib.closing(sqlite3.connect(bus.path, isolation_level=None)) as connection:
+        connection.execute("UPDATE message SET delivery_count = ?", (times,))
+
+
+@pytest.mark.parametrize("max_deliveries", [9, 6, None], ids=repr)
+async def test_a_suspect_runs_with_nothing_else(open_bus, caplog, max_deliveries):
+    app, running = Boilermaker([], open_bus()), set()
+
+    @app.task
+    async def work(state, name):
+        running.add(name)
+        await asyncio.sleep(0.02)
+        state.append(sorted(running))
+        running.discard(name)
+
+    await app.publish_many([work.si("suspect 1"), work.si("suspect 2")])
+    await deliver_often(app.service_bus_client, 5)
+    await app.publish_many([work.si(name) for name in "abc"])
+    await app.run(burst=True, max_deliveries=max_deliveries)
+    alone = [names for names in app.state if any(name.startswith("suspect") for name in names)]
+    assert sorted(alone) == [["suspect 1"], ["suspect 2"]]
+    assert len(app.state) == 5
+    assert caplog.text.count("it runs alone") == 2
+
+
+async def test_a_suspect_is_given_back_where_others_run_for_longer_than_a_lock_lasts(open_bus, caplog):
+    app, go = Boilermaker([], open_bus(lock_duration=0.3)), asyncio.Event()
+
+    @app.task
+    async def work(state, name):
+        state.append(name)
+        if name == "long":
+            await go.wait()
+
+    await work.delay("long")
+    async with working(app, max_deliveries=None):
+        await until(lambda: app.state)
+        await app.apply_async(work, "suspect", delay=0.3)
+        with contextlib.closing(sqlite3.connect(app.service_bus_client.path, isolation_level=None)) as connection:
+            connection.execute("UPDATE message SET delivery_count = 5 WHERE state = 1")
+        await until(lambda: "others still run" in caplog.text)
+        assert app.state == ["long"]
+        go.set()
+        await until(lambda: app.state == ["long", "suspect"])
+
+
+async def test_a_message_that_ends_its_workers_is_dead_lettered_with_its_callback_once(open_bus, start_program):
+    bus = open_bus(lock_duration=0.3)
+    app = Boilermaker([], bus)
+
+    @app.task
+    async def mourn(state, failure):
+        state.append((failure["function_name"], failure["attempts"]))
+
+    @app.task
+    async def neighbour(state):
+        state.append("neighbour")
+
+    task = Task.default("kill")
+    task.on_failure = mourn.s()
+    await app.publish_task(task)
+    for kill in range(3):
+        process = start_program(
+            """
+import asyncio, os, signal
+from boilermaker import Boilermaker, LocalServiceBus
+
+app = Boilermaker(None, LocalServiceBus("queue.db", lock_duration=0.3))
+
+@app.task
+async def kill(state):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+asyncio.run(app.run(max_deliveries=3))
+"""
+        )
+        assert await exit_code(process) == -signal.SIGKILL, kill
+    app.register_async(take_anything, name="kill")
+    await neighbour.delay()
+    async with working(app, max_deliveries=3):
+        await until(lambda: len(app.state) == 2)
+    assert sorted(app.state, key=str) == [("kill", 0), "neighbour"]
+    [dead] = await bus.peek(dead_letter=True)
+    assert (dead.dead_letter_reason, dead.delivery_count) == ("MaxDeliveryCountExceeded", 4)
+
+
+@pytest.mark.parametrize("wrong", [0, -1, 2.5, "3", True])
+async def test_a_number_of_deliveries_that_is_none_is_an_error(wrong):
+    with pytest.raises(ConfigurationError, match=f"max_deliveries={re.escape(repr(wrong))}"):
+        await Boilermaker(None, LocalServiceBus()).run(burst=True, max_deliveries=wrong)
+
+
+async def test_a_worker_on_a_dead_letter_queue_leaves_alone_what_it_does_not_know(open_bus, caplog):
+    app = Boilermaker(None, open_bus())
+    await app.service_bus_client.send([letter("no task", message_id="a")])
+    await app.send_task("unknown")
+    await app.send_task("fails")
+    await work_off(app)
+    before = await app.service_bus_client.peek(dead_letter=True)
+    assert len(before) == 3
+    again = Boilermaker([], open_bus(queue_name="tasks/$DeadLetterQueue"))
+
+    async def fails(state):
+        state.append("ran")
+        raise ValueError("still")
+
+    again.register_async(fails)
+    await work_off(again)
+    after = await app.service_bus_client.peek(dead_letter=True)
+    assert again.state == ["ran"]
+    assert [(each.body, each.dead_letter_reason, each.dead_letter_error_description) for each in after] == [
+        (each.body, each.dead_letter_reason, each.dead_letter_error_description) for each in before
+    ]
+    async with receiving(open_bus(queue_name="tasks/$DeadLetterQueue")) as receiver:
+        assert len(await receiver.receive(9, 0)) == 3  # nothing stayed locked
+    assert caplog.text.count("left as it is") == 2
+
+
+async def test_a_worker_that_holds_too_many_dead_letters_ends(open_bus, monkeypatch, caplog):
+    monkeypatch.setattr(boilermaker, "MOST_KEPT", 5)
+    dead = open_bus(queue_name="tasks/$DeadLetterQueue")
+    await dead.send([letter(str(number), queue="tasks/$DeadLetterQueue") for number in range(20)])
+    app = Boilermaker(None, dead).register_async(parse_page)
+    await app.run(concurrency=2)
+    assert "it holds 5 dead letters" in caplog.text
+    assert len(await dead.peek()) == 20
+
+
+async def test_no_retry_shares_an_id_with_a_task_that_somebody_named(open_bus, caplog):
+    app = Boilermaker([], open_bus(duplicate_detection=600))
+
+    @app.task(policy=RetryPolicy(3, 0))
+    async def work(state):
+        task = current_task()
+        if task.task_id == "report" and not task.attempts.attempts:
+            raise RetryException("again")
+        state.append(task.task_id)
+
+    for task_id in ("report:1", "report"):
+        task = work.si()
+        task.task_id = task_id
+        await app.publish_task(task)
+    await work_off(app)
+    assert sorted(app.state) == ["report", "report:1"]
+
+
+async def test_a_follow_up_that_is_dropped_as_a_duplicate_is_logged(open_bus, caplog):
+    app = Boilermaker([], open_bus(duplicate_detection=600))
+
+    @app.task
+    async def first(state): ...
+
+    task = await app.publish_task(first.si() | first.si())
+    root = root_of(boilermaker.Delivery(task.sequence_number, 0, task.message_id, "", {}, 0), "tasks")
+    await app.service_bus_client.send([letter("x", message_id=root)])
+    await work_off(app)
+    assert f"[first] Follow-up dropped as a duplicate sequence_number=1 message_id={root}" in caplog.text
+
+
+# -- the queue file
+
+
+async def test_an_expired_backlog_is_dead_lettered_some_at_a_time(open_bus, monkeypatch):
+    monkeypatch.setattr(boilermaker, "BURIED_AT_ONCE", 10)
+    with moved_clock() as clock:
+        bus, buried = open_bus(time_to_live=5), []
+        bury = boilermaker.Store._bury
+
+        def counted(store, *arguments):
+            buried.append(bury(store, *arguments))
+            return buried[-1]
+
+        claim = boilermaker.Store.claim
+        by_claim = []
+
+        def claimed(store, *arguments):
+            before = sum(buried)
+            result = claim(store, *arguments)
+            by_claim.append(sum(buried) - before)
+            return result
+
+        monkeypatch.setattr(boilermaker.Store, "_bury", counted)
+        monkeypatch.setattr(boilermaker.Store, "claim", claimed)
+        await bus.send([letter(str(number)) for number in range(95)])
+        clock.tick(6)
+        await bus.send([letter("fresh")])
+        async with receiving(bus) as receiver:
+            [delivery] = await receiver.receive(3, 0)
+            await settle(receiver, delivery)
+        assert delivery.body == "fresh"
+        assert len(await bus.peek(200, dead_letter=True)) == 95
+    assert max(by_claim) <= 10 + 3
+
+
+async def test_a_backlog_that_was_delivered_too_often_is_dead_lettered_some_at_a_time(open_bus, monkeypatch):
+    monkeypatch.setattr(boilermaker, "BURIED_AT_ONCE", 10)
+    bus = open_bus(max_delivery_count=2)
+    await bus.send([letter(str(number)) for number in range(45)])
+    await deliver_often(bus, 2)
+    async with receiving(bus) as receiver:
+        assert await receiver.receive(5, 0) == []
+    dead = await bus.peek(100, dead_letter=True)
+    assert [message.dead_letter_reason for message in dead] == ["MaxDeliveryCountExceeded"] * 45
+    assert {message.delivery_count for message in dead} == {2}
+
+
+async def test_peeking_waits_for_no_writer_and_keeps_none_waiting(open_bus):
+    bus = open_bus()
+    await bus.send([letter("a")])
+    with contextlib.closing(sqlite3.connect(bus.path, isolation_level=None)) as writer:
+        writer.execute("BEGIN IMMEDIATE")
+        assert await ids_of(bus) == ["a"]
+        writer.execute("ROLLBACK")
+    await bus.peek()
+    assert await bus.send([letter("b")]) == [2]
+
+
+async def test_to_look_changes_nothing_about_a_queue(open_bus):
+    bus, shop = open_bus(duplicate_detection=600), open_bus("shop")
+    await bus.send([letter("a")])
+    look = open_bus()
+    await look.peek()
+    with contextlib.suppress(MessageNotFound):
+        await look.cancel(77)
+    await shop.send([letter("a")])  # to `tasks`, a duplicate
+    assert await ids_of(bus) == ["a"]
+    await look.send([])  # who sends decides
+    await shop.send([letter("a")])
+    assert await ids_of(bus) == ["a", "a"]
+
+
+VERSION_1 = MODULE.parent / ".ci" / "version1.sql"
+
+
+@pytest.fixture
+def file_of_version_1(tmp_path):
+    path = tmp_path / "queue.db"
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        connection.executescript(VERSION_1.read_text())
+        connection.execute("PRAGMA journal_mode = WAL")
+    return path
+
+
+def version_of(path):
+    with contextlib.closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as connection:
+        return connection.execute("PRAGMA user_version").fetchone()[0]
+
+
+async def test_a_file_of_version_1_is_read_as_it_is_and_migrated_by_who_sends(file_of_version_1, open_bus):
+    bus = open_bus(path=file_of_version_1, duplicate_detection=10_000_000)
+    before = await bus.peek(), await bus.peek(dead_letter=True)
+    assert version_of(file_of_version_1) == 1
+    assert [message.dead_letter_reason for message in before[1]] == [
+        "TaskFailed",
+        "UnregisteredFunction",
+        "RetriesExhausted",
+    ]
+    [number] = await bus.send([letter("new")])
+    assert (version_of(file_of_version_1), number) == (boilermaker.SCHEMA_VERSION, 10)
+    assert (await bus.peek())[:-1] == before[0]
+    assert await bus.peek(dead_letter=True) == before[1]
+
+
+async def test_what_waits_in_a_file_of_version_1_runs(file_of_version_1, open_bus):
+    app = Boilermaker([], open_bus(path=file_of_version_1))
+
+    async def resize(state, image_id, width=800):
+        state.append((image_id, width, current_task().policy.max_tries))
+        return image_id
+
+    async def store(state, result):
+        state.append(result)
+
+    app.register_many_async([resize, store])
+    await work_off(app)
+    assert sorted(app.state, key=str) == [("cat.png", 800, 5), ("dog.png", 100, 5), "cat.png"]
+    [later] = await app.service_bus_client.peek()
+    assert later.scheduled_enqueue_time_utc.year == 2090
+
+
+async def test_a_process_of_the_former_version_goes_on_with_a_file_that_was_migrated(file_of_version_1, open_bus):
+    with contextlib.closing(sqlite3.connect(file_of_version_1, isolation_level=None)) as former:
+        former.execute("SELECT * FROM message").fetchall()
+        bus = open_bus(path=file_of_version_1)
+        await bus.send([letter("new")])
+        former.execute(
+            "INSERT INTO message (queue_id, state, due, enqueued_time, message_id, body) VALUES (1, 1, 0, 0, 'm', 'x')"
+        )
+        former.execute("DELETE FROM message WHERE message_id = 'new'")
+    ids = await ids_of(bus)
+    assert "m" in ids
+    assert "new" not in ids
+
+
+async def test_a_file_from_the_future_is_refused_also_to_be_read(file_of_version_1, open_bus):
+    with contextlib.closing(sqlite3.connect(file_of_version_1)) as connection:
+        connection.execute("PRAGMA user_version = 99")
+    bus = open_bus(path=file_of_version_1)
+    for use in (bus.peek(), bus.send([letter("a")])):
+        with pytest.raises(ConfigurationError, match="schema version 99"):
+            await use
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0 or not shutil.which("setpriv"), reason="needs root")
+def test_a_file_in_a_folder_that_cannot_be_written_to_is_read(file_of_version_1, tmp_path):
+    with contextlib.closing(sqlite3.connect(file_of_version_1)) as connection:
+        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    code = f"""
+import asyncio, sys
+sys.path.insert(0, {str(MODULE.parent)!r})
+from boilermaker import LocalServiceBus
+print(len(asyncio.run(LocalServiceBus({str(file_of_version_1)!r}).peek(dead_letter=True))))
+"""
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        copied = Path(folder) / "q" / "queue.db"
+        copied.parent.mkdir()
+        shutil.copy(file_of_version_1, copied)
+        module = Path(folder) / "boilermaker.py"
+        shutil.copy(MODULE, module)
+        code = code.replace(str(file_of_version_1), str(copied)).replace(str(MODULE.parent), folder)
+        copied.chmod(0o444)
+        copied.parent.chmod(0o555)
+        Path(folder).chmod(0o755)
+        ended = subprocess.run(
+            ["setpriv", "--reuid", "65534", "--clear-groups", "/usr/bin/env", "python3", "-c", code],
+            capture_output=True,
+            text=True,
+            check=False,
+            env={"PATH": os.environ["PATH"], "PYTHONDONTWRITEBYTECODE": "1"},
+        )
+        if "can't open" in ended.stderr or "Permission denied: " in ended.stderr or "No such file" in ended.stderr:
+            pytest.skip("another user cannot start this Python")
+        assert ended.stdout.strip() == "3", ended.stderr
+        assert sorted(path.name for path in copied.parent.iterdir()) == ["queue.db"]
+
+
+@pytest.mark.parametrize("busy", [False, True], ids=["idle", "busy"])
+@pytest.mark.parametrize("replaced", [False, True], ids=["deleted", "replaced"])
+async def test_a_worker_goes_on_with_the_file_that_is_there_now(
+    open_bus, monkeypatch, caplog, tmp_path, busy, replaced
+):
+    monkeypatch.setattr(boilermaker, "MAX_WAIT", 0.1)
+    monkeypatch.setattr(boilermaker, "CHECK_INTERVAL", 0.1)
+    app, go = Boilermaker([], open_bus()), asyncio.Event()
+
+    @app.task
+    async def work(state, number):
+        state.append(number)
+        if number == 1:
+            await go.wait()
+
+    await work.delay(1 if busy else 0)
+    async with working(app):
+        await until(lambda: app.state)
+        for name in ("queue.db", "queue.db-wal", "queue.db-shm"):
+            (tmp_path / name).unlink()
+        if replaced:
+            other = LocalServiceBus(tmp_path / "queue.db")
+            await Boilermaker(None, other).send_task("work", 2)
+            await other.close()
+        else:
+            await until(lambda: "was deleted or replaced" in caplog.text)
+            await work.delay(2)
+        await until(lambda: app.state[1:] == [2])
+        go.set()
+    assert "was deleted or replaced while open" in caplog.text
+
+
+async def test_a_worker_on_a_file_that_another_program_replaced_ends_with_the_error(
+    open_bus, monkeypatch, caplog, tmp_path
+):
+    monkeypatch.setattr(boilermaker, "MAX_WAIT", 0.1)
+    monkeypatch.setattr(boilermaker, "CHECK_INTERVAL", 0.1)
+    app = Boilermaker(None, open_bus()).register_async(parse_page)
+    await app.service_bus_client.send([])
+    worker = asyncio.create_task(app.run())
+    await asyncio.sleep(0.05)
+    for name in ("queue.db", "queue.db-wal", "queue.db-shm"):
+        (tmp_path / name).unlink()
+    with contextlib.closing(sqlite3.connect(tmp_path / "queue.db")) as connection:
+        connection.execute("CREATE TABLE theirs (x)")
+    with pytest.raises(ConfigurationError, match="the database of another program"):
+        await worker
+    assert "cannot go on" in caplog.text
+
+
+def test_an_interrupt_in_a_transaction_leaves_nobody_waiting(tmp_path, monkeypatch):
+    app = Boilermaker(None, LocalServiceBus(tmp_path / "queue.db")).register_async(parse_page)
+    insert, armed = boilermaker.Store.insert, [True]
+
+    def interrupted(store, *arguments):
+        if armed and armed.pop():
+            raise KeyboardInterrupt
+        return insert(store, *arguments)
+
+    monkeypatch.setattr(boilermaker.Store, "insert", interrupted)
+    loop = asyncio.new_event_loop()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            loop.run_until_complete(app.send_task("parse_page"))
+        left = asyncio.all_tasks(loop)
+        answers = loop.run_until_complete(asyncio.gather(*left, return_exceptions=True))
+        assert [type(answer) for answer in answers] == [BoilermakerAppException]
+        loop.run_until_complete(asyncio.wait_for(app.send_task("parse_page"), PATIENCE))
+        loop.run_until_complete(app.close())
+    finally:
+        loop.close()
+
+
+async def test_the_log_stays_small_with_large_bodies(open_bus, tmp_path):
+    bus, sizes = open_bus(), []
+    for turn in range(12):
+        await bus.send([letter("x" * 200_000, message_id=f"{turn} {number}") for number in range(25)])
+        sizes.append((tmp_path / "queue.db-wal").stat().st_size)
+    assert max(sizes) < 32 * 1024 * 1024
+
+
+async def test_the_log_stays_small_with_short_lived_publishers_beside_an_idle_one(open_bus, tmp_path, monkeypatch):
+    monkeypatch.setattr(boilermaker, "FULL_LOG_BYTES", 200_000)
+    idle = open_bus()
+    await idle.send([letter("idle")])
+    for turn in range(20):
+        bus = LocalServiceBus(tmp_path / "queue.db")
+        await bus.send([letter("x" * 40_000, message_id=str(turn))])
+        await bus.close()
+    assert (tmp_path / "queue.db-wal").stat().st_size < 300_000
+
+
+def test_a_queue_in_memory_is_heard_of_between_threads():
+    app, began = Boilermaker(None, LocalServiceBus()), threading.Event()
+
+    @app.task
+    async def hello(state):
+        began.set()
+
+    monkeypatch = pytest.MonkeyPatch()
+    monkeypatch.setattr(boilermaker, "MAX_WAIT", PATIENCE)  # so that only hearing of it helps
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    try:
+        worker = asyncio.run_coroutine_threadsafe(app.run(), loop)
+        time.sleep(0.2)
+        asyncio.run(hello.delay())
+        assert began.wait(PATIENCE / 2)
+        asyncio.run_coroutine_threadsafe(app.stop(), loop).result(PATIENCE)
+        worker.result(PATIENCE)
+        asyncio.run_coroutine_threadsafe(app.close(), loop).result(PATIENCE)
+    finally:
+        monkeypatch.undo()
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()
+
+
+# -- tracing
+
+
+async def test_what_the_configured_propagators_carry_travels_with_the_message(open_bus, monkeypatch):
+    from opentelemetry import baggage, context, propagate
+    from opentelemetry.propagators.textmap import TextMapPropagator
+
+    class Shop(TextMapPropagator):
+        fields = frozenset({"x-own"})
+
+        def extract(self, carrier, context=None, getter=None):
+            return baggage.set_baggage("own", carrier.get("x-own"), context)
+
+        def inject(self, carrier, context=None, setter=None):
+            carrier["x-own"] = str(baggage.get_baggage("own", context))
+
+    async def published_with(key):
+        app, seen = Boilermaker(None, open_bus(), enable_opentelemetry=True), []
+
+        @app.task
+        async def handle(state):
+            seen.append(baggage.get_baggage(key))
+            if len(seen) == 1:
+                raise RetryException("once more", delay=0)
+
+        token = context.attach(baggage.set_baggage(key, "42"))
+        try:
+            await handle.delay()
+        finally:
+            context.detach(token)
+        await work_off(app)
+        return seen
+
+    assert await published_with("tenant") == ["42", "42"]
+    monkeypatch.setattr(propagate, "get_global_textmap", Shop)
+    assert await published_with("own") == ["42", "42"]
 
 
 # ======================================================================================================================
