@@ -4692,7 +4692,7 @@ class _Signals:
     def __init__(self) -> None:
         self._listeners: dict[Callable[[int], None], asyncio.AbstractEventLoop] = {}
         self._previous: dict[int, Any] = {}
-        self._pid = 0
+        self._mask: set[int] | None = None
 
     @contextlib.contextmanager
     def told_to(self, listener: Callable[[int], None], loop: asyncio.AbstractEventLoop) -> Iterator[None]:
@@ -4700,7 +4700,6 @@ class _Signals:
             yield
             return
         self._listeners = {each: its for each, its in self._listeners.items() if not its.is_closed()} | {listener: loop}
-        self._pid = os.getpid()
         for number in (signal.SIGINT, signal.SIGTERM):
             previous = signal.getsignal(number)
             if number not in self._previous and _is_default(previous):
@@ -4714,21 +4713,31 @@ class _Signals:
                 self.give_back()
 
     def _handle(self, number: int, frame: object) -> None:
-        if os.getpid() != self._pid:  # of a child that was forked an instant ago
-            self.give_back()
-            signal.raise_signal(number)
-            return
         for listener, loop in list(self._listeners.items()):
             with contextlib.suppress(RuntimeError):  # the loop is closed
                 loop.call_soon_threadsafe(listener, number)
 
     def give_back(self) -> None:
-        """Restore what was there, unless somebody else has set a handler since; in a forked child, at once."""
+        """Restore what was there, unless somebody else has set a handler since."""
         for number, previous in self._previous.items():
             if signal.getsignal(number) == self._handle:
                 signal.signal(number, previous)
         self._previous.clear()
         self._listeners.clear()
+
+    # A forked child has what was there at once. Signals wait until then: a fork makes Python forget those that its own
+    # handlers have not seen to.
+
+    def before_fork(self) -> None:
+        self._mask = signal.pthread_sigmask(signal.SIG_BLOCK, self._previous) if self._previous else None
+
+    def after_fork_in_parent(self) -> None:
+        if self._mask is not None:
+            signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
+
+    def after_fork_in_child(self) -> None:
+        self.give_back()
+        self.after_fork_in_parent()
 
 
 def _is_default(handler: Any) -> bool:
@@ -4739,7 +4748,11 @@ def _is_default(handler: Any) -> bool:
 
 _signals = _Signals()
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_signals.give_back)
+    os.register_at_fork(
+        before=_signals.before_fork,
+        after_in_parent=_signals.after_fork_in_parent,
+        after_in_child=_signals.after_fork_in_child,
+    )
 
 
 # ======================================================================================================================
