@@ -2819,7 +2819,7 @@ class LocalServiceBus:
         return len(message.body)
 
     def check_queue(self, queue: str) -> None:
-        """Every queue of the file can be sent to."""
+        """Every queue can be sent to."""
 
     async def peek(self, max_message_count: int = 100, dead_letter: bool = False) -> list[Message]:
         """List messages without locking them: those that would be received first, locked and scheduled ones too.
@@ -3111,6 +3111,9 @@ class LocalReceiver:
 # ours does, for a few seconds, and a receiver for as long as it takes. What is wrong with the settings shows at once.
 
 AZURE_PACKAGES = "azure-servicebus azure-identity"
+OLDEST_SDK = (7, 15)
+"""From this release on a settlement waits for the service's answer; earlier ones could succeed without effect."""
+
 SOCKET_TIMEOUT = 0.02
 """Seconds for which a coroutine that reads keeps others from settling on the same receiver; the SDK's own is 0.2."""
 
@@ -3120,17 +3123,35 @@ BATCH_WAIT = 0.02
 ATTEMPT_TIMEOUT = 15
 """Seconds for one attempt to send, to settle, to renew or to open a link."""
 
+CALL_TIMEOUT = 40
+"""Seconds after which a call of the SDK is given up: some wait without end for a connection that passes nothing on."""
+
 SEND_PAUSES = (0.25, 1.0, 4.0)
 """Seconds, at most, between attempts to send."""
 
-SHORTEST_LOCK = 5
-"""Seconds that a lock is taken to last where the clocks leave it open: shorter ones are of no use to anybody."""
+SEND_PATIENCE = 18
+"""Seconds after which a publisher is told that it did not work, whatever the attempts are waiting for."""
+
+RESEND_PAUSE = 1.0
+"""Seconds between two attempts to publish what follows a message that is gone already."""
+
+SHORTEST_LOCK, LONGEST_LOCK = 5, 300
+"""Seconds that a lock lasts at least and at most: https://learn.microsoft.com/rest/api/servicebus/queues."""
+
+JUST_ENQUEUED = 0.5
+"""Seconds by which a message may seem old and yet count as just enqueued."""
+
+CLOCK_TOLERANCE = 0.1
+"""Seconds by which a message may seem to come from the future, with clocks that agree."""
 
 START_PATIENCE = 2
 """Seconds for which a worker that starts tries to connect."""
 
-OPENING_TICK = 0.005
-"""Seconds between two looks at a link that is being opened."""
+FRESH_LINK = 5
+"""Seconds for which a refusal is taken for one of the settings; on an older link, for the end of its token."""
+
+SILENCE = 30
+"""Seconds without a word from the service after which it is asked for one: a connection has no time-out of its own."""
 
 EMPTY_WAIT = 1.0
 """Seconds without a message after which a queue counts as empty, where nobody wants to wait for one."""
@@ -3252,7 +3273,7 @@ def _namespace_of(url: object) -> str:
             "The namespace is a connection string: use AzureServiceBus.from_connection_string, "
             "or Config(service_bus_connection_string=...)."
         )
-    match = re.fullmatch(r"(?:[A-Za-z]+://)?([A-Za-z0-9][A-Za-z0-9.-]*)(?::\d+)?/*", text)
+    match = re.fullmatch(r"(?:[a-z]+://)?([a-z0-9][\w.-]*|\[[0-9a-f:.]+\])(?::\d+)?/*", text, re.ASCII | re.IGNORECASE)
     if match is None:
         raise ConfigurationError(
             f"namespace {url!r} must be a host such as 'example.servicebus.windows.net', or its URL."
@@ -3263,8 +3284,8 @@ def _namespace_of(url: object) -> str:
 class AzureServiceBus:
     """A queue of Azure Service Bus.
 
-    The queue is made outside of this module. Its lock duration, maximum delivery count, time to live and duplicate
-    detection are those it was made with; with duplicate detection, no follow-up is enqueued twice.
+    The queue is made outside of this module, without sessions. Its lock duration, maximum delivery count, time to live
+    and duplicate detection are those it was made with; with duplicate detection, no follow-up is enqueued twice.
 
     Args:
         namespace_url: `example.servicebus.windows.net`, or its URL.
@@ -3272,12 +3293,26 @@ class AzureServiceBus:
         credential: of azure-identity or azure-core, synchronous or not, or a function that makes one;
             `DefaultAzureCredential` without managed identity if None.
         max_message_bytes: the size limit of a message: 262,144 on Standard, up to 100 MB on Premium.
+        duplicate_detection: the window, in seconds, that the queue was made with; 0 for none.
+        max_delivery_count: how often the queue delivers a message before it dead-letters it.
+        client_options: for the SDK's `ServiceBusClient`: `transport_type`, `http_proxy`, `custom_endpoint_address`,
+            `connection_verify` and others.
 
     Raises:
         ConfigurationError: an argument is wrong, or a package is missing.
     """
 
     system = "servicebus"
+
+    OWN_OPTIONS = (
+        "retry_total",
+        "retry_mode",
+        "retry_backoff_factor",
+        "retry_backoff_max",
+        "try_timeout",
+        "uamqp_transport",
+    )
+    """Options of the SDK's client that this module sets, or has no use for: it tries again by itself."""
 
     def __init__(
         self,
@@ -3286,65 +3321,134 @@ class AzureServiceBus:
         credential: Any = None,
         *,
         max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
-        max_delivery_count: int | None = 10,
+        duplicate_detection: float = 600,
+        max_delivery_count: int = 10,
+        **client_options: Any,
     ) -> None:
-        self.max_delivery_count = max_delivery_count
         self.namespace = _namespace_of(namespace_url)
         self.queue_name = _checked_queue_name(queue_name)
         self.max_message_bytes = _count("max_message_bytes", max_message_bytes)
-        self._make_client = functools.partial(_client_of, self.namespace, credential)
-        self._opened: dict[asyncio.AbstractEventLoop, tuple[ServiceBusClient, dict[str, AzureSender]]] = {}
-        _import_azure()
+        self.duplicate_detection = _positive("duplicate_detection", duplicate_detection, or_zero=True)
+        self.max_delivery_count: int | None = _count("max_delivery_count", max_delivery_count)
+        self.entity_path: str | None = None
+        self._credential = credential
+        self._connection_string: str | None = None
+        self._client_options = client_options
+        self._opened: dict[tuple[int, asyncio.AbstractEventLoop], tuple[ServiceBusClient, dict[str, AzureSender]]] = {}
+
+        # The SDK's client takes any option, and says nothing of one that it does not know; its documentation does.
+        known = re.findall(r":keyword [^:]*?(\w+):", _import_azure().aio.ServiceBusClient.__doc__ or "")
+        for name in client_options:
+            if name in self.OWN_OPTIONS or (known and name not in known):
+                names = ", ".join(option for option in known if option not in self.OWN_OPTIONS)
+                raise ConfigurationError(f"AzureServiceBus takes no option {name}=; the SDK's client takes {names}.")
 
     @classmethod
-    def from_config(cls, config: Config) -> AzureServiceBus:
+    def from_config(
+        cls,
+        config: Config,
+        *,
+        max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
+        duplicate_detection: float = 600,
+        max_delivery_count: int = 10,
+        **client_options: Any,
+    ) -> AzureServiceBus:
         """The bus of a `Config`: by its connection string where it has one, else by namespace and credential."""
+        options = {
+            "max_message_bytes": max_message_bytes,
+            "duplicate_detection": duplicate_detection,
+            "max_delivery_count": max_delivery_count,
+            **client_options,
+        }
         queue = config.service_bus_queue_name or ""
         if config.service_bus_connection_string:
-            return cls.from_connection_string(config.service_bus_connection_string, queue)
-        return cls(config.service_bus_namespace_url or "", queue, config.az_credential)
+            return cls.from_connection_string(config.service_bus_connection_string, queue, **options)
+        return cls(config.service_bus_namespace_url or "", queue, config.az_credential, **options)
 
     @classmethod
     def from_connection_string(
-        cls, conn_str: str, queue_name: str, *, max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES
+        cls,
+        conn_str: str,
+        queue_name: str,
+        *,
+        max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
+        duplicate_detection: float = 600,
+        max_delivery_count: int = 10,
+        **client_options: Any,
     ) -> AzureServiceBus:
-        """The bus of a connection string, as the Azure portal shows it under "Shared access policies"."""
-        endpoint = _connection_setting(conn_str, "Endpoint") if isinstance(conn_str, str) else None
+        """The bus of a connection string, as the Azure portal shows it under "Shared access policies".
+
+        One with an `EntityPath` is for that queue and its dead-letter queue only.
+        """
+        text = conn_str.strip() if isinstance(conn_str, str) else ""
+        endpoint = _connection_setting(text, "Endpoint") or _connection_setting(text, "HostName")
         if not endpoint:
             raise ConfigurationError("The connection string has no Endpoint: it begins with 'Endpoint=sb://...'.")
-        entity = _connection_setting(conn_str, "EntityPath")
-        if entity not in (None, queue_name):
+        bus = cls(
+            endpoint,
+            queue_name,
+            max_message_bytes=max_message_bytes,
+            duplicate_detection=duplicate_detection,
+            max_delivery_count=max_delivery_count,
+            **client_options,
+        )
+        bus.entity_path = _connection_setting(text, "EntityPath") or None
+        if bus.entity_path not in (None, queue_name.removesuffix(DEAD_LETTER_SUFFIX)):
             raise ConfigurationError(
-                f"The connection string is for queue {entity!r} only (EntityPath), not for {queue_name!r}: "
+                f"The connection string is for queue {bus.entity_path!r} only (EntityPath), not for {queue_name!r}: "
                 "use that queue, or a connection string of the namespace."
             )
-        bus = cls(endpoint, queue_name, max_message_bytes=max_message_bytes)
-        bus._make_client = functools.partial(_client_of_connection_string, conn_str)
+        if "://" not in endpoint:  # the SDK wants one
+            text = f"{text.rstrip(';')};Endpoint=sb://{endpoint}"
+        bus._connection_string = text
         return bus
 
     def __repr__(self) -> str:
         return f"AzureServiceBus({self.namespace!r}, {self.queue_name!r})"
 
+    def check_queue(self, queue: str) -> None:
+        """Refuse a queue that this bus has no access to: its connection string is for another (EntityPath)."""
+        if self.entity_path not in (None, queue.removesuffix(DEAD_LETTER_SUFFIX)):
+            raise UsageError(
+                f"{self!r} cannot send to queue {queue!r}: its connection string is for {self.entity_path!r} only "
+                "(EntityPath). Use a connection string of the namespace."
+            )
+
     def _of_this_loop(self) -> tuple[ServiceBusClient, dict[str, AzureSender]]:
-        """The SDK's client, and the senders by queue: neither can be shared by event loops."""
-        loop = asyncio.get_running_loop()
-        if loop not in self._opened:
-            for closed in [other for other in list(self._opened) if other.is_closed()]:
+        """The SDK's client, and the senders by queue: neither can be shared by event loops, or across a fork."""
+        here = os.getpid(), asyncio.get_running_loop()
+        if here not in self._opened:
+            for closed in [other for other in list(self._opened) if other[1].is_closed()]:
                 self._opened.pop(closed, None)
-            self._opened[loop] = self._make_client(), {}
-        return self._opened[loop]
+            self._opened[here] = self._make_client(), {}
+        return self._opened[here]
+
+    def _make_client(self) -> ServiceBusClient:
+        make = _import_azure().aio.ServiceBusClient
+        options = {"retry_total": 0, "try_timeout": ATTEMPT_TIMEOUT, **self._client_options}
+        if self._connection_string is None:
+            credential = self._credential
+            credential = _default_credential(include_msi=False) if credential is None else _made_credential(credential)
+            if hasattr(credential, "get_token") and not inspect.iscoroutinefunction(credential.get_token):
+                credential = ThreadedCredential(credential)
+            make, where = functools.partial(make, credential=credential), self.namespace
+        else:
+            make, where = make.from_connection_string, self._connection_string
+        try:
+            client: ServiceBusClient = make(where, **options)
+        except (AttributeError, TypeError, ValueError) as error:
+            given = "its options" if self._connection_string is None else "its connection string, or its options,"
+            raise ConfigurationError(f"{self!r}: {given} cannot be read: {error}") from None
+        return client
 
     async def send(self, messages: Sequence[Outgoing]) -> list[int | None]:
         numbers: list[int | None] = []
         for queue, group in itertools.groupby(messages, key=lambda message: message.queue):
-            numbers += await self._sender(queue).send(list(group))
+            _, senders = self._of_this_loop()
+            if queue not in senders:
+                senders[queue] = AzureSender(self, queue)
+            numbers += await senders[queue].send(list(group))
         return numbers
-
-    def _sender(self, queue: str) -> AzureSender:
-        _, senders = self._of_this_loop()
-        if queue not in senders:
-            senders[queue] = AzureSender(self, queue)
-        return senders[queue]
 
     def size(self, message: Outgoing) -> int:
         """The body, the ids and properties, and 512 bytes for what AMQP adds to them."""
@@ -3358,22 +3462,24 @@ class AzureServiceBus:
         await receiver.open()
         return receiver
 
-    def check_queue(self, queue: str) -> None:
-        """Every queue of the namespace can be sent to."""
-
-    def receiver_link(self, **options: Any) -> AzureLink:
-        options |= {"socket_timeout": SOCKET_TIMEOUT, "timeout": ATTEMPT_TIMEOUT}
-        return AzureLink(self, self.queue_name, self._of_this_loop()[0].get_queue_receiver(self.queue_name, **options))
+    def receiver_link(self, dead_letter: bool = False) -> AzureLink:
+        queue = dead_letter_queue(self.queue_name) if dead_letter else self.queue_name
+        options: dict[str, Any] = {"socket_timeout": SOCKET_TIMEOUT, "timeout": ATTEMPT_TIMEOUT}
+        if queue.endswith(DEAD_LETTER_SUFFIX):  # by its own name, a connection string for the queue would not do
+            options["sub_queue"] = "deadletter"
+        client, _ = self._of_this_loop()
+        return AzureLink(self, queue, client.get_queue_receiver(queue.removesuffix(DEAD_LETTER_SUFFIX), **options))
 
     def sender_link(self, queue: str) -> AzureLink:
-        return AzureLink(self, queue, self._of_this_loop()[0].get_queue_sender(queue, socket_timeout=SOCKET_TIMEOUT))
+        client, _ = self._of_this_loop()
+        return AzureLink(self, queue, client.get_queue_sender(queue, socket_timeout=SOCKET_TIMEOUT))
 
     async def peek(self, max_message_count: int = 100, dead_letter: bool = False) -> list[Message]:
         """List messages without locking them, by sequence number: locked, scheduled and deferred ones too."""
         _count("max_message_count", max_message_count)
         messages: list[Message] = []
-        async with self.receiver_link(**({"sub_queue": "deadletter"} if dead_letter else {})) as link:
-            peek = functools.partial(link.call, link.sdk.peek_messages, timeout=ATTEMPT_TIMEOUT)
+        async with self.receiver_link(dead_letter) as link:
+            peek = functools.partial(link.request, link.sdk.peek_messages, timeout=ATTEMPT_TIMEOUT)
             while (missing := max_message_count - len(messages)) > 0:
                 start = messages[-1].sequence_number + 1 if messages else 1
                 batch = await peek(missing, sequence_number=start)
@@ -3392,28 +3498,29 @@ class AzureServiceBus:
         if not _is_64_bit(sequence_number):
             raise MessageNotFound(f"{self!r} has no scheduled message with sequence number {sequence_number}.")
         async with self.sender_link(self.queue_name) as link:
-            await link.call(link.sdk.cancel_scheduled_messages, sequence_number, timeout=ATTEMPT_TIMEOUT)
+            await link.request(link.sdk.cancel_scheduled_messages, sequence_number, timeout=ATTEMPT_TIMEOUT)
 
     async def close(self) -> None:
         """Close all connections of this event loop. The bus opens new ones if it is used again."""
-        opened = self._opened.pop(asyncio.get_running_loop(), None)
+        opened = self._opened.pop((os.getpid(), asyncio.get_running_loop()), None)
         if opened is not None:
-            await asyncio.shield(asyncio.ensure_future(self._close(*opened)))
+            client, senders = opened
 
-    async def _close(self, client: ServiceBusClient, senders: Mapping[str, AzureSender]) -> None:
-        for sender in senders.values():
-            await sender.close()
-        await client.close()
+            async def close_all() -> None:
+                await asyncio.gather(*[sender.close() for sender in senders.values()])
+                await client.close()
+
+            await asyncio.shield(asyncio.ensure_future(close_all()))
 
     @contextlib.contextmanager
-    def explained(self, queue: str | None = None) -> Iterator[None]:
+    def explained(self, queue: str) -> Iterator[None]:
         """The SDK's errors as ours, naming the queue and the way out."""
         try:
             yield
         except BoilermakerError:
             raise
         except Exception as error:
-            raise _azure_error(error, self.namespace, queue or self.queue_name) from error
+            raise _azure_error(error, f"queue {queue!r} of {self.namespace}") from error
 
 
 def _import_azure() -> Any:
@@ -3421,27 +3528,10 @@ def _import_azure() -> Any:
         import azure.servicebus.aio
     except ImportError as error:
         raise ConfigurationError(f"Azure needs more packages: pip install {AZURE_PACKAGES} ({error}).") from error
+    version = azure.servicebus.__version__
+    if tuple(map(int, re.findall(r"\d+", version)[:2])) < OLDEST_SDK:
+        raise ConfigurationError(f"azure-servicebus {version} is too old: pip install 'azure-servicebus>=7.15'.")
     return azure.servicebus
-
-
-def _client_of(namespace: str, credential: Any) -> ServiceBusClient:
-    aio = _import_azure().aio
-    credential = _default_credential(include_msi=False) if credential is None else _made_credential(credential)
-    if hasattr(credential, "get_token") and not inspect.iscoroutinefunction(credential.get_token):
-        credential = ThreadedCredential(credential)
-    client: ServiceBusClient = aio.ServiceBusClient(namespace, credential, retry_total=0, try_timeout=ATTEMPT_TIMEOUT)
-    return client
-
-
-def _client_of_connection_string(connection_string: str) -> ServiceBusClient:
-    aio = _import_azure().aio
-    try:
-        client: ServiceBusClient = aio.ServiceBusClient.from_connection_string(
-            connection_string, retry_total=0, try_timeout=ATTEMPT_TIMEOUT
-        )
-    except ValueError as error:
-        raise ConfigurationError(f"The connection string cannot be read: {error}") from None
-    return client
 
 
 class ThreadedCredential:
@@ -3463,37 +3553,47 @@ class ThreadedCredential:
         await self.close()
 
 
-def _azure_error(error: Exception, namespace: str, queue: str) -> BoilermakerError:
-    """What an error of the SDK means for the caller."""
-    from azure.core.exceptions import ClientAuthenticationError
-    from azure.servicebus import exceptions
+_NETWORK = "check the namespace's name, and that port 5671 (AMQP) is open; transport_type=AmqpOverWebsocket uses 443."
+_ACCESS = (
+    "check the key and the queue's name, or give the identity the roles "
+    "'Azure Service Bus Data Sender' and 'Azure Service Bus Data Receiver'."
+)
+_AZURE_ERRORS: Mapping[str, tuple[type[BoilermakerError], str]] = {
+    "MessageLockLostError": (MessageLockLost, "the lock ran out, or the answer to an earlier attempt was lost:"),
+    "MessageAlreadySettled": (MessageLockLost, "it is settled already:"),
+    "MessageNotFoundError": (MessageNotFound, "{where} has no such scheduled message:"),
+    "MessageSizeExceededError": (MessageTooLarge, "{where} refused a message as too large:"),
+    "MessagingEntityNotFoundError": (ConfigurationError, "There is no {where}: create it, or correct its name."),
+    "ServiceBusAuthenticationError": (ConfigurationError, f"Access to {{where}} was refused: {_ACCESS}"),
+    "ServiceBusAuthorizationError": (ConfigurationError, f"Access to {{where}} was refused: {_ACCESS}"),
+    "ServiceBusServerBusyError": (Throttled, "{where} is throttled:"),
+    "ServiceBusConnectionError": (ServiceBusUnavailable, f"{{where}} cannot be reached: {_NETWORK}"),
+    "OperationTimeoutError": (ServiceBusUnavailable, f"{{where}} did not answer in time: {_NETWORK}"),
+    "TimeoutError": (ServiceBusUnavailable, f"{{where}} did not answer in time: {_NETWORK}"),
+    "ClientAuthenticationError": (
+        ConfigurationError,
+        "There is no usable credential for {where}: run `az login`, or pass one.",
+    ),
+    "FileNotFoundError": (ConfigurationError, "{where}: an option, such as connection_verify, names no file:"),
+    "ImportError": (ConfigurationError, "{where}: a package is missing, pip install aiohttp:"),
+    "TypeError": (RequestRefused, "{where}: the SDK refuses it:"),
+    "ValueError": (RequestRefused, "{where}: the SDK refuses it:"),
+}
+"""What an error of the SDK means for the caller, by its class or the nearest base."""
 
-    where = f"queue {queue!r} of {namespace}"
-    match error:
-        case exceptions.MessageLockLostError() | exceptions.MessageAlreadySettled():
-            return MessageLockLost(f"the lock ran out, or the answer to an earlier attempt was lost: {error}")
-        case exceptions.MessageNotFoundError():
-            return MessageNotFound(f"{where} has no such scheduled message: {error}")
-        case exceptions.MessageSizeExceededError():
-            return MessageTooLarge(f"{where} refused a message as too large: {error}")
-        case exceptions.MessagingEntityNotFoundError():
-            return ConfigurationError(f"There is no {where}: create it, or correct the queue's name. {error}")
-        case exceptions.ServiceBusAuthenticationError() | exceptions.ServiceBusAuthorizationError():
-            return ConfigurationError(
-                f"Access to {where} was refused: check the key and the queue's name, or give the identity the roles "
-                f"'Azure Service Bus Data Sender' and 'Azure Service Bus Data Receiver'. {error}"
-            )
-        case exceptions.ServiceBusServerBusyError():
-            return Throttled(f"{where} is throttled: {error}")
-        case exceptions.ServiceBusConnectionError():
-            return ServiceBusUnavailable(
-                f"{where} cannot be reached: check the namespace's name, and that port 5671 (AMQP) is open. {error}"
-            )
-        case ClientAuthenticationError():
-            return ConfigurationError(
-                f"There is no usable credential for {where}: run `az login`, or pass one. {error}"
-            )
-    return ServiceBusUnavailable(f"{where}: {type(error).__name__}: {error}")
+
+def _azure_error(error: Exception, where: str) -> BoilermakerError:
+    inner = getattr(error, "inner_exception", None)
+    if isinstance(inner, (FileNotFoundError, UnicodeError)):  # wrapped as if the link were broken
+        error = inner
+    kind: type[BoilermakerError] = ServiceBusUnavailable
+    text = f"{{where}}: {type(error).__name__}:"
+    if "amqp:not-allowed" in str(error):
+        kind, text = RequestRefused, "{where} does not allow it:"
+    else:
+        names = (base.__name__ for base in type(error).__mro__)
+        kind, text = next((_AZURE_ERRORS[name] for name in names if name in _AZURE_ERRORS), (kind, text))
+    return kind(f"{text.format(where=where)} {error}")
 
 
 def _message_of_sdk(raw: ServiceBusReceivedMessage) -> Message:
@@ -3542,143 +3642,118 @@ class AzureLink:
     By itself the SDK (7.15) opens and closes it inside of any call, which goes wrong as soon as several coroutines use
     one: each that finds the connection lost opens another, one that has little time left closes what the others use,
     and a settlement under way opens again what was closed. So here a failure only marks the link as lost, and its user
-    opens another. Requests to the management node go one at a time, since at once they may get the same delivery
-    number, for which the service cuts the connection.
-
-    All this changes internals of the SDK. A release that has not got them is used as it is.
+    opens another. All that is done to internals of the SDK is done in this class.
     """
-
-    INTERNALS = ("_mgmt_request_response", "_close_handler", "_open", "_handler", "_running")
 
     def __init__(self, bus: AzureServiceBus, queue: str, sdk: Any) -> None:
         self.sdk = sdk
-        self.requests = 0
-        self.round_trip = 0.0
         self.error: BoilermakerError | None = None
+        self.opened = self.heard = 0.0  # the latter is when the service last said something, where that is known
+        self.round_trip = 0.0
         self._bus = bus
         self._queue = queue
         self._calls = 0
-        self._answered = False
-        self._opened = 0.0
-        self._listen: Callable[..., Coroutine[Any, Any, None]] | None = None
-        self._sdk_listens = False
+        self._requests = 0
         self._turn = asyncio.Lock()
-        self._tamed = all(hasattr(sdk, name) for name in self.INTERNALS)
-        if self._tamed:
-            self._request = sdk._mgmt_request_response
-            sdk._mgmt_request_response = self._request_in_turn
-            sdk._close_handler = self._mark_as_lost
+        # For most errors the SDK closes all at once: a request that the service refuses would take the settlements of
+        # others with it. Halfway through an opening it would also forget the socket, which stays open.
+        sdk._close_handler = self._leave_open
 
     async def __aenter__(self) -> AzureLink:
+        # In a task of its own: wait_for, by which the SDK reads, may lose a cancellation in Python 3.11.
+        opening = asyncio.ensure_future(self.sdk.__aenter__())
         try:
+            await asyncio.wait([opening])
             with self._bus.explained(self._queue):
-                await self._open()
-        except BaseException:
+                opening.result()
+        except BaseException as error:
+            opening.cancel()
+            await asyncio.wait([opening], timeout=CLOSE_TIMEOUT)
             await self.close()
+            if isinstance(error, RequestRefused):
+                hint = "Tasks have no sessions: use a queue without." if "session" in str(error) else ""
+                raise ConfigurationError(f"A link cannot be opened: {error} {hint}") from error
             raise
-        if self._tamed:
-            self.sdk._open = self._check_open
-        if self._listen is not None:
-            vars(self.sdk._handler._connection).pop("listen", None)
-        self._opened = time.monotonic()
+        # The SDK opens again what was lost, in the middle of any call; and what was closed, for a settlement.
+        self.sdk._open = self._check_open
+        self.opened = self.heard = time.monotonic()
         return self
 
     async def __aexit__(self, *exception: object) -> None:
         await self.close()
 
-    async def _open(self) -> None:
-        """Open it, and read meanwhile: the SDK sleeps for 0.05 s before it reads the next frame, ten times over."""
-        opening = asyncio.ensure_future(self.sdk.__aenter__())
-        try:
-            while not opening.done():
-                await asyncio.wait([opening], timeout=OPENING_TICK)
-                if self._tamed and not opening.done():
-                    # In a task of its own: wait_for, by which the SDK reads, may lose a cancellation in Python 3.11.
-                    await asyncio.wait([asyncio.ensure_future(self._read_a_frame())])
-        finally:
-            if not opening.done():  # whatever it is at has to end before the link is closed
-                opening.cancel()
-                opening.add_done_callback(lambda task: task.cancelled() or task.exception())  # nobody else looks at it
-                await asyncio.wait([opening], timeout=CLOSE_TIMEOUT)
-        opening.result()
-
-    async def _read_a_frame(self) -> None:
-        """Read a frame, while the SDK opens the link, when it is not itself at it: the next might overtake it."""
-        connection = getattr(self.sdk._handler, "_connection", None)
-        if connection is None:
-            return
-        if self._listen is None:
-            self._listen, connection.listen = connection.listen, self._listen_in_turn
-        elif self._sdk_listens:
-            with contextlib.suppress(Exception):  # the SDK meets it too
-                async with self._turn:
-                    await self._listen(wait=OPENING_TICK)
-
-    async def _listen_in_turn(self, *args: Any, **options: Any) -> None:
-        assert self._listen is not None
-        self._sdk_listens = True  # so what it read before is done with
-        async with self._turn:
-            await self._listen(*args, **options)
-
     @property
     def works(self) -> bool:
-        return self.error is None and (not self._tamed or self.sdk._running)
-
-    @property
-    def has_worked(self) -> bool:
-        return self._answered or time.monotonic() - self._opened > 1
+        return self.error is None and not self.worn_out
 
     @property
     def worn_out(self) -> bool:
-        return self.requests >= MAX_REQUESTS
+        return self._requests >= MAX_REQUESTS
 
     async def call(self, operation: Callable[..., Coroutine[Any, Any, T]], *args: Any, **options: Any) -> T:
         """Call an operation of the SDK. What fails for another reason than its message has lost the link."""
+        if self.error is not None:
+            raise ServiceBusUnavailable(f"The link to {self._queue!r} was lost: {self.error}")
         self._calls += 1
         try:
             with self._bus.explained(self._queue):
-                result = await operation(*args, **options)
-            self._answered = True
-            return result
-        except (MessageLockLost, MessageNotFound, Throttled):
+                async with asyncio.timeout(CALL_TIMEOUT):
+                    return await operation(*args, **options)
+        except (MessageLockLost, MessageNotFound, RequestRefused, Throttled):
             raise
         except BoilermakerError as error:
             self.error = self.error or error
+            if isinstance(error, ConfigurationError) and time.monotonic() - self.opened > FRESH_LINK:
+                raise ServiceBusUnavailable(f"The token may have run out: {error}") from error  # a new link will tell
             raise
         finally:
             self._calls -= 1
 
+    async def request(self, operation: Callable[..., Coroutine[Any, Any, T]], *args: Any, **options: Any) -> T:
+        """Call an operation that asks the management node.
+
+        One at a time, since at once they may get the same delivery number, for which the service cuts the connection.
+        """
+        async with self._turn:
+            self._requests += 1
+            answer = await self.call(operation, *args, **options)
+        self.heard = time.monotonic()
+        return answer
+
     async def close(self) -> None:
         """Close it as soon as no call is under way, or CLOSE_TIMEOUT has passed."""
+        self.error = self.error or ServiceBusUnavailable("it was closed")
         deadline = time.monotonic() + CLOSE_TIMEOUT
         while self._calls and time.monotonic() < deadline:
             await asyncio.sleep(SOCKET_TIMEOUT)
         vars(self.sdk).pop("_close_handler", None)
         handler: Any = getattr(self.sdk, "_handler", None)
         keep_alive = getattr(handler, "_keep_alive_thread", None)
-        transport = getattr(getattr(handler, "_connection", None), "_transport", None)
-        if keep_alive is not None:  # closing would wait for its next round
+        if keep_alive is not None:  # closing would wait for its next round, for up to a second
             keep_alive.cancel()
             handler._keep_alive_thread = None
+        # Where the connection was lost, or never opened, the SDK leaves the socket open.
+        transport = getattr(getattr(handler, "_connection", None), "_transport", None)
+        writer, session = getattr(transport, "writer", None), getattr(transport, "session", None)
+        if writer is not None and not self.opened:  # nobody is there to say goodbye to
+            writer.transport.abort()
         try:
-            await asyncio.wait_for(self.sdk.close(), CLOSE_TIMEOUT)
+            async with asyncio.timeout(CLOSE_TIMEOUT):
+                await self.sdk.close()
+                if session is not None:  # over WebSockets
+                    await session.close()
         except Exception as error:
             logger.debug("Closing a link to %r failed: %s", self._queue, error)
-        finally:  # the SDK leaves the socket open where the connection was lost
-            if (writer := getattr(transport, "writer", None)) is not None:
+        finally:
+            if writer is not None:
                 writer.transport.abort()
 
-    async def _mark_as_lost(self) -> None:
-        self.sdk._running = False
+    async def _leave_open(self) -> None:
+        """Instead of closing: `close` does."""
 
-    async def _check_open(self, timeout: float | None = None) -> None:
-        if not self.sdk._running:
+    async def _check_open(self, *args: Any, **options: Any) -> None:
+        if self.error is not None:
             raise _import_azure().exceptions.ServiceBusConnectionError(message=f"The link was lost: {self.error}")
-
-    async def _request_in_turn(self, *args: Any, **options: Any) -> Any:
-        async with self._turn:
-            self.requests += 1
-            return await self._request(*args, **options)
 
 
 @dataclass(slots=True, eq=False)
@@ -3717,6 +3792,7 @@ class AzureSender:
         self._link: AzureLink | None = None
         self._waiting: list[_Waiting] = []
         self._sending: asyncio.Task[None] | None = None
+        self._closing: set[asyncio.Task[None]] = set()
 
     async def send(self, messages: Sequence[Outgoing]) -> list[int | None]:
         """Send one or more, in order; the sequence numbers of those that are scheduled."""
@@ -3731,63 +3807,74 @@ class AzureSender:
         if self._sending is not None:
             await asyncio.wait([self._sending], timeout=CLOSE_TIMEOUT)
             self._sending.cancel()
-        await self._drop_link()
+            await asyncio.wait([self._sending], timeout=CLOSE_TIMEOUT)
+        self._drop_link()
+        if self._closing:
+            await asyncio.wait(self._closing)
 
     async def _send_waiting(self) -> None:
+        """Send until nothing waits, by turns the first ones that are due at the same time."""
         while self._waiting:
-            some, self._waiting = self._of_a_kind()
+            waiting = [(message, request) for message, request in self._waiting if not request.future.done()]
+            due = waiting[0][0].due if waiting else None
+            count = next((i for i, (message, _) in enumerate(waiting) if message.due != due), len(waiting))
+            some, self._waiting = waiting[:count], waiting[count:]
             try:
                 with self._bus.explained(self._queue):
                     numbers = await self._insist([message for message, _ in some])
-            except MessageTooLarge as error:  # the first one, by itself
+            except (MessageTooLarge, RequestRefused) as error:  # the first one, by itself
                 self._waiting = some[1:] + self._waiting
-                self._fail(some[:1], error)
-            except BoilermakerError as error:
-                self._fail(some, error)
+                some[0][1].answer(error)
+            except BoilermakerError as error:  # about the queue or the connection: so it goes for all that waits
+                some, self._waiting = some + self._waiting, []
+                for _, request in some:
+                    request.answer(error)
             except BaseException:
-                self._fail(some, ServiceBusUnavailable(f"{self._bus!r} was closed before it had sent everything."))
+                some, self._waiting = some + self._waiting, []
+                for _, request in some:
+                    request.answer(ServiceBusUnavailable(f"{self._bus!r} was closed before it had sent everything."))
+                self._drop_link()  # a send that was interrupted leaves it in no state to send more
                 raise
             else:
                 self._waiting = some[len(numbers) :] + self._waiting
                 for (_, request), number in zip(some, numbers, strict=False):
                     request.answer(number)
 
-    def _of_a_kind(self) -> tuple[list[_Waiting], list[_Waiting]]:
-        """The first waiting messages that are due at the same time, and the rest; cancelled ones are left out."""
-        waiting = [(message, request) for message, request in self._waiting if not request.future.done()]
-        due = waiting[0][0].due if waiting else None
-        count = next((i for i, (message, _) in enumerate(waiting) if message.due != due), len(waiting))
-        return waiting[:count], waiting[count:]
-
-    def _fail(self, some: Sequence[_Waiting], error: Exception) -> None:
-        """Answer with an error; all that waits, if it is not about these messages but about the connection."""
-        if isinstance(error, ServiceBusUnavailable):
-            some, self._waiting = [*some, *self._waiting], []
-        for _, request in some:
-            request.answer(error)
-
     async def _insist(self, messages: Sequence[Outgoing]) -> Sequence[int | None]:
-        """Send some, again after a failure that may pass."""
-        for pause in SEND_PAUSES:
-            try:
-                return await self._send_some(messages)
-            except ServiceBusUnavailable as error:
-                logger.info("Sending to %r failed, will try again: %s", self._queue, error)
-            except MessageTooLarge:
-                if len(messages) == 1:
-                    raise
-                return await self._insist(messages[:1])  # to find the one
-            await asyncio.sleep(random.uniform(0.5, 1.0) * pause)
-        return await self._send_some(messages)
+        """Send as many as one call can carry; again after a failure that may pass, but not for long."""
+        failure: ServiceBusUnavailable | None = None
+        try:
+            async with asyncio.timeout(SEND_PATIENCE):
+                for pause in (0, *SEND_PAUSES):
+                    await asyncio.sleep(random.uniform(0.5, 1.0) * pause)
+                    try:
+                        return await self._send_some(messages)
+                    except ServiceBusUnavailable as error:
+                        logger.info("Sending to %r failed: %s", self._queue, error)
+                        failure = error
+                    except (MessageTooLarge, RequestRefused):
+                        if len(messages) == 1:
+                            raise
+                        return await self._insist(messages[:1])  # to find the one
+        except TimeoutError as error:
+            self._drop_link()
+            failure = failure or ServiceBusUnavailable(f"{self._bus!r} took over {SEND_PATIENCE} s: {error}")
+        assert failure is not None
+        raise failure
 
     async def _send_some(self, messages: Sequence[Outgoing]) -> Sequence[int | None]:
         """Send as many of them as one call can carry, in order; their sequence numbers."""
         if not messages:
             return []
-        due, link = messages[0].due, await self._working_link()
+        if self._link is None or not self._link.works:
+            self._drop_link()
+            self._link = await self._bus.sender_link(self._queue).__aenter__()
+        due, link = messages[0].due, self._link
         if due is not None:
-            some = [_sdk_message(message) for message in messages[: self._fitting(messages)]]
-            return await link.call(link.sdk.schedule_messages, some, _utc(due), timeout=ATTEMPT_TIMEOUT)
+            sizes = itertools.accumulate(self._bus.size(message) for message in messages[: self.MAX_SCHEDULED])
+            fitting = max(1, sum(size <= self._bus.max_message_bytes for size in sizes))
+            some = [_sdk_message(message) for message in messages[:fitting]]
+            return await link.request(link.sdk.schedule_messages, some, _utc(due), timeout=ATTEMPT_TIMEOUT)
         if len(messages) == 1:
             await link.call(link.sdk.send_messages, _sdk_message(messages[0]), timeout=ATTEMPT_TIMEOUT)
             return [None]
@@ -3802,31 +3889,36 @@ class AzureSender:
         await link.call(link.sdk.send_messages, batch, timeout=ATTEMPT_TIMEOUT)
         return [None] * len(batch)
 
-    def _fitting(self, messages: Sequence[Outgoing]) -> int:
-        """How many messages one request to schedule can carry, at least one."""
-        sizes = itertools.accumulate(self._bus.size(message) for message in messages[: self.MAX_SCHEDULED])
-        return max(1, sum(size <= self._bus.max_message_bytes for size in sizes))
-
-    async def _working_link(self) -> AzureLink:
-        if self._link is None or not self._link.works or self._link.worn_out:
-            await self._drop_link()
-            self._link = await self._bus.sender_link(self._queue).__aenter__()
-        return self._link
-
-    async def _drop_link(self) -> None:
-        link, self._link = self._link, None
-        if link is not None:
-            await link.close()
+    def _drop_link(self) -> None:
+        """Let go of the link; one that is lost may take seconds to close, for which nobody should wait."""
+        if self._link is not None:
+            closing = asyncio.get_running_loop().create_task(self._link.close())
+            self._closing.add(closing)
+            closing.add_done_callback(self._closing.discard)
+            self._link = None
 
 
 def _sdk_message(message: Outgoing) -> ServiceBusMessage:
-    sdk_message: ServiceBusMessage = _import_azure().ServiceBusMessage(
-        message.body,
-        message_id=message.message_id,
-        content_type="application/json",
-        application_properties=dict(message.application_properties) or None,
-    )
+    try:
+        sdk_message: ServiceBusMessage = _import_azure().ServiceBusMessage(
+            message.body,
+            message_id=message.message_id,
+            content_type="application/json",
+            application_properties=dict(message.application_properties) or None,
+        )
+    except (TypeError, ValueError) as error:
+        raise RequestRefused(f"Message {message.message_id!r} cannot be sent: {error}") from error
     return sdk_message
+
+
+@dataclass(slots=True, eq=False)
+class _Lock:
+    """When a lock is to be renewed, and when it is given up; of the monotonic clock."""
+
+    renew_at: float
+    lost_at: float
+    asked: bool = False
+    renewing: bool = False
 
 
 class AzureReceiver:
@@ -3848,12 +3940,12 @@ class AzureReceiver:
         self._connecting: asyncio.Task[None] | None = None
         self._failures = 0
         self._busy = False
-        self._behind = 0.0  # how far this machine's clock is behind the service's, at least
+        self._youngest = -math.inf  # how far ahead of this machine's clock a message's time of enqueueing was, at most
         self._warned_of_clock = False
-        self._stopping = False
+        self._closing = False
         self._settling: set[asyncio.Future[None]] = set()
-        self._renew_at: dict[Delivery, float] = {}
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._locks: dict[Delivery, _Lock] = {}
+        self._tasks: set[asyncio.Task[Any]] = set()
 
     async def open(self) -> None:
         """Connect, so that what is wrong with the settings shows at the start; a failure that may pass, soon after."""
@@ -3868,7 +3960,7 @@ class AzureReceiver:
             await asyncio.sleep(RETRY_PAUSE)
         self._spawn(self._keep_locks())
 
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+    def _spawn(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -3878,129 +3970,119 @@ class AzureReceiver:
 
     async def _working_link(self) -> AzureLink:
         """The link, or another when that one is lost or worn out."""
-        while not self._link.works or self._link.worn_out:
+        while not self._link.works:
             if self._connecting is None or self._connecting.done():
                 self._connecting = self._spawn(self._reconnect(self._link))
-            await asyncio.shield(self._connecting)
+            await asyncio.wait([self._connecting])
         return self._link
 
     async def _reconnect(self, former: AzureLink) -> None:
         """Replace the link, however long it takes; the pauses grow until one works."""
-        self._spawn(former.close())
         error = former.error
-        if former.has_worked:
+        self._spawn(former.close())
+        if former.heard > former.opened or time.monotonic() - former.opened > 1:
             self._failures = 0
         while True:
-            if error is not None or not former.worn_out:
-                await self._back_off(error)
+            if error is not None:
+                pause = random.uniform(0.5, 1.0) * min(2.0 ** min(self._failures, 10) / 16, MAX_BACKOFF)
+                self._failures += 1
+                logger.warning("The connection to %r was lost, reconnecting in %.1f s: %s", self._bus, pause, error)
+                await asyncio.sleep(pause)
             try:
                 self._link = await self._bus.receiver_link().__aenter__()
                 return
             except BoilermakerError as failure:
                 error = failure
 
-    async def _back_off(self, error: BoilermakerError | None) -> None:
-        pause = random.uniform(0.5, 1.0) * min(2.0 ** min(self._failures, 10) / 16, MAX_BACKOFF)
-        self._failures += 1
-        logger.warning("The connection to %r was lost, reconnecting in %.1f s: %s", self._bus, pause, error)
-        await asyncio.sleep(pause)
-
     async def close(self) -> None:
         """Stop renewing and close the link. Messages that are still held stay locked."""
-        self._stopping = True
-        tasks = list(self._tasks)
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        await self._link.close()
+        self._closing = True
+
+        async def close_all() -> None:
+            tasks = list(self._tasks)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            await self._link.close()
+
+        await asyncio.shield(asyncio.ensure_future(close_all()))
 
     # -- receiving
 
     async def receive(self, max_message_count: int, max_wait_time: float) -> list[Delivery]:
-        receiving = asyncio.ensure_future(self._receive(max_message_count, max_wait_time))
+        receiving = self._spawn(self._receive(max_message_count, max_wait_time))
         try:
             return await asyncio.shield(receiving)
         except asyncio.CancelledError:
-            self._stopping = True
-            await asyncio.wait([receiving], timeout=max_wait_time + 1)
-            if not receiving.cancel():
-                await self.settle([Settlement(delivery, Action.ABANDON) for delivery in receiving.result()])
+            await asyncio.shield(self._spawn(self._give_back(receiving, max_wait_time + 1)))
             raise
+
+    async def _give_back(self, receiving: asyncio.Task[list[Delivery]], patience: float) -> None:
+        """Abandon what a receive brings that nobody waits for any more."""
+        await asyncio.wait([receiving], timeout=patience)
+        if not receiving.cancel() and not receiving.cancelled() and receiving.exception() is None:
+            await self.settle([Settlement(delivery, Action.ABANDON) for delivery in receiving.result()])
 
     async def _receive(self, max_message_count: int, max_wait_time: float) -> list[Delivery]:
         if self._settling:  # to receive meanwhile would slow down both
             await asyncio.wait(self._settling, timeout=SETTLE_WAIT)
-        while not self._stopping:
+        while not self._closing:
             link = await self._working_link()
+            receive = functools.partial(link.call, link.sdk.receive_messages)
             try:
-                messages = await self._receive_messages(link, max_message_count, max_wait_time or EMPTY_WAIT)
+                messages: list[ServiceBusReceivedMessage] = []
+                if self._busy:
+                    wait = max(BATCH_WAIT, 2 * link.round_trip)
+                    messages = await receive(max_message_count, max_wait_time=wait)
+                if not messages:
+                    messages = await receive(1, max_wait_time=max_wait_time or EMPTY_WAIT)
+                if not messages and time.monotonic() - link.heard > SILENCE:
+                    await link.request(link.sdk.peek_messages, 1, timeout=ATTEMPT_TIMEOUT)
             except Throttled:
                 await asyncio.sleep(RETRY_PAUSE)
-            except BoilermakerError:
-                continue  # with another link
+            except BoilermakerError as error:
+                link.error = link.error or error  # go on with another
             else:
+                self._busy = bool(messages)
+                if messages:
+                    link.heard = time.monotonic()
                 return [self._hold(raw) for raw in messages]
         return []
 
-    async def _receive_messages(
-        self, link: AzureLink, count: int, max_wait_time: float
-    ) -> list[ServiceBusReceivedMessage]:
-        receive = functools.partial(link.call, link.sdk.receive_messages)
-        if self._busy:
-            wait = max(BATCH_WAIT, 2 * link.round_trip)
-            messages: list[ServiceBusReceivedMessage] = await receive(count, max_wait_time=wait)
-            self._busy = bool(messages)
-            if messages:
-                return messages
-        messages = await receive(1, max_wait_time=max_wait_time)
-        self._busy = bool(messages)
-        return messages
-
     def _hold(self, raw: ServiceBusReceivedMessage) -> Delivery:
-        if raw.enqueued_time_utc is not None:  # by the service's clock
-            self._behind = max(self._behind, raw.enqueued_time_utc.timestamp() - time.time())
+        if raw.enqueued_time_utc is not None:
+            self._youngest = max(self._youngest, raw.enqueued_time_utc.timestamp() - time.time())
         delivery = Delivery(
             sequence_number=raw.sequence_number or 0,
             delivery_count=raw.delivery_count or 0,
             message_id=_message_id_of(raw),
             body=_body_of(raw),
             application_properties=_properties_of(raw),
-            locked_until=self._locked_until(raw.locked_until_utc),
+            locked_until=0,
             raw=raw,
         )
-        self._schedule_renewal(delivery)
+        self._locks[delivery] = self._granted(delivery, raw.locked_until_utc)
         return delivery
-
-    def _locked_until(self, granted: datetime.datetime | None) -> float:
-        """When a lock that the service has just granted runs out, by this machine's clock.
-
-        If that is ahead of the service's, it may have done so already: then the service is asked again soon.
-        """
-        now = time.time()
-        until = now if granted is None else granted.timestamp() - self._behind
-        if (until <= now or self._behind > 1) and not self._warned_of_clock:
-            self._warned_of_clock = True
-            logger.warning(
-                "The clocks of this machine and of %r differ, which may cost locks: set the clock", self._bus
-            )
-        return until if until > now else now + SHORTEST_LOCK
 
     # -- settling
 
     def settle(self, settlements: Sequence[Settlement], durable: bool = False) -> asyncio.Future[None]:
-        settling = asyncio.ensure_future(self._settle_all(settlements))
+        # A future, not the task: who waits for it may be cancelled, and the settling goes on.
+        settled: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        settling = self._spawn(self._settle_all(settlements))
         self._settling.add(settling)
         settling.add_done_callback(self._settling.discard)
-        return settling
+        settling.add_done_callback(lambda _: _resolve(settled, None))
+        return settled
 
     async def _settle_all(self, settlements: Sequence[Settlement]) -> None:
         await asyncio.gather(*map(self._settle, settlements))
 
     async def _settle(self, settlement: Settlement) -> None:
         """Publish what follows, then settle: there is no transaction over both."""
-        delivery, action = settlement.delivery, settlement.action
-        if action not in (Action.LEAVE, Action.KEEP) and delivery.locked_until <= time.time():
-            self._renew_at.pop(delivery, None)
+        delivery, held = settlement.delivery, settlement.action not in (Action.LEAVE, Action.KEEP)
+        if held and delivery.locked_until <= time.time():
+            self._locks.pop(delivery, None)
             settlement.error = MessageLockLost(
                 f"the lock of message {delivery.sequence_number} ran out before it was renewed: "
                 "is the connection lost, or the event loop blocked?"
@@ -4008,83 +4090,129 @@ class AzureReceiver:
             return
         try:
             if settlement.messages:
-                await self._while_locked(delivery, functools.partial(self._bus.send, settlement.messages))
-            if action not in (Action.LEAVE, Action.KEEP):
-                await self._while_locked(delivery, functools.partial(self._dispose, settlement))
-        except MessageTooLarge as error:
-            settlement.error = error
-            rejection = rejected(settlement, error)
-            if rejection.action is Action.DEAD_LETTER:
-                await self._dispose(rejection)
+                await self._insist(settlement, functools.partial(self._bus.send, settlement.messages))
+            if held:
+                await self._insist(settlement, functools.partial(self._dispose, settlement))
         except BoilermakerError as error:
             settlement.error = error
+            if held and settlement.messages and isinstance(error, (MessageTooLarge, RequestRefused)):
+                with contextlib.suppress(BoilermakerError):
+                    await self._insist(settlement, functools.partial(self._dispose, rejected(settlement, error)))
         finally:
-            if action is not Action.KEEP:
-                self._renew_at.pop(delivery, None)
+            if settlement.action is not Action.KEEP:
+                self._locks.pop(delivery, None)
 
-    async def _while_locked(self, delivery: Delivery, action: Callable[[], Coroutine[Any, Any, object]]) -> None:
-        """Do something about a message, if need be again: until it works, or the lock has run out."""
+    async def _insist(self, settlement: Settlement, action: Callable[[], Coroutine[Any, Any, object]]) -> None:
+        """Do something about a message, if need be again: until it works, or the lock has run out.
+
+        What follows a message that is gone already nobody else would publish: that is tried until the receiver closes.
+        """
+        gone = settlement.action is Action.LEAVE
+        pause = 0.0
         while True:
             try:
+                if pause:
+                    await asyncio.sleep(pause)
                 await action()
                 return
-            except ServiceBusUnavailable:
-                if time.time() + RETRY_PAUSE > delivery.locked_until:
+            except asyncio.CancelledError:
+                if self._closing:
+                    raise ServiceBusUnavailable(f"{self._bus!r} was closed before it had done it.") from None
+                # Else the program ends: asyncio.run cancels all tasks at once, and waits for what they still do.
+            except ServiceBusUnavailable as error:
+                if not gone and time.time() + RETRY_PAUSE > settlement.delivery.locked_until:
                     raise
-                await asyncio.sleep(RETRY_PAUSE)
+                number = settlement.delivery.sequence_number
+                logger.info("Settling failed, will try again sequence_number=%s: %s", number, error)
+                pause = RESEND_PAUSE if gone else RETRY_PAUSE
 
     async def _dispose(self, settlement: Settlement) -> None:
-        delivery = settlement.delivery
+        raw = settlement.delivery.raw
         link = await self._working_link()
-        if delivery.raw._receiver is not link.sdk:
+        call = link.call
+        if raw._receiver is not link.sdk:
             # Its delivery number may be another message's on this link. What the SDK takes for deferred it settles by
             # the lock token, in a management request.
-            delivery.raw._is_deferred_message = True
-        delivery.raw._expiry = _utc(delivery.locked_until)  # by which the SDK refuses to settle
+            raw._is_deferred_message = True
+            call = link.request
+        raw._expiry = _utc(settlement.delivery.locked_until)  # by which the SDK refuses to settle
         started = time.monotonic()
         match settlement.action:
             case Action.COMPLETE:
-                await link.call(link.sdk.complete_message, delivery.raw)
+                await call(link.sdk.complete_message, raw)
             case Action.ABANDON:
-                await link.call(link.sdk.abandon_message, delivery.raw)
+                await call(link.sdk.abandon_message, raw)
             case Action.DEAD_LETTER:
                 why = {"reason": settlement.reason, "error_description": settlement.description}
-                await link.call(link.sdk.dead_letter_message, delivery.raw, **why)
+                await call(link.sdk.dead_letter_message, raw, **why)
         link.round_trip = min(link.round_trip or ATTEMPT_TIMEOUT, time.monotonic() - started)
 
     # -- renewing
 
-    def _schedule_renewal(self, delivery: Delivery) -> None:
-        self._renew_at[delivery] = time.time() + (delivery.locked_until - time.time()) / 2
+    # The service does not say how long a lock lasts, only when it ends, by its own clock. What is left by ours is the
+    # lock's duration and the difference of the clocks in one number: a minute may be a lock of five seconds on a
+    # machine that is 55 behind, where half of the minute would be far too late. Times of enqueueing tell the clocks
+    # apart from one side only: a message that seems to come from the future proves that ours is behind, one that
+    # seems old proves nothing, as it may have waited. So the end is taken at its word as long as some message has
+    # seemed just enqueued, none from the future, and no lock was lost too early. Otherwise a lock is renewed as the
+    # shortest that Azure has, which costs requests but no locks, and counts as lost by itself only after the longest:
+    # it is the service that knows. From one answer to the next the monotonic clock counts, which nobody sets.
+
+    def _granted(self, delivery: Delivery, until: datetime.datetime | None) -> _Lock:
+        """The lock that the service has just granted or renewed."""
+        left = until.timestamp() - time.time() if until is not None else 0
+        if (left <= 0 or left > LONGEST_LOCK + 1 or 1 < self._youngest < math.inf) and not self._warned_of_clock:
+            self._warned_of_clock = True
+            logger.warning(
+                "The clocks of this machine and of %r differ, which costs requests: set the clock", self._bus
+            )
+        if left > 0 and -JUST_ENQUEUED <= self._youngest <= CLOCK_TOLERANCE:
+            shortest = longest = left
+        else:
+            shortest, longest = left if 0 < left < SHORTEST_LOCK else SHORTEST_LOCK, LONGEST_LOCK
+        delivery.locked_until = time.time() + longest
+        return _Lock(time.monotonic() + shortest / 2, time.monotonic() + longest)
 
     async def _keep_locks(self) -> None:
+        """Renew what is due, and give up what could not be renewed."""
+        offset = time.time() - time.monotonic()
         while True:
             await asyncio.sleep(self.RENEWAL_TICK)
-            now = time.time()
-            for delivery, due in list(self._renew_at.items()):
-                if delivery.locked_until < now or time.monotonic() - delivery.received > self._max_renewal:
+            now = time.monotonic()
+            if abs(step := time.time() - now - offset) > 1:  # somebody has set the clock
+                offset, self._youngest = offset + step, -math.inf
+                for delivery in self._locks:
+                    delivery.locked_until += step
+            for delivery, lock in list(self._locks.items()):
+                if now - delivery.received > self._max_renewal or (lock.asked and now > lock.lost_at):
                     self._lose(delivery)
-                elif due <= now:
-                    self._renew_at[delivery] = math.inf
-                    self._spawn(self._renew(delivery))
+                elif now >= lock.renew_at and not lock.renewing:
+                    if not lock.asked and now > lock.lost_at:  # the event loop was blocked: the service may yet know it
+                        lock.lost_at = now + 1
+                    lock.asked = lock.renewing = True
+                    self._spawn(self._renew(delivery, lock))
 
-    async def _renew(self, delivery: Delivery) -> None:
+    async def _renew(self, delivery: Delivery, lock: _Lock) -> None:
         """Renew one lock; after a failure, again when half of what is left has passed."""
-        timeout = max((delivery.locked_until - time.time()) / 2, 1)
+        timeout = min(max((lock.lost_at - time.monotonic()) / 2, 1), ATTEMPT_TIMEOUT)
+        delivery.raw._expiry = None
         try:
             link = await self._working_link()
-            until = await link.call(link.sdk.renew_message_lock, delivery.raw, timeout=min(timeout, ATTEMPT_TIMEOUT))
+            until = await link.request(link.sdk.renew_message_lock, delivery.raw, timeout=timeout)
         except MessageLockLost:
+            if time.monotonic() < lock.lost_at:
+                self._youngest = math.inf  # taken from us, or else the clocks are not what they seemed
             self._lose(delivery)
         except BoilermakerError as error:
             logger.info("Renewing a lock of %r failed, will try again: %s", self._bus, error)
+            lock.renewing = False
+            lock.renew_at = time.monotonic() + max((lock.lost_at - time.monotonic()) / 2, RETRY_PAUSE)
         else:
-            delivery.locked_until = self._locked_until(until)
-        if delivery in self._renew_at:
-            self._schedule_renewal(delivery)
+            if delivery in self._locks:
+                self._locks[delivery] = self._granted(delivery, until)
 
     def _lose(self, delivery: Delivery) -> None:
-        if self._renew_at.pop(delivery, None) is not None:
+        if self._locks.pop(delivery, None) is not None:
             self._on_lock_lost(delivery)
 
 

@@ -1964,6 +1964,30 @@ def test_every_way_to_write_a_namespace_is_the_same(url):
 
 
 @pytest.mark.parametrize(
+    ("url", "host"),
+    [
+        ("my_bus:5672", "my_bus"),
+        ("sb://under_score.example/", "under_score.example"),
+        ("[::1]:5672", "[::1]"),
+        ("amqp://[FE80::1]", "[FE80::1]"),
+    ],
+)
+def test_a_host_may_be_one_of_a_compose_file_or_an_address(url, host):
+    assert AzureServiceBus(url, "orders").namespace == host
+    bus = AzureServiceBus.from_connection_string(f"Endpoint={url};SharedAccessKeyName=Root;SharedAccessKey=k", "orders")
+    assert bus.namespace == host
+
+
+@pytest.mark.parametrize(
+    "endpoint", ["Endpoint=sb://b_us.example", "HostName=b_us.example", "hostname=sb://b_us.example/"]
+)
+async def test_the_host_of_a_connection_string_may_be_given_by_either_name(endpoint):
+    bus = AzureServiceBus.from_connection_string(f"{endpoint};SharedAccessKeyName=Root;SharedAccessKey=k;", "orders")
+    assert bus.namespace == bus.sender_link("orders").sdk.fully_qualified_namespace == "b_us.example"
+    await bus.close()
+
+
+@pytest.mark.parametrize(
     "url", [None, "", " ", 3, "https://", "two words", "a/b", "https://a.example/path", b"a.example"]
 )
 def test_a_namespace_that_is_no_host_is_an_error_that_shows_one(url):
@@ -2049,6 +2073,94 @@ def test_a_credential_may_be_given_as_what_makes_it(azure_settings, given):
 def test_a_connection_string_of_another_queue_is_an_error_that_names_both():
     with pytest.raises(ConfigurationError, match=r"'orders'.*EntityPath.*'tasks'"):
         AzureServiceBus.from_connection_string(f"{CONNECTION_STRING};EntityPath=orders", "tasks")
+
+
+async def test_a_connection_string_of_a_queue_is_for_its_dead_letter_queue_too():
+    for queue in ("orders", "orders/$DeadLetterQueue"):
+        bus = AzureServiceBus.from_connection_string(f"{CONNECTION_STRING};EntityPath=orders", queue)
+        assert (bus.entity_path, bus.queue_name) == ("orders", queue)
+        bus.check_queue("orders")
+        bus.check_queue("orders/$DeadLetterQueue")
+        assert bus.receiver_link().sdk.entity_path.startswith("orders")
+        with pytest.raises(UsageError, match=r"'mail'.*'orders' only \(EntityPath\)"):
+            bus.check_queue("mail")
+        await bus.close()
+
+
+def test_a_bus_without_an_entity_path_sends_to_any_queue():
+    bus = AzureServiceBus(NAMESPACE, "orders")
+    assert bus.entity_path is None
+    bus.check_queue("mail")
+
+
+def test_what_the_queue_was_made_with_is_said_to_every_kind_of_bus(azure_settings):
+    azure_settings(SERVICEBUS_CONNECTION_STRING=CONNECTION_STRING, SERVICE_BUS_QUEUE_NAME="q")
+    options = {"max_message_bytes": 1_000_000, "duplicate_detection": 0, "max_delivery_count": 3}
+    for bus in (
+        AzureServiceBus(NAMESPACE, "q", **options),
+        AzureServiceBus.from_config(Config(), **options),
+        AzureServiceBus.from_config(Config(service_bus_namespace_url=NAMESPACE), **options),
+        AzureServiceBus.from_connection_string(CONNECTION_STRING, "q", **options),
+    ):
+        assert {name: getattr(bus, name) for name in options} == options
+    bus = AzureServiceBus(NAMESPACE, "q")
+    assert (bus.duplicate_detection, bus.max_delivery_count) == (600, 10)
+
+
+@pytest.mark.parametrize(
+    "option", [{"duplicate_detection": -1}, {"max_delivery_count": 0}, {"max_delivery_count": 1.5}]
+)
+def test_what_a_queue_cannot_be_made_with_is_an_error_that_shows_it(option):
+    [(name, value)] = option.items()
+    with pytest.raises(ConfigurationError, match=re.escape(f"{name}={value!r} ")):
+        AzureServiceBus(NAMESPACE, "q", **option)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda **options: AzureServiceBus(NAMESPACE, "q", CredentialOfOnesOwn, **options),
+        lambda **options: AzureServiceBus.from_connection_string(CONNECTION_STRING, "q", **options),
+        lambda **options: AzureServiceBus.from_config(
+            Config(service_bus_connection_string=CONNECTION_STRING, service_bus_queue_name="q"), **options
+        ),
+    ],
+    ids=["namespace", "connection string", "config"],
+)
+class TestClientOptions:
+    async def test_reach_the_client_of_the_sdk(self, make):
+        from azure.servicebus import TransportType
+
+        options = {"transport_type": TransportType.AmqpOverWebsocket, "user_agent": "tests", "connection_verify": "ca"}
+        bus = make(**options)
+        client, _ = bus._of_this_loop()
+        assert {name: getattr(client._config, name) for name in options} == options
+        assert (client._config.retry_total, client._config.try_timeout) == (0, boilermaker.ATTEMPT_TIMEOUT)
+        await bus.close()
+
+    @pytest.mark.parametrize("option", ["transport", "retry_total", "try_timeout", "max_messages_bytes"])
+    def test_that_are_none_are_an_error_that_names_them(self, make, option):
+        with pytest.raises(ConfigurationError, match=rf"no option {option}=; .*transport_type"):
+            make(**{option: 1})
+
+    async def test_with_a_value_that_cannot_be_are_an_error_that_says_so(self, make):
+        bus = make(transport_type="websocket")
+        with pytest.raises(
+            ConfigurationError, match=r"options,? cannot be read: 'str' object has no attribute 'value'"
+        ):
+            await bus.peek()
+
+
+@pytest.mark.parametrize(
+    ("version", "works"), [("7.14.3", False), ("6.99", False), ("7.15.0", True), ("8.0.0b1", True)]
+)
+def test_an_sdk_that_is_too_old_is_refused_by_its_version(monkeypatch, version, works):
+    monkeypatch.setattr("azure.servicebus.__version__", version)
+    if works:
+        AzureServiceBus(NAMESPACE, "q")
+        return
+    with pytest.raises(ConfigurationError, match=rf"{version} is too old: pip install 'azure-servicebus>=7\.15'"):
+        AzureServiceBus(NAMESPACE, "q")
 
 
 def test_the_azure_bus_without_the_sdk_is_an_error_that_says_what_to_install():
@@ -6957,13 +7069,15 @@ async def test_what_the_configured_propagators_carry_travels_with_the_message(op
 
 LOCK_DURATION = 5
 QUEUES = [f"queue{number}" for number in range(200)]
+QUEUE_WITH_SESSIONS = "with-sessions"
 _fresh_queues = iter(QUEUES)
 
 
 @pytest.fixture(scope="session")
 def emulator():
     """A Service Bus on loopback, with more queues than there are tests."""
-    with ServiceBusEmulator(queues=QUEUES, lock_duration=LOCK_DURATION, duplicate_detection=600) as emulator:
+    options = {"lock_duration": LOCK_DURATION, "duplicate_detection": 600, "session_queue": QUEUE_WITH_SESSIONS}
+    with ServiceBusEmulator(queues=QUEUES, **options) as emulator:
         yield emulator
 
 
@@ -7564,6 +7678,43 @@ async def test_a_wrong_setting_is_an_error_that_says_what_to_do(
     assert [type(one) for one in caught.value.errors] == [error] if publishes else caught.type is error
 
 
+async def test_a_worker_on_a_queue_with_sessions_is_an_error_at_once_that_says_so(azure_bus, caplog):
+    with pytest.raises(ConfigurationError, match="Tasks have no sessions: use a queue without"):
+        await Boilermaker(None, azure_bus(QUEUE_WITH_SESSIONS)).run()
+    assert "reconnecting" not in caplog.text
+
+
+@contextlib.asynccontextmanager
+async def mute_port():
+    """A port that accepts connections and says nothing; and how many it has accepted."""
+    accepted = []
+
+    async def accept(reader, writer):
+        accepted.append(writer)
+        with contextlib.suppress(ConnectionError):
+            while await reader.read(65536):
+                pass
+        writer.close()
+
+    async with await asyncio.start_server(accept, "127.0.0.1", 0) as server:
+        yield server.sockets[0].getsockname()[1], accepted
+
+
+async def test_a_port_that_says_nothing_is_named_and_holds_nobody_up(monkeypatch):
+    monkeypatch.setattr(boilermaker, "ATTEMPT_TIMEOUT", 0.5)
+    monkeypatch.setattr(boilermaker, "SEND_PATIENCE", 0.7)
+    async with mute_port() as (port, accepted):
+        address = f"Endpoint=sb://127.0.0.1:{port};SharedAccessKeyName=n;SharedAccessKey=k;UseDevelopmentEmulator=true;"
+        async with Boilermaker(None, AzureServiceBus.from_connection_string(address, "tasks")) as app:
+            publishing = [app.send_task("work", number) for number in range(20)]
+            errors = await asyncio.gather(*publishing, return_exceptions=True)
+            assert {type(error) for error in errors} == {BoilermakerAppException}
+            assert all("did not answer in time" in str(error) and "5671" in str(error) for error in errors)
+            assert len(accepted) <= 2, "all that waits is answered together"
+            with pytest.raises(ServiceBusUnavailable, match="5671"):
+                await app.run()
+
+
 # ======================================================================================================================
 # Azure bus: faults
 # ======================================================================================================================
@@ -7691,6 +7842,65 @@ async def test_a_lock_is_renewed_for_as_long_as_its_task_runs(quick_azure_bus):
     await work_off(app)
     assert len(runs) == 1
     assert await is_empty(app.service_bus_client)
+
+
+async def test_a_worker_whose_clock_is_behind_by_more_than_a_lock_works_off_a_backlog(
+    quick_azure_bus, caplog, monkeypatch
+):
+    """Its messages seem old, whatever the clock: they say nothing about it."""
+    monkeypatch.setattr(boilermaker, "SHORTEST_LOCK", 1)
+    app = Boilermaker([], quick_azure_bus())
+
+    @app.task
+    async def slow(state, number):
+        state.append(f"{number} begins")
+        await asyncio.sleep(5)
+        state.append(f"{number} ends")
+
+    await app.publish_many([slow.si(number) for number in range(3)])
+    await asyncio.sleep(4)
+    now = time.time
+    monkeypatch.setattr(time, "time", lambda: now() - 3)
+    monkeypatch.setattr(
+        "azure.servicebus._common.message.utc_now", lambda: datetime.datetime.fromtimestamp(time.time(), datetime.UTC)
+    )
+    await work_off(app)
+    assert sorted(app.state) == sorted(f"{number} {what}" for number in range(3) for what in ("begins", "ends"))
+    assert "Lock lost" not in caplog.text
+    assert await is_empty(app.service_bus_client)
+
+
+async def test_a_clock_that_is_set_while_a_task_runs_costs_no_lock(quick_azure_bus, caplog, monkeypatch):
+    app = Boilermaker([], quick_azure_bus())
+    now, step = time.time, 0.0
+
+    @app.task
+    async def slow(state):
+        nonlocal step
+        step = 3600
+        await asyncio.sleep(3)
+        state.append("ends")
+
+    await slow.delay()
+    monkeypatch.setattr(time, "time", lambda: now() + step)
+    await work_off(app)
+    assert app.state == ["ends"]
+    assert "Lock lost" not in caplog.text
+    assert await is_empty(app.service_bus_client)
+
+
+async def test_a_lock_that_the_event_loop_was_too_busy_to_renew_is_lost_by_the_service_s_word(azure_bus, caplog):
+    """Not by the clock alone: the service may have kept it."""
+    bus = azure_bus()
+    await bus.send([letter("a", queue=bus.queue_name)])
+    lost = []
+    async with receiving(bus, lost.append) as receiver:
+        [delivery] = await receiver.receive(1, PATIENCE)
+        lock = receiver._locks[delivery]
+        lock.renew_at = lock.lost_at = time.monotonic() - 1
+        await until(lambda: receiver._locks[delivery] is not lock)
+        assert lost == []
+        assert await settle(receiver, delivery) == []
 
 
 @pytest.mark.parametrize("seconds", [60, -60], ids=["ahead", "behind"])
@@ -7885,6 +8095,131 @@ async def test_links_detached_while_idle_are_opened_again(azure_bus, emulator, c
             emulator.control("detach")
     assert runs == {0: 1, 1: 1, 2: 1}
     assert "was lost, reconnecting" in caplog.text
+
+
+async def test_a_publisher_whose_token_has_run_out_while_it_was_idle_sends_at_the_next_call(
+    azure_bus, emulator, monkeypatch
+):
+    monkeypatch.setattr(boilermaker, "FRESH_LINK", 0)
+    app = Boilermaker(None, azure_bus())
+    _, _, [first, second, third, *_] = chains(app)
+    await app.publish_task(first)
+    emulator.control("expire")
+    await app.publish_task(second)
+    emulator.control("expire")
+    await app.publish_task(third, delay=3600)
+    assert len(await app.service_bus_client.peek()) == 3
+
+
+async def test_a_worker_whose_token_has_run_out_goes_on(azure_bus, emulator, monkeypatch):
+    monkeypatch.setattr(boilermaker, "FRESH_LINK", 0)
+    app = Boilermaker(None, azure_bus())
+    runs, steps, tasks = chains(app)
+    async with working(app):
+        for task in tasks[:3]:
+            await app.publish_task(task)
+            await until(lambda task=task: steps[task.args[0]] == 1)
+            emulator.control("expire")
+    assert runs == {0: 1, 1: 1, 2: 1}
+
+
+async def test_a_connection_that_stays_up_and_passes_nothing_on_is_found_by_an_idle_worker(
+    azure_bus, emulator, caplog, monkeypatch
+):
+    monkeypatch.setattr(boilermaker, "SILENCE", 0.5)
+    monkeypatch.setattr(boilermaker, "ATTEMPT_TIMEOUT", 1)
+    app, publisher = Boilermaker([], azure_bus()), Boilermaker(None, azure_bus(QUEUES[0]))
+    queue = app.service_bus_client.queue_name
+
+    @app.task
+    async def work(state, number):
+        state.append(number)
+
+    async with working(app):
+        await work.delay(1)
+        await until(lambda: app.state == [1])
+        emulator.control("freeze")
+        await publisher.send_task("work", 2, queue=queue)
+        await until(lambda: app.state == [1, 2])
+    assert "did not answer in time" in caplog.text
+
+
+async def test_a_publisher_finds_that_its_connection_passes_nothing_on(azure_bus, emulator, monkeypatch):
+    monkeypatch.setattr(boilermaker, "ATTEMPT_TIMEOUT", 1)
+    app = Boilermaker(None, azure_bus())
+    _, _, [first, second, *_] = chains(app)
+    await app.publish_task(first)
+    emulator.control("freeze")
+    await app.publish_task(second)
+    assert await ids_of(app.service_bus_client) == [first.task_id, second.task_id]
+
+
+async def test_a_quiet_queue_is_asked_for_a_word_only_now_and_then(azure_bus, monkeypatch):
+    from azure.servicebus.aio import ServiceBusReceiver
+
+    monkeypatch.setattr(boilermaker, "SILENCE", 0.5)
+    peek_messages, times = ServiceBusReceiver.peek_messages, []
+
+    async def timed(receiver, *args, **options):
+        times.append(time.monotonic())
+        return await peek_messages(receiver, *args, **options)
+
+    app = Boilermaker(None, azure_bus())
+    app.register_async(take_anything)
+    monkeypatch.setattr(ServiceBusReceiver, "peek_messages", timed)
+    async with working(app):
+        await until(lambda: len(times) == 4)
+    assert min(later - earlier for earlier, later in itertools.pairwise(times)) > 0.4
+
+
+async def test_locks_that_go_with_their_connection_cost_no_message(azure_bus, emulator):
+    app = Boilermaker(None, azure_bus())
+    runs, steps, tasks = chains(app, run_for=0.1)
+    await app.publish_many(tasks[:40])
+    emulator.control("unlock 1")
+    try:
+        async with working(app, concurrency=10):
+            for count in (5, 15, 25):
+                await until(lambda count=count: len(steps) + len(runs) >= 2 * count)
+                emulator.control("drop")
+            await until(lambda: len(steps) == 40)
+            await until(lambda: is_empty(app.service_bus_client))
+    finally:
+        emulator.control("unlock 0")
+    assert len(runs) == 40
+
+
+async def test_a_request_that_is_refused_for_good_fails_alone_and_at_once(azure_bus, emulator, caplog):
+    caplog.set_level(logging.INFO, "boilermaker.app")
+    bus = azure_bus()
+    with pytest.raises(boilermaker.RequestRefused, match=r"'with-sessions'.*SessionId was not set"):
+        await bus.send([letter(queue=QUEUE_WITH_SESSIONS)])
+    with pytest.raises(boilermaker.RequestRefused, match="message_id"):
+        await bus.send([letter(message_id="x" * 129, queue=bus.queue_name)])
+    sending = [bus.send([letter(message_id=name, queue=bus.queue_name)]) for name in ("a", "y" * 200, "b")]
+    results = await asyncio.gather(*sending, return_exceptions=True)
+    assert [type(result) for result in results] == [list, boilermaker.RequestRefused, list]
+    assert await ids_of(bus) == ["a", "b"]
+    assert emulator.control("stats")["connections"] == 2, "one for each queue"
+    assert caplog.messages == []
+
+
+async def test_nothing_is_dead_lettered_out_of_a_dead_letter_queue_and_the_link_stays(azure_bus, caplog):
+    bus = azure_bus()
+    await bus.send([letter(name, queue=bus.queue_name) for name in "ab"])
+    async with receiving(bus) as receiver:
+        for delivery in await receiver.receive(1, PATIENCE) + await receiver.receive(1, PATIENCE):
+            assert await settle(receiver, delivery, Do.DEAD_LETTER, reason="R") == []
+    async with receiving(azure_bus(f"{bus.queue_name}{boilermaker.DEAD_LETTER_SUFFIX}")) as receiver:
+        [first], [second] = await receiver.receive(1, PATIENCE), await receiver.receive(1, PATIENCE)
+        link = receiver._link
+        [rejection] = await settle(receiver, first, Do.DEAD_LETTER, reason="again")
+        assert isinstance(rejection.error, boilermaker.RequestRefused)
+        assert await settle(receiver, second) == []
+        assert receiver._link is link
+        assert link.works
+    assert "reconnecting" not in caplog.text
+    assert [message.dead_letter_reason for message in await bus.peek(dead_letter=True)] == ["R"]
 
 
 async def test_follow_ups_are_sent_again_to_a_server_that_is_busy(azure_bus, emulator, caplog):

@@ -10,7 +10,7 @@ prints a connection string and serves until SIGTERM or SIGINT. In a test:
 
 python-qpid-proton does the protocol, boilermaker's embedded queue stores the messages. This file adds what makes
 that a Service Bus: tokens, peek-lock, a management node for every queue, the errors that the SDK knows by name, and
-faults on demand. Sessions, topics, transactions and TLS are left out.
+faults on demand. Topics, transactions and TLS are left out; of a queue with sessions there is only what it refuses.
 
 What arrives in one read is one turn of the service: it is handled, receivers that wait are served, the store commits,
 and only then does anything leave for a client.
@@ -60,6 +60,7 @@ SEND_CREDIT = 1000  # messages that a sender may have under way
 
 STATUS = {
     "amqp:decode-error": 400,
+    "amqp:not-allowed": 400,
     "amqp:unauthorized-access": 401,
     "amqp:not-found": 404,
     "com.microsoft:message-not-found": 404,
@@ -192,10 +193,13 @@ def is_message(encoded: bytes) -> bool:
     return False
 
 
-def parse(queue: str, encoded: bytes) -> tuple[Outgoing, float | None]:
+def parse(queue: str, encoded: bytes, with_session: bool) -> tuple[Outgoing, float | None]:
     """A message for the embedded queue, and the seconds that it may live, if it says so."""
     values = decode(sections(encoded), (HEADER, ANNOTATIONS, PROPERTIES))
-    (message_id,) = values.get(PROPERTIES, [])[:1] or [None]
+    properties = values.get(PROPERTIES, [])
+    (message_id,) = properties[:1] or [None]
+    if with_session and not any(properties[10:11]):
+        raise Refusal("amqp:not-allowed", f"The SessionId was not set on a message, and '{queue}' requires sessions.")
     (milliseconds,) = values.get(HEADER, [])[2:3] or [None]
     scheduled = values.get(ANNOTATIONS, {}).get("x-opt-scheduled-enqueue-time")
     due = None if scheduled is None else scheduled / 1000
@@ -243,6 +247,7 @@ class Faults:
     lose: float = 0  # that many settlements are applied, and the connection is cut instead of answering
     mute: float = 0  # that many settlements are applied, and never answered
     slow: float = 0  # settlements are that many seconds late, until this is 0 again
+    unlock: float = 0  # the locks of a connection that is lost are released at once, until this is 0 again
 
     def due(self, name: str) -> bool:
         """Whether it is to happen now; if so, once less from now on."""
@@ -264,7 +269,7 @@ class Broker(Store):
         self.faults = Faults()
         self.names: dict[str, str] = {}
         self.stirred: set[str] = set()  # queues in which something may have become available
-        for queue in settings.queue:
+        for queue in settings.queue + settings.session_queue:
             self.open_queue(queue, QueueSettings(*(getattr(settings, name) for name in QueueSettings._fields)))
             self.open_queue(queue + DEAD_LETTER_SUFFIX, QueueSettings(max_delivery_count=None))
             self.names |= {name.lower(): name for name in (queue, queue + DEAD_LETTER_SUFFIX)}
@@ -296,7 +301,8 @@ class Broker(Store):
             text = f"The message (size: {size} bytes) exceeds the limit ({limit} bytes) of the link."
             raise Refusal("amqp:link:message-size-exceeded", text)
         try:
-            messages = [parse(queue, single) for encoded in transfers for single in unbatch(encoded)]
+            with_session = queue in self.settings.session_queue
+            messages = [parse(queue, single, with_session) for encoded in transfers for single in unbatch(encoded)]
         except (ValueError, IndexError, proton.ProtonException) as error:
             raise Refusal("amqp:decode-error", str(error)) from error
         now = time.time()
@@ -333,6 +339,8 @@ class Broker(Store):
         """Let go of a message. The status is the service's word for how, or `released`: as if never delivered."""
         now = self.hold(lock)
         self.stirred.add(queue)
+        if status == "suspended" and queue.endswith(DEAD_LETTER_SUFFIX):
+            raise Refusal("amqp:not-allowed", f"A message cannot be dead-lettered out of '{queue}'.")
         if status == "abandoned" and lock.delivery_count + 1 == self._queue(queue)[1].max_delivery_count:
             status, reason = "suspended", "MaxDeliveryCountExceeded"
             description = f"It was delivered {lock.delivery_count + 1} times, never settled."
@@ -466,6 +474,8 @@ class Wire(asyncio.Protocol):
         self.service = service
         self.broker = service.broker
         self.granted: set[str] = set()  # paths that tokens were put for
+        self.locks: dict[Lock, str] = {}  # what was delivered over this connection, with its queue
+        self.frozen = False
         self.links: dict[str, Any] = {}  # by name; each knows its `queue`, and its `node` if it leads to one
         self.collector = proton.Collector()
         self.connection = proton.Connection()
@@ -482,13 +492,22 @@ class Wire(asyncio.Protocol):
         self.service.wires.add(self)
 
     def data_received(self, data: bytes) -> None:
-        self.service.turn(lambda: self.feed(data))
+        if not self.frozen:
+            self.service.turn(lambda: self.feed(data))
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Forget the client. What it has received stays locked until the locks expire."""
+        """Forget the client. What it has received stays locked until the locks expire, but for a fault."""
         self.service.wires.discard(self)
         for link in list(self.links.values()):
             self.forget(link)
+        if self.broker.faults.unlock and self.locks:  # in a turn of its own: this may be in the middle of another
+            asyncio.get_running_loop().call_soon(self.service.turn, self.unlock)
+
+    def unlock(self) -> None:
+        while self.locks:
+            lock, queue = self.locks.popitem()
+            with contextlib.suppress(Refusal):  # settled, or received by another
+                self.broker.let_go(queue, lock, "abandoned")
 
     def drop(self) -> None:
         self.connection_lost(None)
@@ -531,6 +550,9 @@ class Wire(asyncio.Protocol):
         try:
             if path != TOKEN_NODE:
                 link.queue = self.authorized_queue(path.removesuffix(MANAGEMENT_SUFFIX))
+            if link.is_sender and not link.node and link.queue in self.broker.settings.session_queue:
+                text = "It is not possible for an entity that requires sessions to create a non-sessionful receiver."
+                raise Refusal("amqp:not-allowed", text)
         except Refusal as refusal:
             # An attach without source and target announces a detach, which tells why.
             link.source.type = link.target.type = proton.Terminus.UNSPECIFIED
@@ -550,6 +572,7 @@ class Wire(asyncio.Protocol):
         link.snd_settle_mode, link.rcv_settle_mode = link.remote_snd_settle_mode, link.remote_rcv_settle_mode
         link.max_message_size = self.broker.settings.max_message_bytes
         link.open()
+        link.wire = self
         self.links[link.name] = link
         if link.is_receiver:
             link.flow(SEND_CREDIT)
@@ -633,6 +656,7 @@ class Wire(asyncio.Protocol):
 
     def settle(self, link: Any, delivery: Any) -> None:
         state, refusal = delivery.remote_state, None
+        self.locks.pop(delivery.lock, None)
         try:
             self.broker.let_go(link.queue, delivery.lock, *outcome_of(delivery))
         except Refusal as lost:
@@ -708,6 +732,7 @@ class Service:
     def deliver(self, outlet: Any, lock: Lock, encoded: bytes) -> None:
         delivery = outlet.delivery(lock.token.bytes_le)
         delivery.lock = lock
+        outlet.wire.locks[lock] = outlet.queue
         outlet.stream(encoded)
         outlet.advance()
         if outlet.snd_settle_mode == proton.Link.SND_SETTLED:  # receive and delete
@@ -783,14 +808,31 @@ class Control:
         await asyncio.sleep(seconds)
         await self.service.listen(self.service.port)
 
+    def do_freeze(self) -> None:
+        """Keep every connection up, and pass nothing on, as a firewall does that has forgotten it."""
+        for wire in list(self.service.wires):
+            wire.frozen = True
+            wire.connection_lost(None)
+
     def do_detach(self) -> None:
         """Force every link off, as the service does with idle ones; connections stay."""
         idle = Refusal("amqp:link:detach-forced", "The link was detached by the broker: it was idle for too long.")
         for wire in self.service.wires:
-            for link in list(wire.links.values()):
-                if link.node != TOKEN_NODE:  # without its tokens a connection could do nothing more
-                    wire.detach(link, idle)
+            self.detach_all(wire, idle)
         self.service.stir(())
+
+    def do_expire(self) -> None:
+        """Let the tokens of every connection end, on which the service forces all links off."""
+        expired = Refusal("amqp:unauthorized-access", "TokenExpired: The token is expired.")
+        for wire in self.service.wires:
+            wire.granted.clear()
+            self.detach_all(wire, expired)
+        self.service.stir(())
+
+    def detach_all(self, wire: Wire, refusal: Refusal) -> None:
+        for link in list(wire.links.values()):
+            if link.node != TOKEN_NODE:  # without its tokens a connection could do nothing more
+                wire.detach(link, refusal)
 
     def do_steal(self, what: str) -> None:
         """Take the lock of one sequence number away, or `all` locks."""
@@ -857,6 +899,7 @@ class ServiceBusEmulator:
 def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="servicebus_emulator", description="A local Azure Service Bus.")
     parser.add_argument("--queue", action="append", required=True, help="a queue to serve; may be repeated")
+    parser.add_argument("--session-queue", action="append", default=[], help="one that requires sessions")
     parser.add_argument("--port", type=int, default=5672, help="0 for any that is free")
     parser.add_argument("--control-port", type=int, default=0, help="for faults on demand; 0 for any that is free")
     parser.add_argument("--key", default=KEY, help=f"the key of {KEY_NAME}")
@@ -870,7 +913,7 @@ def options() -> argparse.Namespace:
     for name in ("lock_duration", "max_delivery_count", "duplicate_detection", "time_to_live", "max_message_bytes"):
         if (number := getattr(given, name)) is not None and not 0 < number < 2**31:
             parser.error(f"argument --{name.replace('_', '-')}: {number} is not above 0 and below 2**31")
-    if not all(given.queue):
+    if not all(given.queue + given.session_queue):
         parser.error("argument --queue: a queue needs a name")
     return given
 
