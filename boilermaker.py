@@ -1080,10 +1080,14 @@ def _read_payload(document: dict[str, Any], name: str, where: str) -> dict[str, 
 
 def _read_policy(document: dict[str, Any], name: str, where: str) -> RetryPolicy:
     try:
-        return _policy_of(*_policy_values(document))
+        values = _policy_values(document)
+        try:
+            return _policy_of(*values)
+        except TypeError:  # a list, which the cache cannot look up
+            return _policy_of.__wrapped__(*values)
     except KeyError as missing:
         raise InvalidTaskFormat(f"{name} of {where}: {missing} is missing.") from missing
-    except (UsageError, TypeError) as error:
+    except UsageError as error:
         raise InvalidTaskFormat(f"{name} of {where}: {error}") from error
 
 

@@ -3593,7 +3593,7 @@ async def test_a_receiver_that_waits_hears_of_what_is_sent_once_and_not_of_what_
 
     add_reader = asyncio.get_running_loop().add_reader
     monkeypatch.setattr(
-        asyncio.get_running_loop(), "add_reader", lambda fd, f: add_reader(fd, lambda: (heard.append(fd), f()))
+        asyncio.get_running_loop(), "add_reader", lambda fd, f, *a: add_reader(fd, lambda: (heard.append(fd), f(*a)))
     )
     bus, other = open_bus(), open_bus()
     await other.send([letter("a")])
@@ -4016,6 +4016,7 @@ async def test_closing_lets_go_of_the_file_even_if_the_disk_fails(open_bus, monk
 async def test_the_log_stays_small_while_the_queue_is_in_use(open_bus, tmp_path, monkeypatch):
     monkeypatch.setattr(boilermaker, "CHECKPOINT_BYTES", 20_000)
     monkeypatch.setattr(boilermaker, "FULL_LOG_BYTES", 100_000)
+    monkeypatch.setattr(boilermaker, "LOOK_BYTES", 0)
     bus, sent, sizes = open_bus(), [], []
     for turn in range(50):
         bodies = ["x" * 40_000] if turn % 2 else ["y"] * 40
@@ -7900,7 +7901,7 @@ async def test_a_lock_that_the_event_loop_was_too_busy_to_renew_is_lost_by_the_s
         lock.renew_at = lock.lost_at = time.monotonic() - 1
         await until(lambda: receiver._locks[delivery] is not lock)
         assert lost == []
-        assert await settle(receiver, delivery) == []
+        assert await settle(receiver, delivery) is None
 
 
 @pytest.mark.parametrize("seconds", [60, -60], ids=["ahead", "behind"])
@@ -8209,13 +8210,13 @@ async def test_nothing_is_dead_lettered_out_of_a_dead_letter_queue_and_the_link_
     await bus.send([letter(name, queue=bus.queue_name) for name in "ab"])
     async with receiving(bus) as receiver:
         for delivery in await receiver.receive(1, PATIENCE) + await receiver.receive(1, PATIENCE):
-            assert await settle(receiver, delivery, Do.DEAD_LETTER, reason="R") == []
+            assert await settle(receiver, delivery, Do.DEAD_LETTER, reason="R") is None
     async with receiving(azure_bus(f"{bus.queue_name}{boilermaker.DEAD_LETTER_SUFFIX}")) as receiver:
         [first], [second] = await receiver.receive(1, PATIENCE), await receiver.receive(1, PATIENCE)
         link = receiver._link
-        [rejection] = await settle(receiver, first, Do.DEAD_LETTER, reason="again")
-        assert isinstance(rejection.error, boilermaker.RequestRefused)
-        assert await settle(receiver, second) == []
+        refused = await settle(receiver, first, Do.DEAD_LETTER, reason="again")
+        assert isinstance(refused, boilermaker.RequestRefused)
+        assert await settle(receiver, second) is None
         assert receiver._link is link
         assert link.works
     assert "reconnecting" not in caplog.text
