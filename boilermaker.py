@@ -4477,7 +4477,8 @@ class Worker:
             await asyncio.sleep(MAX_WAIT)
         finally:
             self._receiving = None
-            self._wake.set()
+            if not self.loop.is_closed():  # as where a coroutine is thrown away that was never ended
+                self._wake.set()
 
     def _look_again(self) -> None:
         self._dry = False

@@ -1,6 +1,6 @@
 """Tasks while things go wrong: what ran again, what was published twice, what was lost.
 
-    python -m examples.fault_runs [drop away detach idle busy lose steal kill kill-local] [--chains 500] [--seconds 60]
+    python -m examples.fault_runs [NAME ...] [--chains 500] [--seconds 60]
 
 Each run publishes chains of two tasks, of which every tenth asks for a retry, to two worker processes. They work
 through the unmodified Azure SDK on the emulator of this folder, which needs the packages of the extra `test`, or, in
@@ -14,6 +14,7 @@ the run `kill-local`, on the embedded queue. Meanwhile
     busy        sends are turned down as throttled, ten times three
     lose        settlements are applied, but their answers lost with the connection, ten times
     steal       all locks are taken away, ten times
+    unlock      all connections are cut, ten times, and their locks go with them
     kill        workers are killed by SIGKILL at random for --seconds, on Azure ...
     kill-local  ... and on the embedded queue
 
@@ -170,6 +171,11 @@ def ten_times(command: str) -> Fault:
     return fault
 
 
+async def unlock(run: Run, control: Control) -> None:
+    await asyncio.to_thread(control, "unlock 1")
+    await ten_times("drop")(run, control)
+
+
 async def away(run: Run, control: Control) -> None:
     await run.publish(run.chains)
     await run.until_stored(run.chains / 3)
@@ -211,6 +217,7 @@ FAULTS: dict[str, Fault] = {
     "busy": ten_times("busy 3"),
     "lose": ten_times("lose 1"),
     "steal": ten_times("steal all"),
+    "unlock": unlock,
     "kill": kill,
     "kill-local": kill,
 }
