@@ -1050,6 +1050,10 @@ class InvalidTaskFormat(BoilermakerError):
 # -- the fields
 
 
+def _write_text(text: str | None) -> str:
+    return "null" if text is None else _to_json(text)
+
+
 def _write_attempts(attempts: RetryAttempts) -> str:
     return f'{{"attempts":{attempts.attempts},"last_retry":"{attempts.last_retry.isoformat()}"}}'
 
@@ -1129,7 +1133,7 @@ ALWAYS_WRITTEN = (
     Field("function_name", (str,), str),
     Field("payload", (dict,), dict, read=_read_payload),
     Field("attempts", (RetryAttempts,), dict, _write_attempts, _read_attempts),
-    Field("graph_id", (str, _NONE), str),
+    Field("graph_id", (str, _NONE), str, _write_text),
 )
 WRITTEN_WHERE_SET = (  # where they are neither None nor False, that is
     Field("takes_result", (bool,), bool),
@@ -4286,9 +4290,6 @@ class Tracing:
         }
 
 
-_NOT_TRACED = contextlib.nullcontext()
-
-
 def _end_span(span: Span, kind: object, error: BaseException | None, trace: object) -> None:
     if error is not None:
         span.record_exception(error)
@@ -4552,10 +4553,12 @@ class Worker:
                 run.task._app, run.task._worker = self._app, self
                 run.registration = self._app.registration(run.task.function_name)
                 _current_task.set(run.task)
-                tracing = self._app.tracing
-                with _NOT_TRACED if tracing is None else tracing.processing(run, run.task):
+                if self._app.tracing is not None:
+                    with self._app.tracing.processing(run, run.task):
+                        await self._call(run)
+                        run.settlement = self._conclude(run)
+                else:
                     await self._call(run)
-                    run.settlement = self._conclude(run)
             run.settlement = run.settlement or self._conclude(run)
         except Exception:
             logger.exception("Internal error sequence_number=%s", delivery.sequence_number)
@@ -4913,6 +4916,8 @@ class Boilermaker:
             )
         self.state = state
         self.service_bus_client = service_bus_client
+        self.queue_name = service_bus_client.queue_name.removesuffix(DEAD_LETTER_SUFFIX)
+        """The queue to publish to: of an application that works on a dead-letter queue, the one it belongs to."""
         self.tracing = Tracing(service_bus_client) if enable_opentelemetry else None
         self.workers: set[Worker] = set()
         """Those that run now."""
@@ -5056,11 +5061,6 @@ class Boilermaker:
     def task_names(self) -> list[str]:
         """The names of what is registered."""
         return list(self._registry)
-
-    @property
-    def queue_name(self) -> str:
-        """The queue to publish to: of an application that works on a dead-letter queue, the one it belongs to."""
-        return self.service_bus_client.queue_name.removesuffix(DEAD_LETTER_SUFFIX)
 
     def registration(self, name: str) -> Registration | None:
         """What is registered under a name; boilermaker-servicebus's connection test always is."""
