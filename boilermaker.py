@@ -2812,7 +2812,7 @@ class LocalServiceBus:
         self._real_path = self.path if self.path == ":memory:" else os.path.realpath(self.path)
         self._file: QueueFile | None = None
         self._keeps_settings = False
-        self._commits: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, GroupCommit] = weakref.WeakKeyDictionary()
+        self._commits: dict[asyncio.AbstractEventLoop, GroupCommit] = {}
         self.opening = threading.Lock()
         _buses.add(self)
 
@@ -2897,6 +2897,8 @@ class LocalServiceBus:
         file = await asyncio.to_thread(self._open, keep_settings)
         commit = self._commits.get(loop)  # somebody else may have been first
         if commit is None or commit.file is not file:
+            for closed in [other for other in list(self._commits) if other.is_closed()]:
+                self._commits.pop(closed, None)
             commit = self._commits[loop] = GroupCommit(file)
         return commit
 
