@@ -21,7 +21,8 @@ A task is an `async def` whose first argument is the application's state. Publis
 arguments into a JSON message on a queue; a worker receives the message under a lock, runs the function, and settles
 the message: completed, retried later, or dead-lettered. What must follow (a callback, the next step of a chain, a
 retry) is a message too, published before its parent is settled, so that a worker may die at any instant and nothing
-is lost. Deciding what follows is pure (section 6); only the worker (section 11) talks to a bus.
+is lost. Deciding what follows is pure (section 6); only the worker and the application (sections 11 and 12) talk to
+a bus.
 
     1.  Vocabulary      errors, limits, checks, clocks
     2.  Retries         policies and the exceptions that carry them
@@ -1577,13 +1578,15 @@ def decide(run: Run, queue: str) -> Settlement:
     try:
         settlement.follow_ups = _follow_ups(run, queue)
     except Exception as error:  # the function has returned: whatever it left behind, it does not run again
-        return rejected(settlement, error)
+        return rejected(settlement, error, queue)
     return settlement
 
 
-def rejected(settlement: Settlement, error: Exception) -> Settlement:
-    """The settlement in place of one whose follow-up can never be published."""
-    action = Action.DEAD_LETTER if settlement.action is Action.COMPLETE else settlement.action
+def rejected(settlement: Settlement, error: Exception, queue: str) -> Settlement:
+    """The settlement in place of one whose follow-up can never be published; a dead letter stays what it is."""
+    action = settlement.action
+    if action is Action.COMPLETE:
+        action = Action.KEEP if queue.endswith(DEAD_LETTER_SUFFIX) else Action.DEAD_LETTER
     return Settlement(settlement.delivery, action, FOLLOW_UP_REJECTED, describe(error), _traceback_of(error))
 
 
@@ -3062,7 +3065,9 @@ class LocalReceiver:
         if isinstance(error, MessageLockLost):
             return list(group)
         if not _is_about_the_file(error):
-            return [rejected(settlement, error) for settlement in group if settlement.messages]
+            instead = [rejected(settlement, error, self._queue) for settlement in group if settlement.messages]
+            self._held.update(settlement.delivery for settlement in instead if settlement.action is Action.KEEP)
+            return instead
         late = self._loop.time() >= latest
         return [settlement for settlement in group if not late or settlement.action is Action.LEAVE]
 
@@ -4106,8 +4111,11 @@ class AzureReceiver:
         except BoilermakerError as error:
             settlement.error = error
             if held and settlement.messages and isinstance(error, (MessageTooLarge, RequestRefused)):
-                with contextlib.suppress(BoilermakerError):
-                    await self._insist(settlement, functools.partial(self._dispose, rejected(settlement, error)))
+                instead = rejected(settlement, error, self._bus.queue_name)
+                settlement.action = instead.action
+                if instead.action is not Action.KEEP:
+                    with contextlib.suppress(BoilermakerError):
+                        await self._insist(settlement, functools.partial(self._dispose, instead))
         finally:
             if settlement.action is not Action.KEEP:
                 self._locks.pop(delivery, None)
@@ -4663,11 +4671,11 @@ class Worker:
                     for task, message_id, delay in settlement.follow_ups
                 ]
             except Exception as error:
-                settlement = rejected(settlement, error)
+                settlement = rejected(settlement, error, self._queue)
         if run.outcome is not Outcome.RETURNED:
             self._log_outcome(run, settlement)
         if settlement.reason == FOLLOW_UP_REJECTED:
-            self._log(logging.ERROR, run, "Follow-up rejected", ": %s", settlement.description)
+            self._log(logging.ERROR, run, "Follow-up rejected", ": %s", _printable(settlement.description))
         return settlement
 
     # -- settling

@@ -1720,7 +1720,7 @@ def test_any_error_can_be_described_dead_lettered_and_passed_on(error):
 )
 def test_a_follow_up_that_can_never_be_published_dead_letters_its_parent_with_the_cause(before, after):
     settlement = boilermaker.Settlement(delivered(named("f")), before, messages=["too large"])
-    instead = boilermaker.rejected(settlement, MessageTooLarge("300000 bytes"))
+    instead = boilermaker.rejected(settlement, MessageTooLarge("300000 bytes"), "tasks")
     assert (instead.action, instead.reason, list(instead.messages)) == (after, "FollowUpRejected", [])
     assert "300000 bytes" in instead.description
 
@@ -6686,6 +6686,24 @@ async def test_a_worker_on_a_dead_letter_queue_leaves_alone_what_it_does_not_kno
     async with receiving(open_bus(queue_name="tasks/$DeadLetterQueue")) as receiver:
         assert len(await receiver.receive(9, 0)) == 3  # nothing stayed locked
     assert caplog.text.count("left as it is") == 2
+
+
+async def test_a_dead_letter_whose_follow_up_can_never_be_published_runs_once_and_stays_what_it_is(new_bus):
+    bus = new_bus()
+    app = Boilermaker(None, bus)
+    dead_letters = Boilermaker([], new_bus(f"{bus.queue_name}{boilermaker.DEAD_LETTER_SUFFIX}"))
+
+    async def odd(state):
+        state.append("ran")
+        return object()
+
+    dead_letters.register_many_async([odd, take_anything])
+    await dead_letters.publish_task(Task.si(odd) | Task.s(take_anything))
+    app.register_async(parse_page)
+    await work_off(app)  # which does not know it
+    await work_off(dead_letters)
+    [dead] = await bus.peek(dead_letter=True)
+    assert (dead_letters.state, dead.dead_letter_reason) == (["ran"], "UnregisteredFunction")
 
 
 async def test_a_worker_that_holds_too_many_dead_letters_ends(open_bus, monkeypatch, caplog):
