@@ -743,7 +743,7 @@ class TaskFunction(functools.partial[Coroutine[Any, Any, R]], Generic[P, R]):
         return f"<TaskFunction {self.registration.name}>"
 
     def __reduce__(self) -> str:
-        return str(vars(self)["__qualname__"])  # by name, as a function
+        return str(vars(self).get("__qualname__", self.registration.name))  # by name, as a function
 
     def si(self, /, *args: P.args, **kwargs: P.kwargs) -> Task:
         """An immutable signature, see `Task.si`."""
@@ -1174,6 +1174,13 @@ def _check_fields(task: Task) -> None:
     if not task.function_name or not task.task_id:
         name = "task_id" if task.function_name else "function_name"
         raise UsageError(f"{task!r}: {name}='' must not be empty.")
+    if not (task.task_id.isascii() and task.function_name.isascii()):
+        try:
+            f"{task.task_id}{task.function_name}".encode()
+        except UnicodeEncodeError as error:
+            raise UsageError(
+                f"{task!r}: task_id and function_name must be text that can be encoded: {error}."
+            ) from None
     attempts, last_retry = task.attempts
     if type(attempts) is not int or not 0 <= attempts <= MAX_SECONDS or not isinstance(last_retry, datetime.datetime):
         raise UsageError(f"{task!r}: attempts={_short(task.attempts)} must be a count from 0, and a datetime.")
@@ -1541,6 +1548,7 @@ class Run:
     outcome: Outcome | None = None
     result: Any = None
     error: BaseException | None = None
+    seconds: float = 0.0
     settlement: Settlement | None = None
     asyncio_task: asyncio.Task[None] | None = None
     stopped: Outcome | None = None
@@ -1575,6 +1583,8 @@ def decide(run: Run, queue: str) -> Settlement:
         settlement.reason = outcome.reason
         settlement.description, settlement.traceback = describe(run.error), _traceback_of(run.error)
 
+    if settlement.action is Action.KEEP:
+        return settlement  # what follows a failure followed when it died
     try:
         settlement.follow_ups = _follow_ups(run, queue)
     except Exception as error:  # the function has returned: whatever it left behind, it does not run again
@@ -1595,11 +1605,10 @@ def _follow_ups(run: Run, queue: str) -> list[FollowUp]:
     task, outcome = run.task, run.outcome
     if outcome is Outcome.RETURNED and task and task.on_success is None and not isinstance(run.result, Task):
         return []  # most messages
-    dead = queue.endswith(DEAD_LETTER_SUFFIX)
-    if task is None or outcome is None or (dead and outcome is Outcome.UNREGISTERED):
+    if task is None or outcome is None:
         return []
 
-    root = task.root if task.root and not dead else root_of(run.delivery, queue)
+    root = task.root if task.root and not queue.endswith(DEAD_LETTER_SUFFIX) else root_of(run.delivery, queue)
     if outcome is Outcome.RETRY:
         return [_retry_of(run, queue, root)]
     following: Task | None = None
@@ -1633,8 +1642,19 @@ def _retry_in(error: BaseException | None) -> RetryException | None:
         return error
     if not isinstance(error, BaseExceptionGroup):
         return None
-    retries = [_retry_in(member) for member in error.exceptions]
-    return retries[0] if all(retry is not None for retry in retries) else None
+    members = list(_members_of(error))
+    return members[0] if all(isinstance(member, RetryException) for member in members) else None
+
+
+def _members_of(group: BaseExceptionGroup[Any]) -> Iterator[Any]:
+    """The exceptions in a group, and in the groups in it, which may be nested deeper than Python calls."""
+    pending: list[BaseException] = [group]
+    while pending:
+        error = pending.pop()
+        if isinstance(error, BaseExceptionGroup):
+            pending += reversed(error.exceptions)
+        else:
+            yield error
 
 
 def _retry_of(run: Run, queue: str, root: str) -> FollowUp:
@@ -1697,9 +1717,11 @@ def describe(error: BaseException | None) -> str:
     """An error in one readable text, short enough for a dead letter; a group's with its members."""
     if error is None:
         return "The task returned TaskFailureResult."
-    text = "".join(traceback.format_exception_only(error)).strip()
     if isinstance(error, BaseExceptionGroup):
-        text = f"{text}: {'; '.join(describe(member) for member in error.exceptions[:100])}"
+        members = "; ".join(describe(member) for member in itertools.islice(_members_of(error), 100))
+        text = f"{type(error).__name__}: {_message_of(error)}: {members}"
+    else:
+        text = "".join(traceback.format_exception_only(error)).strip()
     return text.encode("utf-8", "backslashreplace")[:MAX_DESCRIPTION_LENGTH].decode("utf-8", "ignore")
 
 
@@ -1712,7 +1734,11 @@ def _message_of(error: BaseException) -> str:
 
 def _traceback_of(error: BaseException | None) -> str:
     """The end of a traceback, where the cause stands."""
-    return "" if error is None else "".join(traceback.format_exception(error))[-MAX_DESCRIPTION_LENGTH:]
+    try:
+        text = "" if error is None else "".join(traceback.format_exception(error))
+    except Exception:
+        text = type(error).__name__
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")[-MAX_DESCRIPTION_LENGTH:]
 
 
 _ID_NAMESPACE = uuid.UUID("5f6a1c1e-7b5c-5a53-9d0c-6d1f2f3c7b10")
@@ -1871,7 +1897,7 @@ class Connection:
 
     def close(self) -> None:
         with self.mutex:
-            self.state = FileState.CLOSED
+            self.state = FileState.CLOSED if self.state is FileState.OPEN else self.state
             self.sql.close()
 
     def __del__(self) -> None:
@@ -1897,6 +1923,8 @@ class Store(Connection):
         """Counts up when there may be more to receive than before, at once or later."""
         self.bytes_written = 0
         """Roughly: what went to the write-ahead log."""
+        self.inode: int | None = None
+        """Which file it is: in another that replaced it, a message of the same number is another message."""
         self._queues: dict[str, tuple[int, QueueSettings]] = {}
         with _explained(path):
             _patiently(path, functools.partial(super().__init__, path))
@@ -2088,7 +2116,7 @@ class Store(Connection):
             self.sql.execute(LOCK_DUE, (locked_until, queue_id, now, len(rows)))
             self.bytes_written += len(rows) * BYTES_OF_A_CHANGE
             return [
-                Delivery(number, count, message_id, body, _properties(text), locked_until, None, received)
+                Delivery(number, count, message_id, body, _properties(text), locked_until, self.inode, received)
                 for number, count, message_id, body, text, _ in rows
             ]
         return []
@@ -2126,7 +2154,7 @@ class Store(Connection):
 
     def renew(self, delivery: Delivery, lock_duration: float, now: float) -> bool:
         """Lock a held message anew; False if the lock was lost."""
-        return self._changed(
+        return delivery.raw == self.inode and self._changed(
             "UPDATE message SET due = ? WHERE sequence_number = ? AND delivery_count = ? AND state = 0",
             (now + lock_duration, delivery.sequence_number, delivery.delivery_count + 1),
         )
@@ -2165,13 +2193,13 @@ class Store(Connection):
         self.bytes_written += len(deliveries) * BYTES_OF_A_CHANGE
         return self.sql.executemany(
             "DELETE FROM message WHERE sequence_number = ? AND delivery_count = ? AND state = 0",
-            [(delivery.sequence_number, delivery.delivery_count + 1) for delivery in deliveries],
+            [(each.sequence_number, each.delivery_count + 1) for each in deliveries if each.raw == self.inode],
         ).rowcount
 
     def abandon(self, delivery: Delivery) -> bool:
         """Give a message back, to where it was in the queue; False if the lock was lost."""
         self.additions += 1
-        return self._changed(
+        return delivery.raw == self.inode and self._changed(
             """
             UPDATE message
             SET    state = 1, due = enqueued_time
@@ -2186,7 +2214,7 @@ class Store(Connection):
         """Move a held message to the queue's dead-letter queue; False if the lock was lost."""
         self.additions += 1
         queue_id, _ = self._queue(dead_letter_queue(queue))
-        return self._changed(
+        return delivery.raw == self.inode and self._changed(
             """
             UPDATE message
             SET    queue_id = ?, state = 1, due = ?, dead_lettered_time = ?, expires = NULL,
@@ -2297,10 +2325,6 @@ def open_to_read(path: str) -> Connection | None:
         return connection if version else None
 
 
-READ_AT_ONCE = 1000
-"""Rows that are read before anybody else has a turn with the connection."""
-
-
 def read_messages(connection: Connection, queue: str, max_message_count: int) -> list[Message]:
     """The messages of a queue that would be received first, locked and scheduled ones included, by sequence number."""
     sql = """
@@ -2311,16 +2335,10 @@ def read_messages(connection: Connection, queue: str, max_message_count: int) ->
         ORDER BY state, due
         LIMIT    ?
     """
-    messages: list[Message] = []
-    with _explained(connection.path):
-        with connection.mutex:
-            rows = connection.sql.execute(sql, (queue, max_message_count))
-        while True:
-            with connection.mutex:
-                some = rows.fetchmany(READ_AT_ONCE)
-            if not some:
-                return sorted(messages, key=lambda message: message.sequence_number)
-            messages += map(_message_of_row, some)
+    # Held until all is read: a child that is forked in the middle of it could not close the connection.
+    with _explained(connection.path), connection.mutex:
+        rows = connection.sql.execute(sql, (queue, max_message_count)).fetchall()
+    return sorted(map(_message_of_row, rows), key=lambda message: message.sequence_number)
 
 
 def _message_of_row(row: tuple[Any, ...]) -> Message:
@@ -2356,6 +2374,11 @@ def _patiently(path: str, action: Callable[[], T]) -> T:
 
 def _is_locked(error: sqlite3.Error) -> bool:
     return getattr(error, "sqlite_errorcode", 0) & 0xFF in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether it is worth to try again what failed so: the file may be mended."""
+    return isinstance(error, ConfigurationError) or _is_about_the_file(error)
 
 
 def _is_about_the_file(error: Exception | None) -> bool:
@@ -2432,7 +2455,7 @@ class QueueFile:
         self.store = Store(path)
         try:
             if self.log_path is not None:
-                self._log, self._inode = os.open(self.log_path, os.O_RDWR), os.stat(path).st_ino
+                self._log, self.store.inode = os.open(self.log_path, os.O_RDWR), os.stat(path).st_ino
         except OSError as error:
             self.store.close()
             raise ServiceBusUnavailable(f"{path} cannot be opened: {error}") from error
@@ -2464,7 +2487,9 @@ class QueueFile:
             return
         self._checked = now
         try:
-            if self.log_path is None or (os.stat(path).st_ino == self._inode and os.access(self.log_path, os.F_OK)):
+            if self.log_path is None or (
+                os.stat(path).st_ino == self.store.inode and os.access(self.log_path, os.F_OK)
+            ):
                 return
         except OSError:  # it is not there
             pass
@@ -2479,7 +2504,7 @@ class QueueFile:
         """Wait until all that is committed is on the disk, in a thread.
 
         The system tells of a failure once, and forgets what it could not write. So a file whose sync failed is opened
-        anew; closing it writes what it has to the file itself.
+        anew, and what its log has is written to the file itself before it is used again, see `write_back`.
         """
         if self._log is None:
             return
@@ -2491,6 +2516,15 @@ class QueueFile:
                 getattr(os, "fdatasync", os.fsync)(self._log)
             except OSError as error:
                 raise self._gone(f"{self.store.path} could not be synced to the disk: {error}") from error
+
+    def write_back(self) -> None:
+        """Write all that the log has to the file, and begin the log anew; ServiceBusUnavailable while it cannot be."""
+        path = self.store.path
+        with _explained(path), contextlib.closing(Connection(path)) as connection, connection.mutex:
+            connection.sql.execute(f"PRAGMA busy_timeout = {10 * CHECKPOINT_PATIENCE}")
+            blocked, _, _ = connection.sql.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+        if blocked:
+            raise ServiceBusUnavailable(f"{path}: the log could not be written back yet, somebody reads.")
 
     def run(self, works: Sequence[Callable[[], Any]]) -> list[Any]:
         """Run statements in a thread, after a checkpoint if the log is full."""
@@ -2510,10 +2544,15 @@ class QueueFile:
         """After a transaction, let a thread move the log's content to the file if there is much of it."""
         if self._log is None or self.store.bytes_written - self._checkpointed < CHECKPOINT_BYTES:
             return
+        self._checkpointed = self.store.bytes_written
+        with contextlib.suppress(RuntimeError):  # it has been closed
+            self.threads.submit(self._checkpoint_alone)
+
+    def _checkpoint_alone(self) -> None:
         if self._checkpointing.acquire(blocking=False):
             try:
-                self.threads.submit(self._checkpoint).add_done_callback(lambda _: self._checkpointing.release())
-            except RuntimeError:  # it has been closed
+                self._checkpoint()
+            finally:
                 self._checkpointing.release()
 
     def _checkpoint(self) -> None:
@@ -2549,7 +2588,8 @@ class QueueFile:
                 os.close(os.open(self.log_path, os.O_RDONLY))
 
     def close(self) -> None:
-        self.store.state = FileState.CLOSED
+        if self.store.state is FileState.OPEN:  # else it stays gone, for who had it open to go on with what is there
+            self.store.state = FileState.CLOSED
         self.threads.shutdown(wait=True)
         self.store.close()
         self._close_log()
@@ -2574,7 +2614,7 @@ class Changes:
     """
 
     def __init__(self, file: QueueFile) -> None:
-        self._file = file
+        self.file = file
         self._loop = asyncio.get_running_loop()
         self._changed = asyncio.Event()
         self._inotify = None if file.log_path is None else _inotify(file.log_path)
@@ -2594,7 +2634,7 @@ class Changes:
         """Forget what was told so far; to be called before a look at the queue."""
         self._changed.clear()
         if self._polls:
-            self._version = self._file.store.data_version()
+            self._version = self.file.store.data_version()
 
     async def wait(self, timeout: float) -> None:
         """Wait for a change since `clear`, for at most so many seconds."""
@@ -2605,7 +2645,7 @@ class Changes:
                 while not self._changed.is_set():
                     with contextlib.suppress(TimeoutError):
                         await asyncio.wait_for(self._changed.wait(), POLL_INTERVAL if self._polls else None)
-                    if self._polls and self._file.store.data_version() != self._version:
+                    if self._polls and self.file.store.data_version() != self._version:
                         return
         except TimeoutError:
             pass
@@ -2619,7 +2659,7 @@ class Changes:
         self._changed.set()
 
     def close(self) -> None:
-        self._file.listeners.discard(self)
+        self.file.listeners.discard(self)
         inotify, self._inotify = self._inotify, None
         if inotify is not None:
             os.close(inotify)
@@ -2693,18 +2733,19 @@ class GroupCommit:
         requests = [request for request in self._requests if not request.future.done()]
         self._requests.clear()
         works = [work for request in requests for work in request.works]
-        if not self.file.log_is_full():
-            try:
-                with self.file.store.transaction(wait=False):
-                    results = [work() for work in works]
-            except Exception:  # whatever it is, the thread meets it again, and has the time to deal with it
-                pass
-            except BaseException as interrupt:
-                self._answer(requests, [_interrupted(interrupt)] * len(works))
-                raise
-            else:
-                self._answer(requests, results)
-                return
+        try:
+            if self.file.log_is_full():
+                raise BlockingIOError
+            with self.file.store.transaction(wait=False):
+                results = [work() for work in works]
+        except Exception:  # whatever it is, the thread meets it again, and has the time to deal with it
+            pass
+        except BaseException as interrupt:
+            self._answer(requests, [_interrupted(interrupt)] * len(works))
+            raise
+        else:
+            self._answer(requests, results)
+            return
         thread = self.file.in_a_thread(self.file.run, works)
         thread.add_done_callback(functools.partial(self._thread_done, requests, len(works)))
 
@@ -2847,7 +2888,7 @@ class LocalServiceBus:
     def _read(self, queue: str, max_message_count: int) -> list[Message]:
         """Read in a thread, by a connection of its own, or, of a queue in memory, by the only one there is."""
         if self.path == ":memory:":
-            return read_messages(self._open().store, queue, max_message_count)
+            return read_messages(self.open().store, queue, max_message_count)
         connection = open_to_read(self._real_path)
         if connection is None:
             return []
@@ -2873,15 +2914,19 @@ class LocalServiceBus:
 
     async def close(self) -> None:
         """Close the file. The bus opens it again if it is used again; a worker that still receives from it fails."""
-        file, self._file = self._file, None
         commit = self._commits.get(asyncio.get_running_loop())
         try:
-            if file is not None and commit is not None and commit.file is file and file.store.state is FileState.OPEN:
+            if commit is not None and commit.file is self._file and commit.file.store.state is FileState.OPEN:
                 with contextlib.suppress(ServiceBusUnavailable):
                     await commit.submit(durable=True)  # after all that was asked for before
         finally:
+            await asyncio.to_thread(self._shut)
+
+    def _shut(self) -> None:
+        with self.opening:
+            file, self._file = self._file, None
             if file is not None:
-                await asyncio.to_thread(file.close)
+                file.close()
 
     async def commit(self, keep_settings: bool = True) -> GroupCommit:
         """This event loop's transactions, on the file as it is now.
@@ -2897,7 +2942,7 @@ class LocalServiceBus:
             and (self._keeps_settings or not keep_settings)
         ):
             return commit
-        file = await asyncio.to_thread(self._open, keep_settings)
+        file = await asyncio.to_thread(self.open, keep_settings)
         commit = self._commits.get(loop)  # somebody else may have been first
         if commit is None or commit.file is not file:
             for closed in [other for other in list(self._commits) if other.is_closed()]:
@@ -2905,15 +2950,20 @@ class LocalServiceBus:
             commit = self._commits[loop] = GroupCommit(file)
         return commit
 
-    def _open(self, keep_settings: bool = False) -> QueueFile:
+    def open(self, keep_settings: bool = False) -> QueueFile:
         """Open the file, anew if it is gone, or closed as it is after a fork."""
         with self.opening:
             file = self._file
-            if file is not None and file.store.state is FileState.GONE:
-                file.close()
-            if file is None or file.store.state is FileState.CLOSED:
-                file = self._file = QueueFile(self._real_path)
-                self._keeps_settings = False
+            if file is None or file.store.state is not FileState.OPEN:
+                former, file = file, QueueFile(self._real_path)
+                if former is not None and former.store.state is FileState.GONE:
+                    try:
+                        file.write_back()
+                    except BaseException:
+                        file.close()
+                        raise
+                    former.close()
+                self._file, self._keeps_settings = file, False
             if keep_settings and not self._keeps_settings:
                 file.store.open_queue(self.queue_name, self._settings)
                 self._keeps_settings = True
@@ -2963,6 +3013,9 @@ class LocalReceiver:
         deadline = self._loop.time() + max_wait_time
         while True:
             commit = await self._present_commit()
+            if self._changes.file is not commit.file:
+                self._changes.close()
+                self._changes = Changes(commit.file)
             self._changes.clear()
             claiming = commit.submit(functools.partial(self._claim, commit.file.store, max_message_count))
             try:
@@ -2996,8 +3049,6 @@ class LocalReceiver:
             raise UsageError(f"{self._bus!r} was closed under a worker: app.close() ends its workers first.")
         if file.store.state is FileState.GONE:
             self._commit = await self._bus.commit()
-            self._changes.close()
-            self._changes = Changes(self._commit.file)
         return self._commit
 
     def _claim(self, store: Store, max_message_count: int) -> tuple[list[Delivery], float | None]:
@@ -3053,18 +3104,24 @@ class LocalReceiver:
             groups = [[settlement] for group, error in failed for settlement in self._again(group, error, latest)]
             if not groups or self._closed.is_set():
                 return
-            if any(_is_about_the_file(error) for _, error in failed):
+            if any(_may_pass(error) for _, error in failed):
                 logger.warning("Settling failed, will try again: %s", failed[0][1])
                 await asyncio.sleep(RETRY_PAUSE)
             for [settlement] in groups:
                 settlement.error = None
-            attempt = self._attempt(await self._present_commit(), groups)
+            try:
+                attempt = self._attempt(await self._present_commit(), groups)
+            except BoilermakerError as error:
+                attempt = self._loop.create_future()
+                attempt.set_result([error] * len(groups))
 
     def _again(self, group: Sequence[Settlement], error: Exception, latest: float) -> list[Settlement]:
         """What is to be tried in place of what failed."""
         if isinstance(error, MessageLockLost):
             return list(group)
-        if not _is_about_the_file(error):
+        if isinstance(error, UsageError) and not isinstance(error, ConfigurationError):
+            return []  # the bus was closed
+        if not _may_pass(error):
             instead = [rejected(settlement, error, self._queue) for settlement in group if settlement.messages]
             self._held.update(settlement.delivery for settlement in instead if settlement.action is Action.KEEP)
             return instead
@@ -3093,7 +3150,8 @@ class LocalReceiver:
         if not held:
             return []
         lost, latest = [], time.monotonic() - self._max_renewal
-        store = self._commit.file.store
+        file = self._commit.file
+        store = file.store if file.store.state is not FileState.GONE else self._bus.open().store
         with _explained(store.path), store.transaction():
             now = time.time()
             for delivery in held:
@@ -4137,8 +4195,11 @@ class AzureReceiver:
                 if self._closing:
                     raise ServiceBusUnavailable(f"{self._bus!r} was closed before it had done it.") from None
                 # Else the program ends: asyncio.run cancels all tasks at once, and waits for what they still do.
-            except ServiceBusUnavailable as error:
-                if not gone and time.time() + RETRY_PAUSE > settlement.delivery.locked_until:
+            except (MessageTooLarge, RequestRefused):
+                raise
+            except BoilermakerError as error:
+                late = time.time() + RETRY_PAUSE > settlement.delivery.locked_until
+                if not gone and (late or not isinstance(error, ServiceBusUnavailable)):
                     raise
                 number = settlement.delivery.sequence_number
                 logger.info("Settling failed, will try again sequence_number=%s: %s", number, error)
@@ -4539,14 +4600,15 @@ class Worker:
 
     def _run_suspect(self) -> None:
         """Run one of them, if all else has ended; give them back where that takes longer than a lock lasts."""
-        if not self._running and self._receiving is None:
+        if self._receiving is None and not (self._running or self._finished or self._settling):
             self._alone = Run(self._suspects.pop(random.randrange(len(self._suspects))))
             self._start(self._alone)
         elif self._alone is None and self.loop.time() >= self._suspects_until:
-            for delivery in self._suspects:
+            limit = min(self._most_deliveries, self._bus.max_delivery_count or MAX_SECONDS)
+            for delivery in [each for each in self._suspects if each.delivery_count + 1 < limit]:
                 logger.warning("Suspect given back sequence_number=%s: others still run", delivery.sequence_number)
-                self._give_back(Run(delivery))
-            self._suspects.clear()
+                self._give_back(Run(delivery))  # which counts as a delivery: not the last one, unrun
+                self._suspects.remove(delivery)
 
     # -- one message
 
@@ -4566,13 +4628,16 @@ class Worker:
                 if self._app.tracing is not None:
                     with self._app.tracing.processing(run, run.task):
                         await self._call(run)
-                        run.settlement = self._conclude(run)
+                        self._conclude(run)
                 else:
                     await self._call(run)
-            run.settlement = run.settlement or self._conclude(run)
-        except Exception:
-            logger.exception("Internal error sequence_number=%s", delivery.sequence_number)
-            run.settlement = Settlement(delivery, Action.LEAVE)  # again when its lock has run out
+            if run.settlement is None:
+                self._conclude(run)
+        except Exception:  # such as one of a log handler
+            run.settlement = run.settlement or Settlement(delivery, Action.LEAVE)  # again when its lock has run out
+            with contextlib.suppress(Exception):
+                logger.exception("Internal error sequence_number=%s", delivery.sequence_number)
+        assert run.settlement is not None
         if self._running.pop(delivery, None) is not None:  # else the worker has ended without it
             self._finished.append(run)
             if run.settlement.action is Action.KEEP:
@@ -4590,21 +4655,20 @@ class Worker:
             return
         if not task.acks_late and not await self._complete_early(run):
             return
-        if logs := logger.isEnabledFor(logging.INFO):
-            self._log(logging.INFO, run, "Begin Task")
-        started = time.perf_counter()
+        self._log(logging.INFO, run, "Begin Task")
+        started, allowed = time.perf_counter(), (task.policy, task.attempts)
         try:
             result = await registration.function(self._app.state, *task.args, **task.kwargs)
             run.result = None if result is None else self._checked(result, task)
             run.outcome = Outcome.FAILED if result is TaskFailureResult else Outcome.RETURNED
         except BaseException as error:
+            task.policy, task.attempts = allowed  # whatever the function did to them
             run.outcome, run.error = outcome_of(task, error), error
             if isinstance(error, asyncio.CancelledError) and self._program_ends():
                 run.stopped = run.stopped or Outcome.STOPPED
         if run.stopped is Outcome.LOCK_LOST or (run.stopped is not None and run.outcome is not Outcome.RETURNED):
             run.outcome, run.error = run.stopped, None
-        elif logs and run.outcome is Outcome.RETURNED:
-            self._log(logging.INFO, run, "Completed Task", " in %.5fs", time.perf_counter() - started)
+        run.seconds = time.perf_counter() - started
 
     def _objection(self, run: Run, task: Task) -> Outcome | None:
         """How the run ends before it begins, if it does."""
@@ -4661,8 +4725,8 @@ class Worker:
             )
         return returned
 
-    def _conclude(self, run: Run) -> Settlement:
-        """What to do with the message, its follow-ups ready to be sent."""
+    def _conclude(self, run: Run) -> None:
+        """Say what to do with the message, its follow-ups ready to be sent; then, in the log, how it went."""
         settlement = decide(run, self._queue)
         if settlement.follow_ups:
             try:
@@ -4672,11 +4736,13 @@ class Worker:
                 ]
             except Exception as error:
                 settlement = rejected(settlement, error, self._queue)
-        if run.outcome is not Outcome.RETURNED:
+        run.settlement = settlement
+        if run.outcome is Outcome.RETURNED:
+            self._log(logging.INFO, run, "Completed Task", " in %.5fs", run.seconds)
+        else:
             self._log_outcome(run, settlement)
         if settlement.reason == FOLLOW_UP_REJECTED:
             self._log(logging.ERROR, run, "Follow-up rejected", ": %s", _printable(settlement.description))
-        return settlement
 
     # -- settling
 
@@ -4719,7 +4785,16 @@ class Worker:
     def _stop_task(self, run: Run, outcome: Outcome) -> None:
         run.stopped = run.stopped or outcome
         if run.asyncio_task is not None:
+            run.asyncio_task.add_done_callback(functools.partial(self._see_whether_it_began, run))
             run.asyncio_task.cancel()
+
+    def _see_whether_it_began(self, run: Run, ended: asyncio.Task[None]) -> None:
+        """A task that is cancelled before its first step does nothing at all, not even `_process`."""
+        if self._running.get(run.delivery) is run and run.settlement is None and run.stopped is not None:
+            del self._running[run.delivery]
+            run.settlement = Settlement(run.delivery, run.stopped.action)
+            self._finished.append(run)
+            self._wake.set()
 
     # -- the end
 
@@ -5358,7 +5433,7 @@ class Boilermaker:
 
         Returns when they have ended; called by a task of such a worker, it only asks.
         """
-        workers = [worker for worker in self.workers if worker.loop is asyncio.get_running_loop()]
+        workers = [worker for worker in list(self.workers) if worker.loop is asyncio.get_running_loop()]
         for worker in workers:
             worker.stop()
         if workers and not self._works_here():
