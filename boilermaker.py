@@ -1407,9 +1407,24 @@ class Settlement:
     dropped: Sequence[str] = ()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+class MessageState(enum.StrEnum):
+    """Where a message is on its way."""
+
+    ACTIVE = "active"
+    """It waits for a worker."""
+    RUNNING = "running"
+    """A worker holds it; Azure does not tell, and shows it as active."""
+    SCHEDULED = "scheduled"
+    DEAD_LETTER = "dead_letter"
+
+
+@dataclass(frozen=True, kw_only=True)
 class Message:
-    """A message as `peek` shows it, without a lock; names and meanings are those of the Azure SDK."""
+    """A message as `peek` shows it, without a lock; names and meanings are those of the Azure SDK.
+
+    `state` is one of MessageState, `task` the task in the body, None if there is none. `locked_until_utc`,
+    `dead_lettered_time_utc` and `dead_letter_traceback` are None where the bus does not tell.
+    """
 
     body: str
     message_id: str | None
@@ -1420,6 +1435,53 @@ class Message:
     dead_letter_reason: str | None
     dead_letter_error_description: str | None
     application_properties: Mapping[str, str]
+    queue_name: str
+    state: MessageState = MessageState.ACTIVE
+    locked_until_utc: datetime.datetime | None = None
+    dead_lettered_time_utc: datetime.datetime | None = None
+    dead_letter_traceback: str | None = None
+
+    @functools.cached_property
+    def task(self) -> Task | None:
+        try:
+            return decode(self.body, self.queue_name.removesuffix(DEAD_LETTER_SUFFIX))
+        except InvalidTaskFormat:
+            return None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Counts:
+    """How many messages a queue has, by state.
+
+    `running` is None where the bus does not tell, `oldest` the age in seconds of the oldest message that is due and
+    waits, None if none does. `exact` is False where peeking had to do, which looks at some only.
+    """
+
+    active: int
+    running: int | None
+    scheduled: int
+    dead_letter: int
+    oldest: float | None
+    exact: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskCounts(Counts):
+    """How many messages a queue has of one task, and the description of the last that was dead-lettered."""
+
+    last_error: str | None = None
+
+
+Which: TypeAlias = Callable[[Message], object] | Iterable[int]
+"""Messages to do something about: those for which a function returns true, or those of some sequence numbers."""
+
+
+class OperationStopped(ServiceBusUnavailable):
+    """An operation on many messages ended half-way; called again, it goes on from there. `messages` are those done."""
+
+    def __init__(self, message: str, messages: Sequence[Message] = ()) -> None:
+        super().__init__(message)
+        self.messages = list(messages)
 
 
 class Receiver(Protocol):
@@ -1752,6 +1814,23 @@ def root_of(delivery: Delivery, queue: str) -> str:
     even when a worker died between publishing and completing. Retries have `<root>:<attempt>`, and carry the root.
     """
     return str(uuid.uuid5(_ID_NAMESPACE, f"{queue}\n{delivery.sequence_number}\n{delivery.message_id}"))
+
+
+def replay_of(dead_letter: Message) -> Outgoing:
+    """The message that runs a dead letter's task again, with the whole workflow behind it and all its tries.
+
+    Its id is made of the dead letter's, so that a replay which is repeated after a crash enqueues no second one where
+    duplicate detection is on. What is no task goes back as it is, for a worker that can read it.
+    """
+    body, queue = dead_letter.body, dead_letter.queue_name.removesuffix(DEAD_LETTER_SUFFIX)
+    name = None
+    with contextlib.suppress(InvalidTaskFormat):
+        task = decode(body, queue)
+        task.attempts, task.root, task.retry_policy = RetryAttempts.default(), None, None
+        name, body = task.function_name, encode(task, queue, queue)
+    number = dead_letter.sequence_number
+    message_id = str(uuid.uuid5(_ID_NAMESPACE, f"replay\n{queue}\n{number}\n{dead_letter.message_id}"))
+    return Outgoing(body, message_id, queue, None, dead_letter.application_properties, name)
 
 
 # ======================================================================================================================
@@ -2338,12 +2417,13 @@ def read_messages(connection: Connection, queue: str, max_message_count: int) ->
     # Held until all is read: a child that is forked in the middle of it could not close the connection.
     with _explained(connection.path), connection.mutex:
         rows = connection.sql.execute(sql, (queue, max_message_count)).fetchall()
-    return sorted(map(_message_of_row, rows), key=lambda message: message.sequence_number)
+    return sorted((_message_of_row(queue, row) for row in rows), key=lambda message: message.sequence_number)
 
 
-def _message_of_row(row: tuple[Any, ...]) -> Message:
+def _message_of_row(queue: str, row: tuple[Any, ...]) -> Message:
     number, count, message_id, body, properties, enqueued, scheduled, reason, description = row
     return Message(
+        queue_name=queue,
         body=body if isinstance(body, str) else body.decode("utf-8", "replace"),
         message_id=message_id,
         sequence_number=number,
@@ -3551,12 +3631,13 @@ class AzureServiceBus:
         """List messages without locking them, by sequence number: locked, scheduled and deferred ones too."""
         _count("max_message_count", max_message_count)
         messages: list[Message] = []
+        queue = dead_letter_queue(self.queue_name) if dead_letter else self.queue_name
         async with self.receiver_link(dead_letter) as link:
             peek = functools.partial(link.request, link.sdk.peek_messages, timeout=ATTEMPT_TIMEOUT)
             while (missing := max_message_count - len(messages)) > 0:
                 start = messages[-1].sequence_number + 1 if messages else 1
                 batch = await peek(missing, sequence_number=start)
-                messages += [_message_of_sdk(raw) for raw in batch]
+                messages += [_message_of_sdk(queue, raw) for raw in batch]
                 if not batch:
                     break
         return messages
@@ -3669,9 +3750,10 @@ def _azure_error(error: Exception, where: str) -> BoilermakerError:
     return kind(f"{text.format(where=where)} {error}")
 
 
-def _message_of_sdk(raw: ServiceBusReceivedMessage) -> Message:
+def _message_of_sdk(queue: str, raw: ServiceBusReceivedMessage) -> Message:
     body = _body_of(raw)
     return Message(
+        queue_name=queue,
         body=body if isinstance(body, str) else body.decode("utf-8", "replace"),
         message_id=_message_id_of(raw),
         sequence_number=raw.sequence_number or 0,
