@@ -84,6 +84,7 @@ import sys
 import threading
 import time
 import traceback
+import types
 import uuid
 import weakref
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
@@ -99,7 +100,9 @@ from typing import (
     ParamSpec,
     Protocol,
     TypeAlias,
+    TypedDict,
     TypeVar,
+    Unpack,
     overload,
 )
 
@@ -117,12 +120,16 @@ __all__ = [
     "BoilermakerError",
     "Config",
     "ConfigurationError",
+    "Counts",
     "InvalidArguments",
     "LocalServiceBus",
+    "Message",
     "MessageLockLost",
     "MessageNotFound",
     "MessageTooLarge",
     "NoRetry",
+    "OperationStopped",
+    "Outcome",
     "RequestRefused",
     "RetryException",
     "RetryExceptionDefault",
@@ -299,6 +306,16 @@ def _seconds(name: str, value: float | datetime.timedelta) -> float:
     if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not 0 <= seconds <= MAX_SECONDS:
         raise UsageError(f"{name}={value!r} must be seconds from now, 0 to {MAX_SECONDS}, or a timedelta.")
     return seconds
+
+
+def _time_limit(name: str, value: float | datetime.timedelta | None) -> float | None:
+    """A span of time that is no less than a moment; None for no limit."""
+    seconds = value.total_seconds() if isinstance(value, datetime.timedelta) else value
+    if seconds is None:
+        return None
+    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not 0 < seconds <= MAX_SECONDS:
+        raise UsageError(f"{name}={value!r} must be seconds over 0, up to {MAX_SECONDS}, a timedelta, or None.")
+    return float(seconds)
 
 
 def _due_time(delay: float | datetime.timedelta | None, eta: datetime.datetime | None) -> float | None:
@@ -504,6 +521,27 @@ class RetryExceptionDefaultExponential(RetryException):
         super().__init__(msg, _overridden(RetryMode.Exponential, override))
 
 
+def _retry_in(error: BaseException | None) -> RetryException | None:
+    """The RetryException that was raised; by a TaskGroup, in a group that holds nothing else."""
+    if isinstance(error, RetryException):
+        return error
+    if not isinstance(error, BaseExceptionGroup):
+        return None
+    members = list(_members_of(error))
+    return members[0] if all(isinstance(member, RetryException) for member in members) else None
+
+
+def _members_of(group: BaseExceptionGroup[Any]) -> Iterator[Any]:
+    """The exceptions in a group, and in the groups in it, which may be nested deeper than Python calls."""
+    pending: list[BaseException] = [group]
+    while pending:
+        error = pending.pop()
+        if isinstance(error, BaseExceptionGroup):
+            pending += reversed(error.exceptions)
+        else:
+            yield error
+
+
 # ======================================================================================================================
 # 3. Tasks: a task, its callbacks, chains; the decorated function
 # ======================================================================================================================
@@ -529,11 +567,70 @@ def new_task_id() -> str:
 
 
 class Options(NamedTuple):
-    """What a registration says of its tasks; where a task says nothing (None), this applies."""
+    """What a registration says of its tasks, and a message too; where a task says nothing (None), this applies."""
 
     policy: RetryPolicy = DEFAULT_POLICY
     should_dead_letter: bool = True
     acks_late: bool = True
+
+
+RetryOn: TypeAlias = type[Exception] | tuple[type[Exception], ...] | Callable[[Exception], object]
+"""Which errors are worth another try: of a type, of one of several, or those for which a function returns true."""
+
+
+class TaskOptions(TypedDict, total=False):
+    """What a registration may say, by keyword.
+
+    Args:
+        name: the name in messages, `function.__name__` if None. A worker finds the function by it, so it must not
+            change while messages are waiting.
+        policy: when and how often a task is tried again; `RetryPolicy.default()` if None.
+        should_dead_letter: keep what failed in the dead-letter queue (True).
+        acks_late: settle the message after the function ran, so that it runs at least once (True); False: before, so
+            that it runs at most once.
+        timeout: seconds, or a timedelta, that a run may take, middleware included; then it is cancelled, and has failed
+            with TimeoutError. None: no limit but the `max_lock_renewal` of `run`.
+        expires: seconds, or a timedelta, after it was due when a task is not begun any more, but dead-lettered with
+            reason `Expired`. A retry counts anew. None: never.
+        retry_on: the errors that count as a RetryException.
+        dont_retry_on: the types of those that do not, whatever `retry_on` says.
+    """
+
+    name: str | None
+    policy: RetryPolicy | None
+    should_dead_letter: bool
+    acks_late: bool
+    timeout: float | datetime.timedelta | None
+    expires: float | datetime.timedelta | None
+    retry_on: RetryOn | None
+    dont_retry_on: type[Exception] | tuple[type[Exception], ...]
+
+
+class _KeywordOptions(TypedDict, total=False):
+    """Those of PublishOptions that are given by keyword only."""
+
+    eta: datetime.datetime | None
+    policy: RetryPolicy | None
+    expires: float | datetime.timedelta | None
+    task_id: str | None
+
+
+class PublishOptions(_KeywordOptions, total=False):
+    """What may be said when a task is published, by keyword; it is about the head of a workflow.
+
+    Args:
+        delay: seconds from now, or a timedelta; or else
+        eta: an aware datetime.
+        policy: when and how often to retry, in place of the registration's.
+        publish_attempts: how often to try to send it. Every try has the same message id, the task's id, so that a queue
+            with duplicate detection takes one.
+        expires: seconds, or a timedelta, after it was due when it is not begun any more.
+        task_id: the caller's own id, of 1 to 128 characters. A second publish of one id within the window of duplicate
+            detection (on the local bus without one: 600 s) is not enqueued, and is no error.
+    """
+
+    delay: float | datetime.timedelta | None
+    publish_attempts: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -543,6 +640,46 @@ class Registration:
     name: str
     function: Callable[..., Coroutine[Any, Any, Any]]
     options: Options
+    timeout: float | None = None
+    expires: float | None = None
+    retry_on: RetryOn | None = None
+    dont_retry_on: tuple[type[Exception], ...] = ()
+
+    @classmethod
+    def of(cls, function: Callable[..., Any], given: TaskOptions) -> Registration:
+        """The registration of a function, its options checked; UsageError names the one that is wrong."""
+        if unknown := sorted(set(given) - TaskOptions.__optional_keys__):
+            options = ", ".join(sorted(TaskOptions.__optional_keys__))
+            raise InvalidArguments(f"There is no option {unknown[0]}= of a task; there are {options}.")
+        name = _function_name(function, given.get("name"))
+        if _signature(function)[2] < 0:
+            raise UsageError(
+                f"{name} must take the application's state as its first argument: async def {name}(state)."
+            )
+        flags: dict[str, Any] = {option: given.get(option, True) for option in ("should_dead_letter", "acks_late")}
+        for option, value in flags.items():
+            if type(value) is not bool:
+                raise UsageError(f"{name}: {option}={_short(value)} must be True or False.")
+        retry_on, dont_retry_on = given.get("retry_on"), given.get("dont_retry_on", ())
+        is_predicate = callable(retry_on) and not isinstance(retry_on, type) and not _is_async(retry_on)
+        if retry_on is not None and not _are_exceptions(retry_on) and not is_predicate:
+            raise UsageError(
+                f"{name}: retry_on={_short(retry_on)} must be a type of Exception, a tuple of such types, or a "
+                "function, not async, of the exception."
+            )
+        if not _are_exceptions(dont_retry_on):
+            raise UsageError(
+                f"{name}: dont_retry_on={_short(dont_retry_on)} must be a type of Exception, or a tuple of such types."
+            )
+        return cls(
+            name,
+            function,
+            Options(_checked_policy(name, given.get("policy")) or DEFAULT_POLICY, **flags),
+            _time_limit(f"{name}: timeout", given.get("timeout")),
+            _time_limit(f"{name}: expires", given.get("expires")),
+            retry_on,
+            dont_retry_on if isinstance(dont_retry_on, tuple) else (dont_retry_on,),
+        )
 
     def fill_in(self, task: Task) -> None:
         """Put in force for a task that is about to run what it was not given."""
@@ -553,10 +690,40 @@ class Registration:
             task.should_dead_letter = options.should_dead_letter
         if task.acks_late is None:
             task.acks_late = options.acks_late
+        if task.expires is None:
+            task.expires = self.expires
+
+    def retries(self, error: BaseException) -> bool:
+        """Whether an error is worth another try, of a group each: by `retry_on`, unless by `dont_retry_on`."""
+        if self.retry_on is None:
+            return False
+        if isinstance(error, BaseExceptionGroup):
+            return all(self.retries(member) for member in _members_of(error))
+        if not isinstance(error, Exception) or isinstance(error, (UsageError, *self.dont_retry_on)):
+            return False
+        if isinstance(self.retry_on, (type, tuple)):
+            return isinstance(error, self.retry_on)
+        try:
+            return bool(self.retry_on(error))
+        except Exception as broken:  # it says nothing, and so the task has failed
+            error.add_note(f"retry_on of {self.name} failed: {type(broken).__name__}: {broken}")
+            return False
+
+
+def _is_async(function: Any) -> bool:
+    """Whether a call of it gives a coroutine, or an asynchronous generator."""
+    called = getattr(function, "__call__", None)  # noqa: B004 (an object with an async method of that name)
+    return any(map(inspect.iscoroutinefunction, (function, called))) or inspect.isasyncgenfunction(function)
+
+
+def _are_exceptions(types: object) -> bool:
+    """Whether it is a type of Exception, or a tuple of such."""
+    members = types if isinstance(types, tuple) else (types,)
+    return all(isinstance(member, type) and issubclass(member, Exception) for member in members)
 
 
 class _Bound:
-    """What a task knows besides its fields; it is not copied, compared or pickled with them."""
+    """What a task knows besides its fields; it is not compared or pickled with them."""
 
     _app: Boilermaker | None = None
     _function: Callable[..., Any] | None = None
@@ -564,6 +731,12 @@ class _Bound:
     _worker: Worker | None = None
     _published: Options = Options()
     """The options of the registration where the task was published: on the wire they stand for what was not given."""
+    _publishing: PublishOptions = {}  # noqa: RUF012 (it is replaced, never changed)
+    """What was said of its publishing before that: `delay`, `eta`, `publish_attempts`."""
+    _id_is_given: bool = False
+    """The caller chose the id, so that a second publish of it is dropped."""
+    eta: datetime.datetime | None = None
+    """When the message was due; in a task that was received."""
 
 
 @dataclass(eq=False, repr=False, kw_only=True)
@@ -579,6 +752,7 @@ class Task(_Bound):
         args: positional arguments after `state`; JSON values.
         kwargs: keyword arguments; JSON values.
         task_id: identifies the task through its retries; also the message id of the first publish.
+        expires: seconds after it was due when it is not begun any more.
         policy: when and how often to retry.
         retry_policy: in a retry by an exception's own policy, that one: it allows this try.
         attempts: the runs so far.
@@ -601,6 +775,7 @@ class Task(_Bound):
     attempts: RetryAttempts = field(default_factory=RetryAttempts.default)
     should_dead_letter: bool | None = None
     acks_late: bool | None = None
+    expires: float | None = None
     on_success: Task | None = None
     on_failure: Task | None = None
     graph_id: str | None = None
@@ -681,21 +856,16 @@ class Task(_Bound):
         """The same work as new work: this task and its callbacks with fresh ids, unpublished."""
         twin = _replica(self)
         for task in _workflow(twin):
-            task.task_id, task.attempts = new_task_id(), RetryAttempts.default()
+            task.task_id, task._id_is_given, task.attempts = new_task_id(), False, RetryAttempts.default()
             task.root = task.retry_policy = None
         return twin
 
-    async def publish(
-        self,
-        *,
-        delay: float | datetime.timedelta | None = None,
-        eta: datetime.datetime | None = None,
-        publish_attempts: int = 1,
-    ) -> Task:
-        """`app.publish_task(self, ...)` of the application the task was made by."""
+    async def publish(self, **options: Unpack[PublishOptions]) -> Task:
+        """`app.publish_task(self, ...)` of the application the task was made by; options as PublishOptions says."""
         if self._app is None:
             raise UsageError(f"{self!r} belongs to no application: use `await app.publish_task(task)`.")
-        return await self._app.publish_task(self, delay=delay, eta=eta, publish_attempts=publish_attempts)
+        [published] = await self._app._publish([self], options)
+        return published
 
     def __rshift__(self, other: TaskLike) -> Task:
         """`a >> b` runs b when a has returned, and gives b, so that `a >> b >> c` reads on. Publish a."""
@@ -714,6 +884,11 @@ class Task(_Bound):
         following = _as_task(other)
         _check_beginning(self)
         _check_beginning(following)
+        for task in (self, following):
+            if task._id_is_given:
+                raise UsageError(
+                    f"{task!r}: a | b makes copies with fresh ids; give the whole one: publish(task_id=...)."
+                )
         head = self.copy()
         _chain_of(head)[-1].on_success = following.copy()
         return head
@@ -729,11 +904,13 @@ class TaskFunction(functools.partial[Coroutine[Any, Any, R]], Generic[P, R]):
     app: Boilermaker
     registration: Registration
     function: TaskCallable[P, R]
+    _publishing: PublishOptions
 
     def __new__(cls, app: Boilermaker, registration: Registration) -> TaskFunction[P, R]:
         self = super().__new__(cls, registration.function)
         functools.update_wrapper(self, registration.function)
         self.app, self.registration, self.function = app, registration, registration.function
+        self._publishing = {}
         return self
 
     def __call__(self, state: Any, /, *args: P.args, **kwargs: P.kwargs) -> Coroutine[Any, Any, R]:
@@ -758,6 +935,18 @@ class TaskFunction(functools.partial[Coroutine[Any, Any, R]], Generic[P, R]):
         _check_arguments(task)
         return task
 
+    def options(self, **options: Unpack[PublishOptions]) -> TaskFunction[P, R]:
+        """This function with options for what is published of it: `await fn.options(expires=60).delay("x")`.
+
+        They are those of PublishOptions. In a workflow, all but `policy` and `expires` are for its head.
+
+        Raises:
+            UsageError: names the option that is wrong.
+        """
+        twin: TaskFunction[P, R] = TaskFunction(self.app, self.registration)
+        twin._publishing = _merged_options(self._publishing, options, self.registration.name)
+        return twin
+
     async def delay(self, /, *args: P.args, **kwargs: P.kwargs) -> Task:
         """Publish a call of this function, to run as soon as a worker is free; the published `Task`.
 
@@ -771,6 +960,11 @@ class TaskFunction(functools.partial[Coroutine[Any, Any, R]], Generic[P, R]):
     def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Task:
         task = Task(function_name=self.registration.name, args=list(args), kwargs=kwargs)
         task._app, task._function = self.app, self.function
+        if self._publishing:
+            _set_options(task, self._publishing)
+            sending = ("delay", "eta", "publish_attempts")
+            about_sending: Any = {name: value for name, value in self._publishing.items() if name in sending}
+            task._publishing = about_sending
         return task
 
     def __rshift__(self, other: TaskLike) -> Task:
@@ -830,6 +1024,44 @@ def _checked_policy(name: str, policy: RetryPolicy | None) -> RetryPolicy | None
     if policy is not None and not isinstance(policy, RetryPolicy):
         raise UsageError(f"{name}: policy={policy!r} must be a RetryPolicy.")
     return policy
+
+
+def _merged_options(said: PublishOptions, options: PublishOptions, name: str) -> PublishOptions:
+    """Options on top of others, without what is None, and checked.
+
+    Raises:
+        UsageError: names the option that is wrong.
+    """
+    if unknown := sorted(set(options) - PublishOptions.__optional_keys__):
+        known = ", ".join(sorted(PublishOptions.__optional_keys__))
+        raise InvalidArguments(f"{name}: there is no option {unknown[0]}= of publishing; there are {known}.")
+    given: Any = {option: value for option, value in options.items() if value is not None}
+    merged: Any = {**said, **given}
+    for one, other in (("delay", "eta"), ("eta", "delay")):
+        if one in given and other not in given:
+            merged.pop(other, None)
+    _due_time(merged.get("delay"), merged.get("eta"))
+    _checked_policy(name, merged.get("policy"))
+    attempts, task_id = merged.get("publish_attempts", 1), merged.get("task_id", "x")
+    if type(attempts) is not int or attempts < 1:
+        raise UsageError(f"publish_attempts={_short(attempts)} must be an int of at least 1.")
+    if not isinstance(task_id, str) or not 0 < len(task_id) <= MAX_MESSAGE_ID_LENGTH or task_id.startswith("cron:"):
+        raise UsageError(
+            f"task_id={_short(task_id)} must be a string of 1 to {MAX_MESSAGE_ID_LENGTH} characters that does not "
+            "begin with 'cron:', as the ids of periodic tasks do."
+        )
+    _time_limit("expires", merged.get("expires"))
+    options_of_now: PublishOptions = merged
+    return options_of_now
+
+
+def _set_options(task: Task, options: PublishOptions) -> None:
+    """Set the fields that options are about, checked as they are; the others are for the bus."""
+    task.policy, expires = options.get("policy", task.policy), options.get("expires")
+    if expires is not None:
+        task.expires = _time_limit("expires", expires)
+    if (task_id := options.get("task_id")) is not None:
+        task.task_id, task._id_is_given = task_id, True
 
 
 def _function_name(fn: Any, name: str | None = None) -> str:
@@ -904,8 +1136,14 @@ def _replica(head: Task) -> Task:
             on_success=replicas.get(id(task.on_success)),
             on_failure=replicas.get(id(task.on_failure)),
         )
-        replica._app, replica._function, replica._published = task._app, task._function, task._published
+        _bind_like(replica, task)
     return replicas[id(head)]
+
+
+def _bind_like(twin: Task, task: Task) -> None:
+    """Let a copy know what the original does, but for its place in a workflow."""
+    twin._app, twin._function, twin._published = task._app, task._function, task._published
+    twin._publishing, twin._id_is_given = task._publishing, task._id_is_given
 
 
 def _check_beginning(task: Task) -> None:
@@ -1114,6 +1352,13 @@ def _read_queue(queue: str, name: str, where: str) -> str:
         raise InvalidTaskFormat(f"{name} of {where}: {error}") from error
 
 
+def _read_expires(seconds: float, name: str, where: str) -> float:
+    try:
+        return _time_limit(name, seconds) or 0
+    except UsageError as error:
+        raise InvalidTaskFormat(f"{where}: {error}") from error
+
+
 class Field(NamedTuple):
     """A field of a task: what it may be set to, and how it stands in a message."""
 
@@ -1139,6 +1384,7 @@ ALWAYS_WRITTEN = (
 WRITTEN_WHERE_SET = (  # where they are neither None nor False, that is
     Field("takes_result", (bool,), bool),
     Field("root", (str, _NONE), str),
+    Field("expires", (float, int, _NONE), float, read=_read_expires),
 )
 WRITTEN_WITH_OTHERS = (  # in the payload; the options together, see below; the queue where it is another
     Field("args", (list, tuple), None),
@@ -1161,7 +1407,13 @@ _TYPES = [each.types for each in FIELDS if each.types]
 _attributes = operator.attrgetter(*(each.name for each in FIELDS if each.types))
 _always = operator.attrgetter(*(each.name for each in ALWAYS_WRITTEN))
 _where_set = operator.attrgetter(*(each.name for each in WRITTEN_WHERE_SET))
-_JSON_TYPES: Mapping[type, str] = {str: "a string", bool: "true or false", list: "an array", dict: "an object"}
+_JSON_TYPES: Mapping[type, str] = {
+    str: "a string",
+    bool: "true or false",
+    float: "a number",
+    list: "an array",
+    dict: "an object",
+}
 
 
 def _check_fields(task: Task) -> None:
@@ -1186,6 +1438,8 @@ def _check_fields(task: Task) -> None:
         raise UsageError(f"{task!r}: attempts={_short(task.attempts)} must be a count from 0, and a datetime.")
     if task.queue is not None:
         _checked_queue_name(task.queue)
+    if task.expires is not None:
+        _time_limit(f"{task!r}: expires", task.expires)
 
 
 # -- the options: in a message there is always one, marked where nobody gave it, and the receiver's registration applies
@@ -1323,7 +1577,7 @@ def _decode_one(document: Any, queue: str, where: str) -> Task:
         if value is None or name not in _READERS:
             continue
         json_type, read = _READERS[name]
-        if type(value) is not json_type:
+        if type(value) is not json_type and (json_type is not float or type(value) is not int):
             raise InvalidTaskFormat(f"{name} of {where} must be {_JSON_TYPES[json_type]}, not {_short(value)}.")
         fields[name] = value if read is None else read(value, name, where)
     if "payload" in fields:
@@ -1356,7 +1610,10 @@ class Outgoing(NamedTuple):
 
 @dataclass(slots=True, eq=False)
 class Delivery:
-    """A message received under a lock. `delivery_count` is how often it had been delivered before."""
+    """A message received under a lock.
+
+    `delivery_count` is how often it had been delivered before, `due` when it was enqueued, or scheduled for.
+    """
 
     sequence_number: int
     delivery_count: int
@@ -1364,6 +1621,7 @@ class Delivery:
     body: str | bytes
     application_properties: Mapping[str, str]
     locked_until: float
+    due: float = 0
     raw: Any = None
     received: float = field(default_factory=time.monotonic)
 
@@ -1586,6 +1844,7 @@ class Outcome(enum.Enum):
     EXHAUSTED = ("used up its tries", Action.DEAD_LETTER, "RetriesExhausted", "on_failure", _MAY_COMPLETE)
     NO_TRY_LEFT = ("has no try left", Action.DEAD_LETTER, "RetriesExhausted", "on_failure", _MAY_COMPLETE, _NOT_RUN)
     KILLER = ("ended its workers", Action.DEAD_LETTER, "MaxDeliveryCountExceeded", "on_failure", _NOT_RUN)
+    EXPIRED = ("was begun too late", Action.DEAD_LETTER, "Expired", "on_failure", _MAY_COMPLETE, _NOT_RUN)
     UNREGISTERED = ("is not registered here", Action.DEAD_LETTER, "UnregisteredFunction", "on_failure", _NOT_RUN)
     UNDECODABLE = ("cannot be decoded", Action.DEAD_LETTER, "InvalidTaskFormat", "", _NOT_RUN)
     STOPPED = ("was stopped with its worker", Action.ABANDON, "", "")
@@ -1599,6 +1858,9 @@ class Outcome(enum.Enum):
         self.may_complete = _MAY_COMPLETE in notes
         self.ran = _NOT_RUN not in notes
 
+    def __str__(self) -> str:
+        return self.name.lower()
+
 
 @dataclass(slots=True, eq=False)
 class Run:
@@ -1610,6 +1872,7 @@ class Run:
     outcome: Outcome | None = None
     result: Any = None
     error: BaseException | None = None
+    began: float = 0.0
     seconds: float = 0.0
     settlement: Settlement | None = None
     asyncio_task: asyncio.Task[None] | None = None
@@ -1678,15 +1941,18 @@ def _follow_ups(run: Run, queue: str) -> list[FollowUp]:
         following = _successor(task, run.result)
     elif outcome.follow_up == "on_failure" and task.on_failure is not None:
         following = _given(_as_task(task.on_failure, f"on_failure of {task!r}"), lambda: failure_of(run))
-    return [] if following is None else [FollowUp(following, root)]
+    if following is None:
+        return []
+    due = _due_time(following._publishing.get("delay"), following._publishing.get("eta"))
+    return [FollowUp(following, root, max(0.0, due - time.time()) if due is not None else 0)]
 
 
-def outcome_of(task: Task, error: BaseException) -> Outcome:
+def outcome_of(task: Task, error: BaseException, registration: Registration | None = None) -> Outcome:
     """How a run ended that raised."""
     retry = _retry_in(error)
-    if retry is None:
+    if retry is None and (registration is None or not registration.retries(error)):
         return Outcome.FAILED
-    policy = retry.policy or task.policy or DEFAULT_POLICY
+    policy = (retry and retry.policy) or task.policy or DEFAULT_POLICY
     return Outcome.RETRY if task.attempts.attempts + 1 < policy.max_tries else Outcome.EXHAUSTED
 
 
@@ -1698,32 +1964,10 @@ def may_run(task: Task) -> bool:
     return task.attempts.attempts < tries
 
 
-def _retry_in(error: BaseException | None) -> RetryException | None:
-    """The RetryException that was raised; by a TaskGroup, in a group that holds nothing else."""
-    if isinstance(error, RetryException):
-        return error
-    if not isinstance(error, BaseExceptionGroup):
-        return None
-    members = list(_members_of(error))
-    return members[0] if all(isinstance(member, RetryException) for member in members) else None
-
-
-def _members_of(group: BaseExceptionGroup[Any]) -> Iterator[Any]:
-    """The exceptions in a group, and in the groups in it, which may be nested deeper than Python calls."""
-    pending: list[BaseException] = [group]
-    while pending:
-        error = pending.pop()
-        if isinstance(error, BaseExceptionGroup):
-            pending += reversed(error.exceptions)
-        else:
-            yield error
-
-
 def _retry_of(run: Run, queue: str, root: str) -> FollowUp:
     """The task as it came, whatever the function did to it, with one attempt more."""
-    task, retry = run.task, _retry_in(run.error)
+    task, retry = run.task, _retry_in(run.error) or RetryException()
     assert task is not None
-    assert retry is not None
     attempts = task.attempts.attempts
     again = decode(run.delivery.body, queue.removesuffix(DEAD_LETTER_SUFFIX))
     again.attempts, again.root, again.retry_policy = RetryAttempts.default(attempts + 1), root, retry.policy
@@ -1756,22 +2000,23 @@ def _given(callback: Task, value: Callable[[], Any]) -> Task:
     if not callback.takes_result:
         return callback
     given = dataclasses.replace(callback, args=[value(), *callback.args], takes_result=False)
-    given._app, given._function, given._published = callback._app, callback._function, callback._published
+    _bind_like(given, callback)
     return given
 
 
 def failure_of(run: Run) -> dict[str, Any]:
     """What an `on_failure` callback made by `.s()` receives."""
-    task, error = run.task, run.error
+    task, error, outcome = run.task, run.error, run.outcome
     assert task is not None
-    assert run.outcome is not None
+    assert outcome is not None
+    name = "TaskFailureResult" if error is None else type(error).__name__
     return {
         "task_id": task.task_id,
         "function_name": task.function_name,
-        "error": type(error).__name__ if error is not None else "TaskFailureResult",
+        "error": name if outcome.ran else outcome.reason,
         "message": _message_of(error)[:MAX_DESCRIPTION_LENGTH] if error is not None else "",
         "traceback": _traceback_of(error),
-        "attempts": task.attempts.attempts + run.outcome.ran,
+        "attempts": task.attempts.attempts + outcome.ran,
     }
 
 
@@ -1921,7 +2166,9 @@ _DUE = """
     LIMIT    ?
 """
 
-SELECT_DUE = f"SELECT sequence_number, delivery_count, message_id, body, application_properties, expires {_DUE}"
+SELECT_DUE = f"""
+    SELECT   sequence_number, delivery_count, message_id, body, application_properties, expires, enqueued_time {_DUE}
+"""
 
 LOCK_DUE = f"""
     UPDATE message
@@ -2195,8 +2442,8 @@ class Store(Connection):
             self.sql.execute(LOCK_DUE, (locked_until, queue_id, now, len(rows)))
             self.bytes_written += len(rows) * BYTES_OF_A_CHANGE
             return [
-                Delivery(number, count, message_id, body, _properties(text), locked_until, self.inode, received)
-                for number, count, message_id, body, text, _ in rows
+                Delivery(number, count, message_id, body, _properties(text), locked_until, due, self.inode, received)
+                for number, count, message_id, body, text, _, due in rows
             ]
         return []
 
@@ -2209,7 +2456,7 @@ class Store(Connection):
             ("TTLExpiredException", "Its time to live has passed.", number)
             if expires is not None and expires <= now
             else ("MaxDeliveryCountExceeded", f"It was delivered {count} times, never settled.", number)
-            for number, count, _, _, _, expires in rows
+            for number, count, _, _, _, expires, _ in rows
         ]
         self.sql.executemany(
             f"""
@@ -4214,6 +4461,7 @@ class AzureReceiver:
             body=_body_of(raw),
             application_properties=_properties_of(raw),
             locked_until=0,
+            due=(raw.scheduled_enqueue_time_utc or raw.enqueued_time_utc or _utc(0)).timestamp(),
             raw=raw,
         )
         self._locks[delivery] = self._granted(delivery, raw.locked_until_utc)
@@ -4465,6 +4713,9 @@ STOP_PATIENCE = 2.0
 LONGEST_TURN = 0.01
 """Seconds for which messages are begun one after the other, before the event loop has its turn."""
 
+LONGEST_BLOCK = 1.0
+"""Seconds for which the event loop may not have had its turn before the log says what keeps it."""
+
 SIGNAL_GAP = 0.5
 """Seconds within which a second signal is the same one: a terminal's to the group, and the supervisor's."""
 
@@ -4517,6 +4768,8 @@ class Worker:
         self._stopping = False
         self._in_haste = False
         self._failure: Exception | None = None
+        self.state: Any = None
+        self.started = False
         self.loop = asyncio.get_running_loop()
         self.ended: asyncio.Task[None]
 
@@ -4544,27 +4797,45 @@ class Worker:
         self.ended.result()
 
     async def _work(self) -> None:
-        """Open, pump, end; what goes wrong is in the log too, since nobody may await the run."""
+        """Open, pump, end, close, in this order; what goes wrong is in the log too, since nobody may await the run."""
+        cancelled, names, lifespan = False, self._app.task_names, self._app.lifespan
         try:
             self._receiver = await self._bus.open_receiver(self._lock_lost, self._max_renewal, self._suspect_from)
+            try:
+                async with contextlib.nullcontext() if lifespan is None else lifespan(self._app) as state:
+                    self.state, self.started = self._app.state if state is None else state, True
+                    logger.info(
+                        "Worker started: %r, concurrency=%d, tasks: %s", self._bus, self._concurrency, ", ".join(names)
+                    )
+                    if not names:
+                        logger.warning("No task is registered: import the modules that register some before app.run()")
+                    with _watched(self):
+                        try:
+                            await self._pump()
+                        except asyncio.CancelledError:  # by who cancels all tasks, as asyncio.run does at its end
+                            cancelled = True
+                            self._abandon()
+                        await self._end()
+            finally:
+                await self._wait([self.loop.create_task(self._receiver.close())])
+                for settling in list(self._settling):
+                    settling.cancel()
         except Exception as error:
-            logger.error("Worker of %r cannot start: %s", self._bus, error)
+            what = "was ended by an error" if self.started else "cannot start"
+            logger.error(
+                "Worker of %r %s: %s", self._bus, what, error, exc_info=not isinstance(error, BoilermakerError)
+            )
             raise
-        names = self._app.task_names
-        logger.info("Worker started: %r, concurrency=%d, tasks: %s", self._bus, self._concurrency, ", ".join(names))
-        if not names:
-            logger.warning("No task is registered: import the modules that register some before app.run()")
-        cancelled = False
-        try:
-            await self._pump()
-        except asyncio.CancelledError:  # by who cancels all tasks, as asyncio.run does at its end
-            cancelled = True
-            self._abandon()
-        await self._end()
+        logger.info("Worker ended: %r", self._bus)
         if self._failure is not None:
             raise self._failure
         if cancelled:
             raise asyncio.CancelledError
+
+    @property
+    def running(self) -> int:
+        """How many tasks run."""
+        return len(self._running)
 
     def stop(self) -> None:
         """Take no more, and end when what runs has ended, or the grace period is over."""
@@ -4575,7 +4846,7 @@ class Worker:
         """Give back what runs, at once."""
         self._in_haste = True
         self.stop()
-        if self._receiver is None:  # it is still being opened
+        if not self.started and not self.ended.cancelling():  # it is still being opened
             self.ended.cancel()
 
     def _on_signal(self, number: int) -> None:
@@ -4704,7 +4975,7 @@ class Worker:
                 run.outcome, run.error = Outcome.UNDECODABLE, error
             else:
                 run.task.sequence_number, run.task.message_id = delivery.sequence_number, delivery.message_id
-                run.task._app, run.task._worker = self._app, self
+                run.task._app, run.task._worker, run.task.eta = self._app, self, _utc(delivery.due)
                 run.registration = self._app.registration(run.task.function_name)
                 _current_task.set(run.task)
                 if self._app.tracing is not None:
@@ -4740,30 +5011,57 @@ class Worker:
         self._log(logging.INFO, run, "Begin Task")
         started, allowed = time.perf_counter(), (task.policy, task.attempts)
         try:
-            result = await registration.function(self._app.state, *task.args, **task.kwargs)
+            if registration.timeout is None and not self._app.middlewares:
+                result = await registration.function(self.state, *task.args, **task.kwargs)
+            else:
+                result = await self._call_within(registration, task)
             run.result = None if result is None else self._checked(result, task)
             run.outcome = Outcome.FAILED if result is TaskFailureResult else Outcome.RETURNED
         except BaseException as error:
             task.policy, task.attempts = allowed  # whatever the function did to them
-            run.outcome, run.error = outcome_of(task, error), error
+            run.outcome, run.error = outcome_of(task, error, registration), error
             if isinstance(error, asyncio.CancelledError) and self._program_ends():
                 run.stopped = run.stopped or Outcome.STOPPED
         if run.stopped is Outcome.LOCK_LOST or (run.stopped is not None and run.outcome is not Outcome.RETURNED):
             run.outcome, run.error = run.stopped, None
         run.seconds = time.perf_counter() - started
 
+    async def _call_within(self, registration: Registration, task: Task) -> Any:
+        """Call the function through all middleware, for no longer than its timeout."""
+
+        async def call_next() -> Any:
+            return await registration.function(self.state, *task.args, **task.kwargs)
+
+        call: Callable[[], Coroutine[Any, Any, Any]] = call_next
+        for middleware in reversed(self._app.middlewares):
+            call = functools.partial(middleware, task, self.state, call)
+        try:
+            async with asyncio.timeout(registration.timeout) as limit:
+                return await call()
+        except TimeoutError as error:
+            if limit.expired():
+                raise TimeoutError(f"{registration.name} ran into its timeout of {registration.timeout:g} s") from error
+            raise
+
     def _objection(self, run: Run, task: Task) -> Outcome | None:
         """How the run ends before it begins, if it does."""
         delivery = run.delivery
+        run.began = time.time()
         if run.registration is None:
             run.error = UsageError(f"{task.function_name!r} is not registered: import its module before run().")
             return Outcome.UNREGISTERED
         run.registration.fill_in(task)
-        if delivery.locked_until <= time.time():  # somebody else may have it
+        if delivery.locked_until <= run.began:  # somebody else may have it
             return Outcome.LOCK_LOST
         if delivery.delivery_count >= self._most_deliveries:
             run.error = BoilermakerError(f"It was delivered {delivery.delivery_count} times, never settled.")
             return Outcome.KILLER
+        if task.expires is not None and run.began - delivery.due > task.expires:
+            late = run.began - delivery.due
+            run.error = BoilermakerError(
+                f"It was to begin {late:.0f} s after it was due, and expires after {task.expires:g}."
+            )
+            return Outcome.EXPIRED
         if not may_run(task):
             run.error = RetryException(f"no try left: {task.attempts.attempts} made, {task.policy}")
             return Outcome.NO_TRY_LEFT
@@ -4846,6 +5144,14 @@ class Worker:
                 self._log(logging.ERROR, run, "Settling failed", ": %s", settlement.error)
             for message_id in settlement.dropped:
                 self._log(logging.WARNING, run, "Follow-up dropped as a duplicate", " message_id=%s", message_id)
+            if run.outcome is not None and self._app.settled_listeners:
+                outcome = Outcome.LOCK_LOST if isinstance(settlement.error, MessageLockLost) else run.outcome
+                waited = max(0.0, run.began - run.delivery.due) if run.began else 0.0
+                for listener in self._app.settled_listeners:
+                    try:
+                        listener(run.task, outcome, run.seconds, waited)
+                    except Exception:
+                        logger.exception("What on_settled was given has failed: %r", listener)
 
     def _keep(self, run: Run) -> None:
         """Hold a dead letter that stays one until the worker ends: given back now, it would be received at once."""
@@ -4881,7 +5187,7 @@ class Worker:
     # -- the end
 
     async def _end(self) -> None:
-        """Take no more, let what runs come to its end for a while, give back what is left, and close."""
+        """Take no more, let what runs come to its end for a while, and give back what is left."""
         assert self._receiver is not None
         if self._receiving is not None:
             if not self._receiving.cancelling():  # a second time would keep it from giving back what just arrived
@@ -4918,10 +5224,6 @@ class Worker:
         await self._wait(self._settling, STOP_PATIENCE)
         if self._settling:
             logger.error("A settlement did not end: its messages will be delivered again when their locks run out.")
-        await self._wait([self.loop.create_task(self._receiver.close())])
-        for settling in list(self._settling):
-            settling.cancel()
-        logger.info("Worker ended: %r", self._bus)
 
     async def _wait(self, futures: Iterable[asyncio.Future[Any]], timeout: float = math.inf) -> None:
         """Wait for all, for so long, however often it is cancelled: that only ends the grace period."""
@@ -4959,6 +5261,23 @@ class Worker:
             if token is not None:
                 _current_task.reset(token)
 
+    def log_what_blocks(self, frame: types.FrameType | None) -> None:
+        """Name the task whose function is running in a thread that stands still, with where it is."""
+        where, run = "".join(traceback.format_stack(frame, 5)), None
+        while frame is not None and run is None:
+            run = frame.f_locals.get("run") if frame.f_code is Worker._call.__code__ else None
+            frame = frame.f_back
+        if isinstance(run, Run):
+            what = "Blocks the event loop"
+            self._log(logging.WARNING, run, what, " for over %g s: is it to run in a thread?\n%s", LONGEST_BLOCK, where)
+        else:
+            logger.warning(
+                "The event loop has been blocked for over %g s, tasks running: %d\n%s",
+                LONGEST_BLOCK,
+                self.running,
+                where,
+            )
+
     def _log_outcome(self, run: Run, settlement: Settlement) -> None:
         """How a run ended that did not return."""
         task, outcome, error = run.task, run.outcome, run.error
@@ -4969,9 +5288,10 @@ class Worker:
             case Outcome.RETRY if task is not None and settlement.follow_ups:
                 retry, (again, _, delay) = _retry_in(error), settlement.follow_ups[0]
                 tries = ((retry and retry.policy) or task.policy or DEFAULT_POLICY).max_tries
+                why = _message_of(error) if retry is error and error is not None else describe(error)
                 self._log(
                     *(logging.WARNING, run, "Retry", " [attempt %d of %d] in %g s: %s"),
-                    *(again.attempts.attempts, tries, delay, _printable(_message_of(error or RetryException()))),
+                    *(again.attempts.attempts, tries, delay, _printable(why)),
                 )
             case Outcome.STOPPED:
                 held = task is None or task.acks_late
@@ -4987,6 +5307,30 @@ class Worker:
                     *(logging.ERROR, run, f"Task {outcome.text}{kept}", ": %s", _printable(describe(error))),
                     error=error,
                 )
+
+
+@contextlib.contextmanager
+def _watched(worker: Worker) -> Iterator[None]:
+    """Say in the log which task keeps the event loop from its turn: a thread asks it for an answer, while tasks run."""
+    loop, ended, thread_of_loop = worker.loop, threading.Event(), threading.get_ident()
+
+    def watch() -> None:
+        while not ended.wait(LONGEST_BLOCK):
+            turned = threading.Event()
+            if worker.running:
+                with contextlib.suppress(RuntimeError):  # the loop is closed
+                    loop.call_soon_threadsafe(turned.set)
+                    if not turned.wait(LONGEST_BLOCK) and not ended.is_set():
+                        worker.log_what_blocks(sys._current_frames().get(thread_of_loop))
+                    while not turned.wait(LONGEST_BLOCK) and not ended.is_set() and not loop.is_closed():
+                        pass
+
+    watcher = threading.Thread(target=watch, name="boilermaker-watch", daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        ended.set()
 
 
 class _Signals:
@@ -5063,6 +5407,12 @@ if hasattr(os, "register_at_fork"):
 # ======================================================================================================================
 
 
+Middleware: TypeAlias = Callable[[Task, Any, Callable[[], Coroutine[Any, Any, Any]]], Coroutine[Any, Any, Any]]
+MiddlewareT = TypeVar("MiddlewareT", bound=Middleware)
+SettledListener: TypeAlias = Callable[[Task | None, Outcome, float, float], object]
+SettledListenerT = TypeVar("SettledListenerT", bound=SettledListener)
+
+
 class Boilermaker:
     """Tasks, the state they share, and the queue they go through.
 
@@ -5070,24 +5420,42 @@ class Boilermaker:
         state: any object; every task gets it as its first argument.
         service_bus_client: a `LocalServiceBus` or an `AzureServiceBus`.
         enable_opentelemetry: trace publishing and processing; needs opentelemetry-api.
+        lifespan: a function of the application that gives an async context manager. Each `run` enters its own, when
+            the bus is open and before the first message, and leaves it after the last settlement. What it yields is the
+            state of that worker's tasks; None for `state`. Who only publishes never enters it.
 
     `async with app:` closes the bus at the end.
     """
 
-    def __init__(self, state: Any, service_bus_client: ServiceBus, enable_opentelemetry: bool = False) -> None:
+    def __init__(
+        self,
+        state: Any,
+        service_bus_client: ServiceBus,
+        enable_opentelemetry: bool = False,
+        *,
+        lifespan: Callable[[Boilermaker], contextlib.AbstractAsyncContextManager[Any]] | None = None,
+    ) -> None:
         if isinstance(service_bus_client, type) or not hasattr(service_bus_client, "open_receiver"):
             of_azure = type(service_bus_client).__module__.startswith("azure.")
             hint = " Give that one's settings to AzureServiceBus(namespace_url, queue_name)." if of_azure else ""
             raise UsageError(
                 f"service_bus_client={service_bus_client!r} must be a LocalServiceBus or an AzureServiceBus.{hint}"
             )
+        if lifespan is not None and (not callable(lifespan) or _is_async(lifespan)):
+            raise UsageError(
+                f"lifespan={_short(lifespan)} must be a function of the application that gives an async context "
+                "manager: decorate it with @contextlib.asynccontextmanager."
+            )
         self.state = state
+        self.lifespan = lifespan
         self.service_bus_client = service_bus_client
         self.queue_name = service_bus_client.queue_name.removesuffix(DEAD_LETTER_SUFFIX)
         """The queue to publish to: of an application that works on a dead-letter queue, the one it belongs to."""
         self.tracing = Tracing(service_bus_client) if enable_opentelemetry else None
         self.workers: set[Worker] = set()
         """Those that run now."""
+        self.middlewares: list[Middleware] = []
+        self.settled_listeners: list[SettledListener] = []
         self._registry: dict[str, Registration] = {}
         self._by_function: dict[Callable[..., Any], Registration] = {}
 
@@ -5116,101 +5484,50 @@ class Boilermaker:
     def task(self, function: TaskCallable[P, R], /) -> TaskFunction[P, R]: ...
 
     @overload
-    def task(
-        self,
-        /,
-        *,
-        name: str | None = None,
-        policy: RetryPolicy | None = None,
-        should_dead_letter: bool = True,
-        acks_late: bool = True,
-    ) -> Callable[[TaskCallable[P, R]], TaskFunction[P, R]]: ...
+    def task(self, /, **options: Unpack[TaskOptions]) -> Callable[[TaskCallable[P, R]], TaskFunction[P, R]]: ...
 
-    def task(
-        self,
-        function: Any = None,
-        /,
-        *,
-        name: str | None = None,
-        policy: RetryPolicy | None = None,
-        should_dead_letter: bool = True,
-        acks_late: bool = True,
-    ) -> Any:
+    def task(self, function: Any = None, /, **options: Unpack[TaskOptions]) -> Any:
         """Register an `async def` as a task: `@app.task`, `@app.task()` or `@app.task(policy=...)`.
 
-        Args:
-            name: the name in messages, `function.__name__` if None. A worker finds the function by it, so it must not
-                change while messages are waiting.
-            policy: when and how often a `RetryException` runs it again; `RetryPolicy.default()` if None.
-            should_dead_letter: keep what failed in the dead-letter queue.
-            acks_late: settle the message after the function ran, so that it runs at least once; False: before, so that
-                it runs at most once.
+        The options are those of TaskOptions: `name`, `policy`, `should_dead_letter`, `acks_late`, `timeout`, `expires`,
+        `retry_on`, `dont_retry_on`.
 
         Raises:
-            UsageError: the name is taken, or the function is not `async def`.
+            UsageError: the name is taken, the function is not `async def`, or an option is wrong.
         """
 
         if isinstance(function, str):
             raise UsageError(f"Options are given by keyword: @app.task(name={function!r}).")
 
         def decorate(function: TaskCallable[P, R]) -> TaskFunction[P, R]:
-            registration = self._register(
-                function, name=name, policy=policy, should_dead_letter=should_dead_letter, acks_late=acks_late
-            )
-            return TaskFunction(self, registration)
+            return TaskFunction(self, self._register(function, options))
 
         return decorate if function is None else decorate(function)
 
     def register_async(
-        self,
-        fn: TaskCallable[..., Any] | TaskFunction[..., Any],
-        *,
-        name: str | None = None,
-        policy: RetryPolicy | None = None,
-        should_dead_letter: bool = True,
-        acks_late: bool = True,
+        self, fn: TaskCallable[..., Any] | TaskFunction[..., Any], **options: Unpack[TaskOptions]
     ) -> Boilermaker:
         """Register a function without changing it; options as for `task`. Returns the application."""
-        self._register(fn, name=name, policy=policy, should_dead_letter=should_dead_letter, acks_late=acks_late)
+        self._register(fn, options)
         return self
 
     def register_many_async(
-        self,
-        fns: Iterable[TaskCallable[..., Any] | TaskFunction[..., Any]],
-        *,
-        policy: RetryPolicy | None = None,
-        should_dead_letter: bool = True,
-        acks_late: bool = True,
+        self, fns: Iterable[TaskCallable[..., Any] | TaskFunction[..., Any]], **options: Unpack[TaskOptions]
     ) -> Boilermaker:
-        """Register several functions with the same options."""
+        """Register several functions with the same options, of which `name` cannot be one."""
+        if "name" in options:
+            raise UsageError("register_many_async: name= can be that of one function only: register it by itself.")
         for fn in _listed(fns, "register_many_async"):
-            self.register_async(fn, policy=policy, should_dead_letter=should_dead_letter, acks_late=acks_late)
+            self._register(fn, options)
         return self
 
-    def _register(
-        self,
-        function: Callable[..., Any],
-        *,
-        name: str | None = None,
-        policy: RetryPolicy | None = None,
-        should_dead_letter: bool = True,
-        acks_late: bool = True,
-    ) -> Registration:
+    def _register(self, function: Callable[..., Any], options: TaskOptions) -> Registration:
         if isinstance(function, TaskFunction):
             function = function.function
-        name = _function_name(function, name)
-        if _signature(function)[2] < 0:
-            raise UsageError(
-                f"{name} must take the application's state as its first argument: async def {name}(state)."
-            )
-        _checked_policy(name, policy)
-        for option, value in (("should_dead_letter", should_dead_letter), ("acks_late", acks_late)):
-            if type(value) is not bool:
-                raise UsageError(f"{name}: {option}={value!r} must be True or False.")
+        registration = Registration.of(function, options)
+        name = registration.name
         if name in self._registry:
             self._check_replacement(name, self._registry[name].function, function)
-        options = Options(policy or DEFAULT_POLICY, should_dead_letter, acks_late)
-        registration = Registration(name, function, options)
         self._registry[name] = self._by_function[function] = registration
         logger.info("Registered background function fn=%s", name)
         return registration
@@ -5223,6 +5540,39 @@ class Boilermaker:
         if place is None or place[:2] != (former_place or ())[:2] or "<locals>" in place[1]:
             raise UsageError(f"Function already registered: {name}. Give one of the two another name with name='...'.")
         logger.warning("Registered anew: %s of %s replaces that of %s", name, place[2], (former_place or place)[2])
+
+    def middleware(self, function: MiddlewareT) -> MiddlewareT:
+        """Put an `async def m(task, state, call_next)` around every run of a worker, the first registered outermost.
+
+        `await call_next()` gives the function's result, or raises its error; what the middleware returns or raises is
+        the run's. It sees retries and the cancellation by a timeout; the message is settled after it.
+
+        Raises:
+            UsageError: it is not `async def`, or does not take these three.
+        """
+        name = getattr(function, "__name__", None) or _short(function)
+        if not callable(function) or not _is_async(function) or inspect.isasyncgenfunction(function):
+            raise UsageError(f"Middleware must be async: async def {name}(task, state, call_next).")
+        try:
+            inspect.signature(function, **_SIGNATURE_OPTIONS).bind(None, None, None)
+        except TypeError as error:
+            raise UsageError(f"Middleware {name} must take (task, state, call_next): {error}.") from None
+        self.middlewares.append(function)
+        return function
+
+    def on_settled(self, listener: SettledListenerT) -> SettledListenerT:
+        """Call `listener(task, outcome, seconds, waited)` after each settlement, for metrics.
+
+        Args:
+            listener: gets the task (None of a message that was none), its Outcome, the seconds it ran, and those
+                between when it was due and when it began. It is called in the event loop, and is not to wait.
+        """
+        if not callable(listener) or _is_async(listener):
+            raise UsageError(
+                f"on_settled takes a function, not async, of (task, outcome, seconds, waited), not {_short(listener)}."
+            )
+        self.settled_listeners.append(listener)
+        return listener
 
     @property
     def task_names(self) -> list[str]:
@@ -5270,9 +5620,12 @@ class Boilermaker:
         registration = self._registration_of(function, name)
         if registration is None:
             raise _unregistered(getattr(fn, "__name__", repr(fn)))
-        task = Task(function_name=registration.name, args=list(args), kwargs=kwargs)
-        task.policy = _checked_policy(registration.name, policy)
+        if isinstance(fn, TaskFunction):
+            task = fn._call(args, kwargs)
+        else:
+            task = Task(function_name=registration.name, args=list(args), kwargs=kwargs)
         task._app, task._function = self, function
+        task.policy = _checked_policy(registration.name, policy) or task.policy
         return task
 
     def chain(self, *tasks: TaskLike, on_failure: TaskLike | None = None) -> Task:
@@ -5308,13 +5661,17 @@ class Boilermaker:
         *args: Any,
         delay: float | datetime.timedelta | None = None,
         eta: datetime.datetime | None = None,
-        publish_attempts: int = 1,
+        publish_attempts: int | None = None,
         policy: RetryPolicy | None = None,
         **kwargs: Any,
     ) -> Task:
-        """Make a task and publish it: `create_task` and `publish_task` in one."""
+        """Make a task and publish it: `create_task` and `publish_task` in one.
+
+        It has the options it had, since each takes a name from the function's own arguments; `fn.options()` has all.
+        """
         task = self._new_task(fn, args, kwargs, policy)
-        return await self.publish_task(task, delay=delay, eta=eta, publish_attempts=publish_attempts)
+        [published] = await self._publish([task], {"delay": delay, "eta": eta, "publish_attempts": publish_attempts})
+        return published
 
     async def send_task(
         self,
@@ -5324,10 +5681,13 @@ class Boilermaker:
         queue: str | None = None,
         on_success: TaskLike | None = None,
         on_failure: TaskLike | None = None,
+        should_dead_letter: bool | None = None,
         policy: RetryPolicy | None = None,
         delay: float | datetime.timedelta | None = None,
         eta: datetime.datetime | None = None,
-        publish_attempts: int = 1,
+        publish_attempts: int | None = None,
+        expires: float | datetime.timedelta | None = None,
+        task_id: str | None = None,
         **kwargs: Any,
     ) -> Task:
         """Publish a task by its name alone, for another application to run.
@@ -5336,63 +5696,72 @@ class Boilermaker:
             name: what it is registered under there.
             queue: that application's queue; this one's own if None.
             on_success: published, to this application's queue, when it has returned; so is `on_failure` when it failed.
-            policy: overrides the policy of the registration there.
+            should_dead_letter: keep it in that queue's dead-letter queue if it fails; None: as it is registered there.
+            policy: overrides the policy of the registration there. The other options are those of PublishOptions.
         """
         if not isinstance(name, str) or not name:
             raise UsageError(f"send_task: name={_short(name)} must be the name a task is registered under.")
-        task = Task(function_name=name, args=list(args), kwargs=kwargs, policy=_checked_policy(name, policy))
+        task = Task(function_name=name, args=list(args), kwargs=kwargs, should_dead_letter=should_dead_letter)
         task.queue = None if queue is None else _checked_queue_name(queue)
         task.on_success = None if on_success is None else _as_task(on_success, "on_success")
         task.on_failure = None if on_failure is None else _as_task(on_failure, "on_failure")
-        return await self.publish_task(task, delay=delay, eta=eta, publish_attempts=publish_attempts)
+        options: PublishOptions = {
+            "delay": delay,
+            "eta": eta,
+            "policy": policy,
+            "publish_attempts": publish_attempts,
+            "expires": expires,
+            "task_id": task_id,
+        }
+        [published] = await self._publish([task], options)
+        return published
 
     async def publish_task(
         self,
         task: TaskLike,
         delay: float | datetime.timedelta | None = None,
-        publish_attempts: int = 1,
-        *,
-        eta: datetime.datetime | None = None,
+        publish_attempts: int | None = None,
+        **options: Unpack[_KeywordOptions],
     ) -> Task:
         """Send a task; its `sequence_number` is set where the bus tells it.
 
         Args:
             task: the head of its workflow.
-            delay: seconds from now, or a timedelta; or else
-            eta: an aware datetime.
-            publish_attempts: how often to try. Every try has the same message id, the task's id, so that a queue with
-                duplicate detection takes one.
+            delay: seconds from now, or a timedelta. The other options are `eta`, `policy`, `expires` and `task_id`, see
+                PublishOptions.
+            publish_attempts: how often to try, once if None.
 
         Raises:
-            UsageError: `delay` and `eta` are both given, or no time; the task is not the head; a function of
-                the workflow is not registered.
+            UsageError: an option is wrong; the task is not the head; a function of the workflow is not registered.
             InvalidArguments: the arguments do not fit the function, or JSON cannot carry them.
             MessageTooLarge: the message with all its callbacks is over the limit of the bus.
             BoilermakerAppException: no try worked; `.errors` holds the error of each.
         """
-        [published] = await self.publish_many([task], delay=delay, eta=eta, publish_attempts=publish_attempts)
+        [published] = await self._publish([task], {"delay": delay, "publish_attempts": publish_attempts, **options})
         return published
 
-    async def publish_many(
-        self,
-        tasks: Iterable[TaskLike],
-        *,
-        delay: float | datetime.timedelta | None = None,
-        eta: datetime.datetime | None = None,
-        publish_attempts: int = 1,
-    ) -> list[Task]:
+    async def publish_many(self, tasks: Iterable[TaskLike], **options: Unpack[PublishOptions]) -> list[Task]:
         """Send many tasks in order, in as few round trips as the bus allows; all are checked before the first is sent.
 
-        Arguments and errors are those of `publish_task`. On the local bus it is all or nothing; on Azure a batch may
-        fail after others were sent.
+        Arguments and errors are those of `publish_task`, but for `task_id`, which is one task's. On the local bus it is
+        all or nothing; on Azure a batch may fail after others were sent.
         """
-        if type(publish_attempts) is not int or publish_attempts < 1:
-            raise UsageError(f"publish_attempts={publish_attempts!r} must be an int of at least 1.")
-        due = _due_time(delay, eta)
-        heads = [self.bound(_as_task(task, "What is published")) for task in _listed(tasks, "publish_many")]
+        if options.get("task_id") is not None:
+            raise UsageError("publish_many: task_id= can be that of one task only: fn.options(task_id=...).si(...).")
+        return await self._publish(_listed(tasks, "publish_many"), options)
+
+    async def _publish(self, tasks: Sequence[TaskLike], options: PublishOptions) -> list[Task]:
+        """Check all, send all, and note what the bus says of each."""
+        heads = [_as_task(task, "What is published") for task in tasks]
+        said = [_merged_options(head._publishing, options, head.function_name) for head in heads]
+        for head, its in zip(heads, said, strict=True):
+            _set_options(self.bound(head), its)
         with contextlib.ExitStack() as spans:
-            messages = [self.outgoing(head, head.task_id, due, spans) for head in heads]
-            numbers = await self._send(messages, publish_attempts)
+            messages = [
+                self.outgoing(head, head.task_id, _due_time(its.get("delay"), its.get("eta")), spans)
+                for head, its in zip(heads, said, strict=True)
+            ]
+            numbers = await self._send(messages, max((its.get("publish_attempts") or 1 for its in said), default=1))
         for head, message, number in zip(heads, messages, numbers, strict=True):
             head.sequence_number, head.message_id = number, message.message_id
         return heads
@@ -5417,6 +5786,9 @@ class Boilermaker:
                 raise _unregistered(task.function_name)
             if task.queue not in (None, self.queue_name):
                 self.service_bus_client.check_queue(task.queue)
+            if task._publishing and task is not head:
+                name = next(iter(task._publishing))
+                raise UsageError(f"{task!r} follows another task: {name}= is for the head of what is published.")
             task._app = task._app or self
         return head
 

@@ -1249,6 +1249,7 @@ DECISIONS = [
     (Outcome.EXHAUSTED, "RetriesExhausted", "on_failure", Do.DEAD_LETTER, Do.COMPLETE, Do.LEAVE, Do.LEAVE),
     (Outcome.NO_TRY_LEFT, "RetriesExhausted", "on_failure", Do.DEAD_LETTER, Do.COMPLETE, Do.DEAD_LETTER, Do.COMPLETE),
     (Outcome.KILLER, "MaxDeliveryCountExceeded", "on_failure", *[Do.DEAD_LETTER] * 4),
+    (Outcome.EXPIRED, "Expired", "on_failure", Do.DEAD_LETTER, Do.COMPLETE, Do.DEAD_LETTER, Do.COMPLETE),
     (Outcome.UNREGISTERED, "UnregisteredFunction", "on_failure", *[Do.DEAD_LETTER] * 4),
     (Outcome.STOPPED, "", NOTHING, Do.ABANDON, Do.ABANDON, Do.LEAVE, Do.LEAVE),
     (Outcome.LOCK_LOST, "", NOTHING, Do.LEAVE, Do.LEAVE, Do.LEAVE, Do.LEAVE),
@@ -1470,7 +1471,9 @@ def test_equal_times_of_two_zones_are_each_written_as_they_are():
         assert json.loads(boilermaker.encode(task, "tasks", "tasks"))["attempts"]["last_retry"] == text
 
 
-@pytest.mark.parametrize("name", [each.name for each in boilermaker.FIELDS if each.types and each.name != "payload"])
+@pytest.mark.parametrize(
+    "name", [each.name for each in boilermaker.FIELDS if each.types and each.name not in ("payload", "expires")]
+)
 async def test_a_field_that_is_set_by_hand_to_another_type_is_refused(name):
     app = Boilermaker(None, LocalServiceBus())
     task = Task.default("work")
@@ -1659,7 +1662,8 @@ def test_a_failure_is_a_dict_for_the_callback_that_takes_it():
     [
         (Outcome.FAILED, None, "TaskFailureResult", "", 1),
         (Outcome.EXHAUSTED, RetryException("busy"), "RetryException", "busy", 1),
-        (Outcome.UNREGISTERED, UsageError("unknown"), "UsageError", "unknown", 0),
+        (Outcome.UNREGISTERED, UsageError("unknown"), "UnregisteredFunction", "unknown", 0),
+        (Outcome.EXPIRED, BoilermakerError("late"), "Expired", "late", 0),
     ],
 )
 def test_a_failure_that_is_no_exception_of_the_task_is_told_in_the_same_dict(outcome, raised, error, message, attempts):
@@ -2487,7 +2491,7 @@ async def test_no_delay_is_not_scheduled(delay):
         assert message.scheduled_enqueue_time_utc is None
 
 
-@pytest.mark.parametrize("attempts", [0, -1, 1.5, True, None, "3"], ids=repr)
+@pytest.mark.parametrize("attempts", [0, -1, 1.5, True, "3"], ids=repr)
 async def test_a_number_of_publish_attempts_that_is_none_is_an_error_that_shows_it(attempts):
     with pytest.raises(UsageError, match=f"publish_attempts={re.escape(repr(attempts))} "):
         await app_with_pages().apply_async(parse_page, publish_attempts=attempts)
@@ -5965,6 +5969,832 @@ async def test_a_worker_that_slept_over_its_lock_settles_nothing_and_says_so(ope
     assert await exit_code((process, output)) == 0
     assert journal("step") == journal("ended") == []
     assert await ids_of(bus) == await ids_of(bus, dead_letter=True) == []
+
+
+# ======================================================================================================================
+# Options: what a registration says, and what is said at publishing
+# ======================================================================================================================
+
+
+def registration_with(**options):
+    """The registration of a function with these options."""
+    app = Boilermaker(None, LocalServiceBus())
+    app.register_async(parse_page, **options)
+    return app.registration("parse_page")
+
+
+@pytest.mark.parametrize("value", [0, -1, True, "5", float("nan"), 2**31, datetime.timedelta(0)], ids=repr)
+@pytest.mark.parametrize("option", ["timeout", "expires"])
+def test_a_time_limit_that_is_none_is_an_error_that_names_it(option, value):
+    with pytest.raises(UsageError, match=re.escape(f"parse_page: {option}={value!r} must be seconds over 0")):
+        registration_with(**{option: value})
+
+
+@pytest.mark.parametrize("given", [90, 90.0, datetime.timedelta(minutes=1.5)], ids=repr)
+def test_a_time_limit_is_seconds_or_a_timedelta(given):
+    registration = registration_with(timeout=given, expires=given)
+    assert (registration.timeout, registration.expires) == (90.0, 90.0)
+    assert (registration_with().timeout, registration_with().expires) == (None, None)
+
+
+async def an_async_predicate(error): ...
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("retry_on", int),
+        ("retry_on", (OSError, int)),
+        ("retry_on", OSError()),
+        ("retry_on", "OSError"),
+        ("retry_on", KeyboardInterrupt),
+        ("retry_on", an_async_predicate),
+        ("dont_retry_on", int),
+        ("dont_retry_on", [OSError]),
+        ("dont_retry_on", lambda error: True),
+        ("dont_retry_on", (asyncio.CancelledError,)),
+    ],
+    ids=repr,
+)
+def test_errors_to_retry_on_that_are_none_are_an_error_that_names_them(option, value):
+    with pytest.raises(UsageError, match=f"parse_page: {option}=.* must be a type of Exception"):
+        registration_with(**{option: value})
+
+
+def test_an_option_that_does_not_exist_is_named_with_those_that_do():
+    with pytest.raises(TypeError, match=r"no option retries= of a task; there are .*retry_on.*timeout"):
+        registration_with(retries=3)
+    with pytest.raises(TypeError, match=r"fetch_page: there is no option ttl= of publishing; there are .*expires"):
+        Boilermaker(None, LocalServiceBus()).task(fetch_page).options(ttl=3)
+
+
+def test_several_functions_cannot_have_one_name():
+    with pytest.raises(UsageError, match=r"name= can be that of one function only"):
+        Boilermaker(None, LocalServiceBus()).register_many_async([fetch_page, parse_page], name="page")
+
+
+TIMEOUT, LOST = TimeoutError("late"), ConnectionResetError("lost")
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "expected"),
+    [
+        ({}, LOST, Outcome.FAILED),
+        ({"retry_on": OSError}, LOST, Outcome.RETRY),
+        ({"retry_on": OSError}, ValueError("x"), Outcome.FAILED),
+        ({"retry_on": (KeyError, OSError)}, LOST, Outcome.RETRY),
+        ({"retry_on": lambda error: "lost" in str(error)}, LOST, Outcome.RETRY),
+        ({"retry_on": lambda error: "lost" in str(error)}, ValueError("x"), Outcome.FAILED),
+        ({"retry_on": OSError, "dont_retry_on": ConnectionResetError}, LOST, Outcome.FAILED),
+        ({"retry_on": OSError, "dont_retry_on": (KeyError, ConnectionResetError)}, LOST, Outcome.FAILED),
+        ({"retry_on": OSError, "dont_retry_on": KeyError}, LOST, Outcome.RETRY),
+        ({"dont_retry_on": OSError}, LOST, Outcome.FAILED),
+        ({"retry_on": Exception}, TIMEOUT, Outcome.RETRY),
+        ({"retry_on": Exception}, UsageError("wrong"), Outcome.FAILED),
+        ({"retry_on": Exception}, asyncio.CancelledError(), Outcome.FAILED),
+        ({"retry_on": lambda error: True}, KeyboardInterrupt(), Outcome.FAILED),
+        ({"retry_on": OSError}, ExceptionGroup("all", [LOST, ExceptionGroup("", [TIMEOUT])]), Outcome.RETRY),
+        ({"retry_on": OSError}, ExceptionGroup("some", [LOST, ValueError("x")]), Outcome.FAILED),
+        ({"dont_retry_on": Exception}, RetryException("asked for"), Outcome.RETRY),
+    ],
+    ids=repr,
+)
+def test_an_error_is_retried_where_retry_on_says_so_and_dont_retry_on_does_not(options, error, expected):
+    assert outcome_of(received(named("f")), error, registration_with(**options)) is expected
+
+
+def test_an_error_is_retried_by_the_policy_in_force_until_the_tries_are_used_up():
+    registration = registration_with(retry_on=OSError, policy=RetryPolicy(max_tries=3, delay=7))
+    outcomes, task = [], named("parse_page")
+    for _ in range(3):
+        in_force = received(task, registration)
+        outcomes.append(outcome_of(in_force, LOST, registration))
+        settlement = decided(task, outcomes[-1], error=LOST, registration=registration)
+        if settlement.follow_ups:
+            [(task, _, delay)] = settlement.follow_ups
+            assert delay == 7
+    assert outcomes == [Outcome.RETRY, Outcome.RETRY, Outcome.EXHAUSTED]
+    assert settlement.description == "ConnectionResetError: lost"
+
+
+def test_a_predicate_that_fails_says_no_and_is_named():
+    def broken(error):
+        raise LookupError("no such code")
+
+    error = OSError("lost")
+    assert outcome_of(received(named("f")), error, registration_with(retry_on=broken)) is Outcome.FAILED
+    assert error.__notes__ == ["retry_on of parse_page failed: LookupError: no such code"]
+
+
+async def test_what_is_retried_by_its_type_runs_again(new_bus, caplog):
+    app, runs = Boilermaker(None, new_bus()), []
+
+    @app.task(retry_on=OSError, policy=RetryPolicy(max_tries=3, delay=0))
+    async def flaky(state):
+        runs.append(current_task().attempts.attempts)
+        if len(runs) < 3:
+            raise ConnectionResetError("lost")
+
+    await flaky.delay()
+    async with working(app):
+        await until(lambda: len(runs) == 3)
+    assert runs == [0, 1, 2]
+    assert "[flaky] Retry sequence_number=" in caplog.text
+    assert "[attempt 1 of 3] in 0 s: ConnectionResetError: lost" in caplog.text
+
+
+async def test_a_run_over_its_timeout_is_cancelled_and_has_failed(new_bus):
+    app, seen = Boilermaker(None, new_bus()), []
+
+    @app.task(timeout=0.05)
+    async def hang(state):
+        try:
+            await asyncio.sleep(PATIENCE)
+        except asyncio.CancelledError:
+            seen.append("cancelled")
+            raise
+
+    @app.task
+    async def note(state, failure):
+        seen.append((failure["error"], failure["message"]))
+
+    task = hang.si()
+    task.on_failure = note.s()
+    await task.publish()
+    await work_off(app)
+    assert seen == ["cancelled", ("TimeoutError", "hang ran into its timeout of 0.05 s")]
+    [dead] = await app.service_bus_client.peek(dead_letter=True)
+    assert dead.dead_letter_reason == "TaskFailed"
+    assert dead.dead_letter_error_description == "TimeoutError: hang ran into its timeout of 0.05 s"
+
+
+async def test_a_function_that_catches_the_cancellation_of_its_timeout_and_returns_has_returned(open_bus):
+    app, results = Boilermaker(None, open_bus()), []
+
+    @app.task(timeout=0.05)
+    async def tidy(state):
+        try:
+            await asyncio.sleep(PATIENCE)
+        except asyncio.CancelledError:
+            return "what there was"
+
+    @app.task
+    async def store(state, result):
+        results.append(result)
+
+    await (tidy.si() | store.s()).publish()
+    await work_off(app)
+    assert results == ["what there was"]
+
+
+async def test_a_timeout_of_the_functions_own_stays_its_own(open_bus):
+    app = Boilermaker(None, open_bus())
+
+    @app.task(timeout=PATIENCE)
+    async def ask(state):
+        raise TimeoutError("the database did not answer")
+
+    await ask.delay()
+    await work_off(app)
+    [dead] = await app.service_bus_client.peek(dead_letter=True)
+    assert dead.dead_letter_error_description == "TimeoutError: the database did not answer"
+
+
+async def test_a_timeout_is_retried_where_retry_on_says_so(open_bus):
+    app, runs = Boilermaker(None, open_bus()), []
+
+    @app.task(timeout=0.05, retry_on=TimeoutError, policy=RetryPolicy(max_tries=2))
+    async def slow_at_first(state):
+        runs.append(1)
+        if len(runs) == 1:
+            await asyncio.sleep(PATIENCE)
+
+    await slow_at_first.delay()
+    await work_off(app)
+    assert len(runs) == 2
+    assert await app.service_bus_client.peek(dead_letter=True) == []
+
+
+async def test_a_task_that_is_begun_too_late_has_expired(open_bus):
+    app, ran, failures = Boilermaker(None, open_bus()), [], []
+
+    @app.task(expires=60)
+    async def remind(state, whom):
+        ran.append(whom)
+
+    @app.task
+    async def note(state, failure):
+        failures.append((failure["error"], failure["attempts"]))
+
+    with moved_clock() as clock:
+        late, quiet = remind.si("late"), Task.si(remind, "quiet", should_dead_letter=False)
+        late.on_failure = note.s()
+        await app.publish_many([late, quiet])
+        await remind.options(expires=datetime.timedelta(hours=1)).delay("in time")
+        await remind.options(delay=100).delay("scheduled")
+        clock.tick(100)
+        await remind.delay("fresh")
+        await work_off(app)
+    assert sorted(ran) == ["fresh", "in time", "scheduled"]
+    assert failures == [("Expired", 0)]
+    [dead] = await app.service_bus_client.peek(dead_letter=True)
+    assert dead.dead_letter_reason == "Expired"
+    assert "It was to begin 100 s after it was due, and expires after 60." in dead.dead_letter_error_description
+
+
+async def test_a_retry_expires_anew(open_bus):
+    app, runs = Boilermaker(None, open_bus()), []
+
+    @app.task(expires=60, policy=RetryPolicy(max_tries=3, delay=50))
+    async def flaky(state):
+        runs.append(1)
+        if len(runs) < 3:
+            raise RetryException("busy")
+
+    await flaky.delay()
+    with moved_clock() as clock:
+        for _ in range(3):
+            await work_off(app)
+            clock.tick(50)
+    assert len(runs) == 3
+
+
+async def test_what_is_sent_by_name_expires_as_its_sender_says(open_bus):
+    sender, app, ran = Boilermaker(None, open_bus("web")), Boilermaker(None, open_bus("tasks")), []
+
+    @app.task
+    async def remind(state, whom):
+        ran.append((whom, current_task().expires))
+
+    with moved_clock() as clock:
+        await sender.send_task("remind", "late", queue="tasks", expires=5, should_dead_letter=False)
+        await sender.send_task("remind", "in time", queue="tasks", expires=50)
+        clock.tick(10)
+        await work_off(app)
+    assert ran == [("in time", 50)]
+    assert await app.service_bus_client.peek(dead_letter=True) == []
+
+
+@pytest.mark.parametrize("wrong", ["soon", -1, 0, True, [], float("inf")], ids=repr)
+def test_an_expiry_in_a_message_that_is_none_is_an_invalid_format(wrong):
+    text = body_with(expires=wrong).replace("Infinity", "1e400")
+    with pytest.raises(boilermaker.InvalidTaskFormat):
+        decode(text, "tasks")
+
+
+def test_an_expiry_travels_with_its_task_and_with_its_callbacks():
+    task = named("a", expires=5, on_success=named("b", expires=0.5))
+    again = decode(encode(task, "q", "q"), "q")
+    assert (again.expires, again.on_success.expires) == (5, 0.5)
+    assert "expires" not in encode(named("a"), "q", "q")
+
+
+async def test_an_expiry_set_by_hand_is_checked_when_it_is_published():
+    async with app_with_pages() as app:
+        task = Task.si(parse_page)
+        task.expires = -1
+        with pytest.raises(UsageError, match=r"<Task parse_page .*>: expires=-1 must be seconds over 0"):
+            await app.publish_task(task)
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"delay": -1}, r"delay=-1 must be seconds"),
+        ({"delay": 1, "eta": datetime.datetime.now(datetime.UTC)}, r"Both delay=1 and eta="),
+        ({"eta": datetime.datetime(2030, 1, 1)}, r"has no time zone"),
+        ({"policy": 5}, r"parse_page: policy=5 must be a RetryPolicy"),
+        ({"publish_attempts": 0}, r"publish_attempts=0 must be an int of at least 1"),
+        ({"publish_attempts": True}, r"publish_attempts=True must be an int"),
+        ({"expires": 0}, r"expires=0 must be seconds over 0"),
+        ({"task_id": ""}, r"task_id='' must be a string of 1 to 128 characters"),
+        ({"task_id": "x" * 129}, r"task_id='x+\.\.\.x+' must be"),
+        ({"task_id": "cron:mine"}, r"task_id='cron:mine' must be .* not begin with 'cron:'"),
+        ({"task_id": 5}, r"task_id=5 must be a string"),
+    ],
+    ids=repr,
+)
+async def test_an_option_of_publishing_that_is_wrong_is_named_by_whoever_takes_it(options, error):
+    async with app_with_pages() as app:
+        function = boilermaker.TaskFunction(app, app.registration("parse_page"))
+        with pytest.raises(UsageError, match=error):
+            function.options(**options)
+        with pytest.raises(UsageError, match=error):
+            await app.publish_task(Task.si(parse_page), **options)
+        with pytest.raises(UsageError, match=error):
+            await app.create_task(parse_page).publish(**options)
+        with pytest.raises(UsageError, match=error):
+            await app.send_task("parse_page", **options)
+        assert await app.service_bus_client.peek() == []
+
+
+async def test_options_of_a_function_are_those_of_what_is_published_of_it(open_bus):
+    app = Boilermaker(None, open_bus())
+
+    @app.task
+    async def fetch(state, url, expires="never", task_id=0, timeout=1):
+        """Fetch."""
+
+    given = fetch.options(delay=3600, policy=NoRetry(), expires=5, task_id="mine")
+    assert (given.__name__, given.__doc__, inspect.iscoroutinefunction(given)) == ("fetch", "Fetch.", True)
+    published = [
+        await given.delay("a", expires="ever", task_id=7, timeout=2),
+        await given.options(task_id="other", delay=None).si("b").publish(),
+        await app.apply_async(given.options(task_id="third"), "c", task_id=9),
+        await app.publish_task(given.options(task_id="fourth").si("d"), eta=datetime.datetime.now(datetime.UTC)),
+        await fetch.delay("plain"),
+    ]
+    messages = await app.service_bus_client.peek()
+    assert [message.message_id for message in messages] == [task.task_id for task in published]
+    tasks = [decode(message.body, "tasks") for message in messages]
+    assert [task.task_id for task in tasks[:4]] == ["mine", "other", "third", "fourth"]
+    assert [(task.policy, task.expires) for task in tasks] == [(NoRetry(), 5)] * 4 + [(None, None)]
+    assert tasks[0].kwargs == {"expires": "ever", "task_id": 7, "timeout": 2}
+    assert tasks[2].kwargs == {"task_id": 9}
+    scheduled = [message.scheduled_enqueue_time_utc is not None for message in messages]
+    assert scheduled == [True, True, True, False, False]
+
+
+async def test_a_delay_that_was_said_once_is_not_that_of_the_next_publish(open_bus):
+    app = app_with_pages()
+    task = app.create_task(parse_page)
+    await app.publish_task(task, delay=3600)
+    await app.publish_task(task)
+    first, second = await app.service_bus_client.peek()
+    assert first.scheduled_enqueue_time_utc is not None
+    assert second.scheduled_enqueue_time_utc is None
+    await app.close()
+
+
+async def test_what_is_for_the_head_is_refused_of_what_follows():
+    async with app_with_pages() as app:
+        fetch, parse = app.task(name="fetch")(fetch_page), app.task(name="parse")(parse_page)
+        with pytest.raises(UsageError, match=r"<Task parse .*> follows another task: delay= is for the head"):
+            await (fetch.si("x") | parse.options(delay=5)).publish()
+        with pytest.raises(UsageError, match=r"a \| b makes copies with fresh ids; .*publish\(task_id=...\)"):
+            fetch.options(task_id="mine").si("x") | parse
+        head = fetch.options(delay=3600).si("x") | parse.options(expires=5, policy=NoRetry())
+        published = await head.publish(task_id="the whole")
+        [message] = await app.service_bus_client.peek()
+        following = decode(message.body, "tasks").on_success
+        assert (message.message_id, published.task_id) == ("the whole", "the whole")
+        assert message.scheduled_enqueue_time_utc is not None
+        assert (following.expires, following.policy) == (5, NoRetry())
+
+
+async def test_a_returned_task_waits_as_long_as_it_was_told_to(open_bus):
+    app = Boilermaker(None, open_bus())
+
+    @app.task
+    async def later(state): ...
+
+    @app.task
+    async def route(state):
+        return later.options(delay=3600)
+
+    await route.delay()
+    await work_off(app)
+    [message] = await app.service_bus_client.peek()
+    now = datetime.datetime.now(datetime.UTC)
+    assert datetime.timedelta(minutes=50) < message.scheduled_enqueue_time_utc - now <= datetime.timedelta(hours=1)
+
+
+async def test_many_are_published_with_the_options_of_each_but_not_with_one_id():
+    async with app_with_pages() as app:
+        parse = app.task(name="parse")(parse_page)
+        await app.publish_many([parse.options(delay=3600).si(), parse.si(), parse], expires=9)
+        messages = await app.service_bus_client.peek()
+        assert [message.scheduled_enqueue_time_utc is not None for message in messages] == [True, False, False]
+        assert [decode(message.body, "tasks").expires for message in messages] == [9, 9, 9]
+        with pytest.raises(UsageError, match=r"publish_many: task_id= can be that of one task only"):
+            await app.publish_many([parse.si()], task_id="x")
+
+
+async def test_a_task_knows_when_it_was_due(new_bus):
+    app, etas = Boilermaker(None, new_bus()), []
+
+    @app.task
+    async def work(state):
+        etas.append(current_task().eta)
+
+    before = datetime.datetime.now(datetime.UTC)
+    eta = before + datetime.timedelta(seconds=1)
+    await work.delay()
+    await app.apply_async(work, eta=eta)
+    async with working(app):
+        await until(lambda: len(etas) == 2)
+    at_once, scheduled = etas
+    assert abs(at_once - before) < datetime.timedelta(seconds=PATIENCE)
+    assert abs(scheduled - eta) < datetime.timedelta(milliseconds=2)
+
+
+async def test_a_task_that_blocks_the_event_loop_is_named_in_the_log(open_bus, caplog, monkeypatch):
+    monkeypatch.setattr(boilermaker, "LONGEST_BLOCK", 0.05)
+    app = Boilermaker(None, open_bus())
+
+    def spin():
+        deadline = time.monotonic() + PATIENCE
+        while "Blocks the event loop" not in caplog.text and time.monotonic() < deadline:
+            time.sleep(0.01)
+
+    @app.task
+    async def crunch(state):
+        spin()
+
+    @app.task
+    async def wait(state):
+        await asyncio.sleep(0.3)
+
+    await app.publish_many([wait.si(), crunch.si()])
+    await work_off(app)
+    [record] = [record for record in caplog.records if "Blocks the event loop" in record.getMessage()]
+    assert record.getMessage().startswith("[crunch] Blocks the event loop sequence_number=2 for over 0.05 s")
+    assert "in spin\n" in record.getMessage()
+    assert record.task == "crunch"
+
+
+# ======================================================================================================================
+# Lifecycle: lifespan, middleware, what is called after a settlement
+# ======================================================================================================================
+
+
+def recorded_lifespan(events, state="state of the worker"):
+    """A lifespan that notes when it is entered and left."""
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app):
+        events.append("entered")
+        try:
+            yield state
+        finally:
+            await asyncio.sleep(0)
+            events.append("left")
+
+    return lifespan
+
+
+async def test_a_worker_enters_the_lifespan_before_the_first_message_and_leaves_it_after_the_last_settlement(new_bus):
+    events, bus = [], new_bus()
+    app = Boilermaker("state of the application", bus, lifespan=recorded_lifespan(events))
+    app.on_settled(lambda task, outcome, seconds, waited: events.append(f"settled {outcome}"))
+
+    @app.task
+    async def work(state):
+        events.append(state)
+
+    await work.delay()
+    assert events == []  # publishers never enter it
+    await work_off(app)
+    assert events == ["entered", "state of the worker", "settled returned", "left"]
+
+
+async def test_a_lifespan_that_yields_nothing_leaves_the_state_of_the_application(open_bus):
+    states = []
+    app = Boilermaker("state of the application", open_bus(), lifespan=recorded_lifespan([], None))
+
+    @app.task
+    async def work(state):
+        states.append(state)
+
+    await work.delay()
+    await work_off(app)
+    assert states == ["state of the application"]
+
+
+async def test_each_run_enters_a_lifespan_of_its_own(open_bus):
+    app = Boilermaker(None, open_bus(), lifespan=lambda app: contextlib.nullcontext(next(numbers)))
+    numbers, states, both = iter(range(9)), [], asyncio.Event()
+
+    @app.task
+    async def work(state):
+        states.append(state)
+        if len(states) == 2:
+            both.set()
+        await both.wait()
+
+    await app.publish_many([work, work])
+    async with working(app, concurrency=1), working(app, concurrency=1):
+        await until(lambda: len(states) == 2)
+    assert sorted(states) == [0, 1]
+
+
+async def test_an_error_on_entering_the_lifespan_is_that_of_the_run_and_nothing_was_received(new_bus, caplog):
+    @contextlib.asynccontextmanager
+    async def lifespan(app):
+        raise LookupError("no database")
+        yield
+
+    bus = new_bus()
+    app = Boilermaker(None, bus, lifespan=lifespan)
+    app.register_async(parse_page)
+    await app.publish_task(Task.si(parse_page))
+    with pytest.raises(LookupError, match="no database"):
+        await app.run()
+    assert "cannot start: no database" in caplog.text
+    [message] = await bus.peek()
+    assert message.delivery_count == 0
+    assert app.workers == set()
+
+
+async def test_an_error_on_leaving_the_lifespan_is_that_of_the_run_and_what_it_did_stays_done(open_bus, caplog):
+    @contextlib.asynccontextmanager
+    async def lifespan(app):
+        yield
+        raise LookupError("the pool is stuck")
+
+    app = Boilermaker(None, open_bus(), lifespan=lifespan)
+    app.register_async(parse_page)
+    await app.publish_task(Task.si(parse_page))
+    with pytest.raises(LookupError, match="the pool is stuck"):
+        await app.run(burst=True)
+    assert "was ended by an error: the pool is stuck" in caplog.text
+    assert await is_empty(app.service_bus_client)
+
+
+@pytest.mark.parametrize("times", [1, 3])
+async def test_a_cancelled_run_leaves_the_lifespan_after_its_tasks(new_bus, times):
+    events, started = [], asyncio.Event()
+    bus = new_bus()
+    app = Boilermaker(None, bus, lifespan=recorded_lifespan(events))
+
+    @app.task
+    async def work(state):
+        started.set()
+        try:
+            await asyncio.sleep(PATIENCE)
+        finally:
+            events.append("task ended")
+
+    await work.delay()
+    run = asyncio.create_task(app.run())
+    await started.wait()
+    for _ in range(times):
+        run.cancel()
+        await asyncio.sleep(0)
+    await asyncio.wait([run])
+    assert run.cancelled()
+    assert events == ["entered", "task ended", "left"]
+    assert [each.delivery_count for each in await bus.peek()] == [1]
+
+
+async def test_a_run_that_is_cancelled_while_it_enters_the_lifespan_ends(open_bus):
+    events, entering = [], asyncio.Event()
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app):
+        try:
+            entering.set()
+            await asyncio.sleep(PATIENCE)
+            yield
+        finally:
+            events.append("cleaned up")
+
+    app = Boilermaker(None, open_bus(), lifespan=lifespan)
+    run = asyncio.create_task(app.run())
+    await entering.wait()
+    run.cancel()
+    run.cancel()
+    await asyncio.wait([run])
+    assert run.cancelled()
+    assert events == ["cleaned up"]
+
+
+async def test_a_worker_that_is_stopped_while_it_enters_the_lifespan_receives_nothing(open_bus):
+    entering, go_on, ran = asyncio.Event(), asyncio.Event(), []
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app):
+        entering.set()
+        await go_on.wait()
+        yield
+
+    app = Boilermaker(None, open_bus(), lifespan=lifespan)
+
+    @app.task
+    async def work(state):
+        ran.append(1)
+
+    await work.delay()
+    run = asyncio.create_task(app.run())
+    await entering.wait()
+    stopping = asyncio.create_task(app.stop())
+    await asyncio.sleep(0)
+    go_on.set()
+    await stopping
+    await run
+    assert ran == []
+
+
+@pytest.mark.parametrize("wrong", [5, an_async_predicate], ids=repr)
+def test_a_lifespan_that_is_no_function_of_a_context_manager_is_an_error(wrong):
+    with pytest.raises(UsageError, match=r"lifespan=.* decorate it with @contextlib.asynccontextmanager"):
+        Boilermaker(None, LocalServiceBus(), lifespan=wrong)
+
+
+async def test_a_bare_generator_as_lifespan_is_told_of_its_decorator():
+    async def lifespan(app):
+        yield
+
+    with pytest.raises(UsageError, match=r"asynccontextmanager"):
+        Boilermaker(None, LocalServiceBus(), lifespan=lifespan)
+
+
+async def test_middleware_is_around_every_run_the_first_registered_outermost(new_bus):
+    app, events = Boilermaker("state", new_bus()), []
+
+    def around(name):
+        async def middleware(task, state, call_next):
+            events.append(f"{name} {task.function_name} {state}")
+            result = await call_next()
+            events.append(f"{name} got {result}")
+            return [*result, name]
+
+        return app.middleware(middleware)
+
+    outer, inner = around("outer"), around("inner")
+    assert inspect.iscoroutinefunction(outer)
+    assert outer is not inner
+
+    @app.task
+    async def work(state, *args):
+        events.append(f"work {args}")
+        return []
+
+    @app.task
+    async def store(state, result):
+        events.append(f"stored {result}")
+        return result
+
+    assert await work("inline") == []
+    await (work.si(1) | store.s()).publish()
+    await work_off(app)
+    assert events == [
+        *("work ()", "outer work state", "inner work state", "work (1,)", "inner got []", "outer got ['inner']"),
+        *("outer store state", "inner store state", "stored ['inner', 'outer']"),
+        *("inner got ['inner', 'outer']", "outer got ['inner', 'outer', 'inner']"),
+    ]
+
+
+async def test_what_middleware_raises_or_returns_is_the_runs(open_bus):
+    app, seen = Boilermaker(None, open_bus()), []
+
+    @app.middleware
+    async def shield(task, state, call_next):
+        try:
+            return await call_next()
+        except ValueError:
+            return "instead"
+        except RetryException as retry:
+            seen.append(retry.msg)
+            raise LookupError("no retries here") from retry
+
+    @app.task
+    async def fail(state):
+        raise ValueError
+
+    @app.task
+    async def again(state):
+        raise RetryException("busy")
+
+    @app.task
+    async def store(state, result):
+        seen.append(result)
+
+    await (fail.si() | store.s()).publish()
+    await again.delay()
+    await work_off(app)
+    assert sorted(seen) == ["busy", "instead"]
+    [dead] = await app.service_bus_client.peek(dead_letter=True)
+    assert dead.dead_letter_error_description == "LookupError: no retries here"
+
+
+async def test_middleware_counts_towards_the_timeout_and_sees_its_cancellation(open_bus):
+    app, seen = Boilermaker(None, open_bus()), []
+
+    @app.middleware
+    async def slow(task, state, call_next):
+        result = await call_next()
+        try:
+            await asyncio.sleep(PATIENCE)
+        except asyncio.CancelledError:
+            seen.append("cancelled")
+            raise
+        return result
+
+    @app.task(timeout=0.05)
+    async def quick(state): ...
+
+    await quick.delay()
+    await work_off(app)
+    assert seen == ["cancelled"]
+    [dead] = await app.service_bus_client.peek(dead_letter=True)
+    assert dead.dead_letter_error_description.startswith("TimeoutError: quick ran into its timeout")
+
+
+@pytest.mark.parametrize(
+    ("function", "error"),
+    [
+        (
+            lambda task, state, call_next: None,
+            r"Middleware must be async: async def <lambda>\(task, state, call_next\)",
+        ),
+        (parse_page, r"Middleware parse_page must take \(task, state, call_next\): too many positional arguments"),
+        (5, r"Middleware must be async: async def 5"),
+    ],
+    ids=["not async", "other arguments", "no function"],
+)
+def test_middleware_of_the_wrong_shape_is_an_error(function, error):
+    with pytest.raises(UsageError, match=error):
+        Boilermaker(None, LocalServiceBus()).middleware(function)
+
+
+async def test_a_timer_a_session_and_a_scope_as_middleware(open_bus):
+    """What people write: the time a task takes, a database session for each, and Sentry's scopes."""
+    app, log, current = Boilermaker({"open": 0}, open_bus()), [], contextvars.ContextVar("session")
+
+    @app.middleware
+    async def timed(task, state, call_next):
+        started = time.perf_counter()
+        try:
+            return await call_next()
+        finally:
+            log.append((task.function_name, time.perf_counter() >= started))
+
+    @app.middleware
+    async def session_of_its_own(task, state, call_next):
+        state["open"] += 1
+        token = current.set(f"session {task.args}")
+        try:
+            return await call_next()
+        finally:
+            current.reset(token)
+            state["open"] -= 1
+
+    @app.task
+    async def save(state, number):
+        await asyncio.sleep(0)
+        log.append((current.get(), state["open"] > 0))
+        if number == 2:
+            raise ValueError
+
+    await app.publish_many([save.si(number) for number in range(3)])
+    await work_off(app)
+    assert {entry for entry in log if entry[0] != "save"} == {(f"session [{number}]", True) for number in range(3)}
+    assert log.count(("save", True)) == 3
+    assert app.state == {"open": 0}
+
+
+async def test_what_is_called_after_a_settlement_hears_of_every_ending(new_bus):
+    app, heard = Boilermaker(None, new_bus()), []
+
+    @app.on_settled
+    def note(task, outcome, seconds, waited):
+        heard.append((task and task.function_name, str(outcome)))
+        assert seconds >= 0
+        assert waited >= 0
+
+    @app.task
+    async def work(state): ...
+
+    @app.task
+    async def fail(state):
+        raise ValueError
+
+    @app.task(policy=RetryPolicy(max_tries=2, delay=3600))
+    async def again(state):
+        raise RetryException("later")
+
+    bus = app.service_bus_client
+    await app.publish_many([work, fail, again])
+    await app.send_task("unknown")
+    await bus.send([letter("no task", queue=bus.queue_name)])
+    await work_off(app)
+    assert sorted(heard, key=str) == [
+        *(("again", "retry"), ("fail", "failed"), ("unknown", "unregistered"), ("work", "returned")),
+        (None, "undecodable"),
+    ]
+
+
+async def test_what_is_called_after_a_settlement_and_fails_stops_nothing(open_bus, caplog):
+    app, heard = Boilermaker(None, open_bus()), []
+    app.register_async(parse_page)
+
+    @app.on_settled
+    def broken(task, outcome, seconds, waited):
+        raise LookupError("no such metric")
+
+    app.on_settled(lambda *facts: heard.append(facts))
+    await app.publish_many([Task.si(parse_page), Task.si(parse_page)])
+    await work_off(app)
+    assert len(heard) == 2
+    assert "What on_settled was given has failed" in caplog.text
+    assert "no such metric" in caplog.text
+
+
+@pytest.mark.parametrize("wrong", [5, an_async_predicate], ids=repr)
+def test_what_is_called_after_a_settlement_is_a_plain_function(wrong):
+    with pytest.raises(UsageError, match=r"on_settled takes a function, not async"):
+        Boilermaker(None, LocalServiceBus()).on_settled(wrong)
 
 
 # ======================================================================================================================
