@@ -1734,6 +1734,29 @@ Which: TypeAlias = Callable[[Message], object] | Iterable[int]
 """Messages to do something about: those for which a function returns true, or those of some sequence numbers."""
 
 
+class Selection(NamedTuple):
+    """What `which` says: the numbers, None for all messages, and the function, None for all of these."""
+
+    numbers: frozenset[int] | None
+    matches: Callable[[Message], object] | None
+
+
+def selection_of(which: Which) -> Selection:
+    """Raises UsageError where it is neither a plain function nor sequence numbers."""
+    expected = f"which={_short(which)} must be a function Message -> bool, or a list of sequence numbers"
+    if callable(which):
+        if any(map(inspect.iscoroutinefunction, (which, type(which).__call__))):
+            raise UsageError(f"{expected}: not a coroutine function.")
+        return Selection(None, which)
+    if isinstance(which, (str, bytes, bytearray)) or not isinstance(which, Iterable):
+        raise UsageError(f"{expected}.")
+    numbers = list(which)
+    for number in numbers:
+        if type(number) is not int:
+            raise UsageError(f"{expected}: {_short(number)} is no int.")
+    return Selection(frozenset(filter(_is_64_bit, numbers)), None)
+
+
 class OperationStopped(ServiceBusUnavailable):
     """An operation on many messages ended half-way; called again, it goes on from there. `messages` are those done."""
 
@@ -1805,12 +1828,49 @@ class ServiceBus(Protocol):
         """
         ...
 
-    async def peek(self, max_message_count: int = 100, dead_letter: bool = False) -> list[Message]:
-        """List messages without locking them."""
+    # -- for operators
+
+    async def counts(self) -> Counts:
+        """How many messages there are, by state."""
+        ...
+
+    async def counts_by_task(self) -> Mapping[str, TaskCounts]:
+        """The same by the tasks' function names; under '' what is no task."""
+        ...
+
+    async def peek(
+        self, max_message_count: int = 100, dead_letter: bool = False, sequence_number: int = 0
+    ) -> list[Message]:
+        """List messages by sequence number, from that one on, without locking them or delaying anybody."""
+        ...
+
+    async def replay(
+        self, which: Which, dry_run: bool = False, on_progress: Callable[[int], object] | None = None
+    ) -> list[Message]:
+        """Run dead letters again, as `replay_of` says; those that it did, or, for `dry_run`, would do.
+
+        Args:
+            on_progress: called in the event loop with the number of messages done so far.
+
+        Raises:
+            OperationStopped: it cannot go on for now.
+        """
+        ...
+
+    async def discard(
+        self, which: Which, dry_run: bool = False, on_progress: Callable[[int], object] | None = None
+    ) -> list[Message]:
+        """Delete dead letters; else as `replay`."""
+        ...
+
+    async def purge(
+        self, which: Which, dry_run: bool = False, on_progress: Callable[[int], object] | None = None
+    ) -> list[Message]:
+        """Delete messages that wait or are scheduled; else as `replay`."""
         ...
 
     async def cancel(self, sequence_number: int) -> None:
-        """Take back a scheduled message."""
+        """Take back a scheduled message, and, on the local bus, one that waits."""
         ...
 
     async def close(self) -> None:
@@ -2553,13 +2613,43 @@ class Store(Connection):
             ),
         )
 
-    def cancel(self, queue: str, sequence_number: int, now: float) -> bool:
-        """Delete a message that is scheduled and not due yet; False if there is none."""
+    # -- for operators
+
+    def remove(self, queue: str, numbers: Iterable[int], now: float) -> set[int]:
+        """Delete those of the messages that are still in the queue and that nobody holds; their numbers."""
         queue_id, _ = self._queue(queue)
-        return self._changed(
-            "DELETE FROM message WHERE sequence_number = ? AND queue_id = ? AND state = 1 AND due > ?",
-            (sequence_number, queue_id, now),
+        free = f"sequence_number IN ({','.join(map(str, numbers))}) AND queue_id = ? AND (state != 0 OR due <= ?)"
+        removed = {
+            row[0] for row in self.sql.execute(f"SELECT sequence_number FROM message WHERE {free}", (queue_id, now))
+        }
+        self.sql.execute(f"DELETE FROM message WHERE {free}", (queue_id, now))
+        self.bytes_written += len(removed) * BYTES_OF_A_CHANGE
+        return removed
+
+    def replay(self, queue: str, replays: Mapping[int, Outgoing], now: float) -> set[int]:
+        """Enqueue messages in place of the dead letters of these numbers; the numbers of those that were there."""
+        removed = self.remove(queue, replays, now)
+        self.insert([replay for number, replay in replays.items() if number in removed], now)
+        return removed
+
+    def cancel(self, queue: str, sequence_number: int, now: float) -> MessageState | None:
+        """Delete a message that is scheduled or waits; where it was, or, of another, is; None if it is gone."""
+        fate = self._fate_of(queue, sequence_number, now)
+        if fate in (MessageState.SCHEDULED, MessageState.ACTIVE):
+            self.remove(queue, [sequence_number], now)
+        return fate
+
+    def _fate_of(self, queue: str, sequence_number: int, now: float) -> MessageState | None:
+        """Where a message of the queue, or of its dead-letter queue, is; None if it is gone."""
+        row = self._one(
+            """
+            SELECT name, state, due
+            FROM   message JOIN queue USING (queue_id)
+            WHERE  sequence_number = ? AND name IN (?, ?)
+            """,
+            (sequence_number, queue, dead_letter_queue(queue)),
         )
+        return None if row is None else _state_of(row[0], row[1], row[2], now)
 
 
 _connecting = threading.Lock()
@@ -2651,24 +2741,54 @@ def open_to_read(path: str) -> Connection | None:
         return connection if version else None
 
 
-def read_messages(connection: Connection, queue: str, max_message_count: int) -> list[Message]:
-    """The messages of a queue that would be received first, locked and scheduled ones included, by sequence number."""
-    sql = """
-        SELECT   sequence_number, delivery_count, message_id, body, application_properties, enqueued_time,
-                 scheduled_enqueue_time, dead_letter_reason, dead_letter_error_description
-        FROM     message
-        WHERE    queue_id = (SELECT queue_id FROM queue WHERE name = ?)
-        ORDER BY state, due
-        LIMIT    ?
+def _state_of(queue: str, state: int, due: float, now: float) -> MessageState:
+    if queue.endswith(DEAD_LETTER_SUFFIX):
+        return MessageState.DEAD_LETTER
+    if state == LOCKED:
+        return MessageState.RUNNING if due > now else MessageState.ACTIVE
+    return MessageState.SCHEDULED if due > now else MessageState.ACTIVE
+
+
+def _version_of(connection: Connection) -> int:
+    version: int = connection.sql.execute("PRAGMA user_version").fetchone()[0]
+    return version
+
+
+def _select(connection: Connection, condition: str, *parameters: Any) -> Iterator[tuple[Any, ...]]:
+    """Rows to make messages of, also from a file of version 1, which has not all the columns."""
+    since_version_2 = "dead_lettered_time, dead_letter_traceback" if _version_of(connection) > 1 else "NULL, NULL"
+    return connection.sql.execute(
+        f"""
+        SELECT sequence_number, delivery_count, message_id, body, application_properties, enqueued_time,
+               scheduled_enqueue_time, dead_letter_reason, dead_letter_error_description, state, due, {since_version_2}
+        FROM   message
+        WHERE  queue_id = (SELECT queue_id FROM queue WHERE name = ?) AND {condition}
+        """,
+        parameters,
+    )
+
+
+def read_messages(connection: Connection, queue: str, max_message_count: int, sequence_number: int) -> list[Message]:
+    """The messages of a queue by sequence number, from that one on, locked and scheduled ones included."""
+    condition = """
+        sequence_number IN (
+            SELECT   sequence_number
+            FROM     message
+            WHERE    queue_id = (SELECT queue_id FROM queue WHERE name = ?) AND sequence_number >= ?
+            ORDER BY sequence_number
+            LIMIT    ?
+        )
+        ORDER BY sequence_number
     """
     # Held until all is read: a child that is forked in the middle of it could not close the connection.
     with _explained(connection.path), connection.mutex:
-        rows = connection.sql.execute(sql, (queue, max_message_count)).fetchall()
-    return sorted((_message_of_row(queue, row) for row in rows), key=lambda message: message.sequence_number)
+        rows = list(_select(connection, condition, queue, queue, sequence_number, max_message_count))
+    now = time.time()
+    return [_message_of_row(queue, row, now) for row in rows]
 
 
-def _message_of_row(queue: str, row: tuple[Any, ...]) -> Message:
-    number, count, message_id, body, properties, enqueued, scheduled, reason, description = row
+def _message_of_row(queue: str, row: tuple[Any, ...], now: float) -> Message:
+    number, count, message_id, body, properties, enqueued, scheduled, reason, description, state, due, died, trace = row
     return Message(
         queue_name=queue,
         body=body if isinstance(body, str) else body.decode("utf-8", "replace"),
@@ -2680,7 +2800,175 @@ def _message_of_row(queue: str, row: tuple[Any, ...]) -> Message:
         dead_letter_reason=reason,
         dead_letter_error_description=description,
         application_properties=_properties(properties),
+        state=_state_of(queue, state, due, now),
+        locked_until_utc=_utc(due) if state == LOCKED and due > now else None,
+        dead_lettered_time_utc=_utc(died) if died is not None else None,
+        dead_letter_traceback=trace,
     )
+
+
+def count_messages(connection: Connection, queue: str, now: float) -> Counts:
+    """How many messages there are, by an index alone; of a dead-letter queue, all are dead letters."""
+    sql = """
+        WITH ours AS (SELECT state, due, enqueued_time FROM message WHERE queue_id = :ours)
+        SELECT (SELECT count(*) FROM message WHERE queue_id = :ours AND state = 1 AND due <= :now),
+               (SELECT count(*) FROM message WHERE queue_id = :ours AND state = 0 AND due <= :now),
+               (SELECT count(*) FROM message WHERE queue_id = :ours AND state = 0 AND due > :now),
+               (SELECT count(*) FROM message WHERE queue_id = :ours AND state = 1 AND due > :now),
+               (SELECT count(*) FROM message WHERE queue_id = :dead),
+               (SELECT min(due) FROM message WHERE queue_id = :ours AND state = 1 AND due <= :now),
+               (SELECT min(enqueued_time) FROM message WHERE queue_id = :ours AND state = 0 AND due <= :now)
+    """
+    with _explained(connection.path), connection.mutex:
+        ids = dict(connection.sql.execute("SELECT name, queue_id FROM queue"))
+        dead = dead_letter_queue(queue)
+        parameters = {"ours": ids.get(queue) if queue != dead else None, "dead": ids.get(dead), "now": now}
+        ready, expired, running, scheduled, dead_letters, *oldest = connection.sql.execute(sql, parameters).fetchone()
+    ages = [now - since for since in oldest if since is not None]
+    return Counts(
+        active=ready + expired,
+        running=running,
+        scheduled=scheduled,
+        dead_letter=dead_letters,
+        oldest=max(ages, default=None),
+    )
+
+
+def count_by_task(connection: Connection, queue: str, now: float) -> dict[str, TaskCounts]:
+    """The same by function name; under '' what is no task. A body is read where the name is not beside it."""
+    with _explained(connection.path), connection.mutex:
+        version = _version_of(connection)
+        connection.sql.create_function("name_in", 1, _name_in, deterministic=True)
+        name = "ifnull(function_name, name_in(body))" if version > 1 else "name_in(body)"
+        died = "ifnull(dead_lettered_time, due)" if version > 1 else "due"
+        waiting = connection.sql.execute(
+            f"""
+            SELECT   {name}, sum(due <= :now), sum(state = 0 AND due > :now), sum(state = 1 AND due > :now),
+                     min(CASE WHEN due <= :now THEN enqueued_time END)
+            FROM     message
+            WHERE    queue_id = (SELECT queue_id FROM queue WHERE name = :queue)
+            GROUP BY 1
+            """,
+            {"queue": queue, "now": now},
+        ).fetchall()
+        dead = connection.sql.execute(
+            f"""
+            SELECT   {name}, count(*), dead_letter_error_description, max({died})
+            FROM     message
+            WHERE    queue_id = (SELECT queue_id FROM queue WHERE name = :queue)
+            GROUP BY 1
+            """,
+            {"queue": dead_letter_queue(queue)},
+        ).fetchall()
+    counts = {
+        name: TaskCounts(
+            active=active,
+            running=running,
+            scheduled=scheduled,
+            dead_letter=0,
+            oldest=None if since is None else now - since,
+        )
+        for name, active, running, scheduled, since in (waiting if queue != dead_letter_queue(queue) else ())
+    }
+    none = TaskCounts(active=0, running=0, scheduled=0, dead_letter=0, oldest=None)
+    for name, number, error, _ in dead:
+        counts[name] = dataclasses.replace(counts.get(name, none), dead_letter=number, last_error=error)
+    return counts
+
+
+def _name_in(body: str | bytes) -> str:
+    """The function name of a task's message, '' of another."""
+    try:
+        return decode(body, "").function_name
+    except InvalidTaskFormat:
+        return ""
+
+
+READ_AT_ONCE = 500
+"""Messages that an operation on many reads at once, and at most changes in one transaction."""
+
+READ_BYTES = 1024 * 1024
+"""Bytes of bodies after which it reads no more at once."""
+
+LONGEST_STEP = 0.005
+"""Seconds for which an operation on many messages looks at some, before who waits has its turn."""
+
+
+class Walk:
+    """Goes once over the messages of a queue, and finds those that are asked for, in bounded steps.
+
+    It goes by the index that receives. What is enqueued after its beginning has a higher number than there was then,
+    and is passed over; so is what somebody holds.
+    """
+
+    def __init__(self, queue: str, which: Selection) -> None:
+        self.queue = queue
+        self._matches = which.matches
+        self._numbers = None if which.numbers is None else sorted(which.numbers)
+        self._rows: collections.deque[tuple[Any, ...]] = collections.deque()
+        self._read_all = self._numbers == []
+        self._place: tuple[float, ...] = (LOCKED, -math.inf, 0)
+        self._last: int | None = None
+
+    @property
+    def ended(self) -> bool:
+        return self._read_all and not self._rows
+
+    def step(self, reading: Callable[[], contextlib.AbstractContextManager[Connection]]) -> list[Message]:
+        """The next that are asked for; within LONGEST_STEP, so there may be none although there are more to come."""
+        if not self._rows:
+            with reading() as connection, _explained(connection.path), connection.mutex:
+                self._read(connection)
+        found, now, latest = [], time.time(), time.monotonic() + LONGEST_STEP
+        while self._rows:
+            message = _message_of_row(self.queue, self._rows.popleft(), now)
+            if self._matches is None or self._does_match(message):
+                found.append(message)
+            if time.monotonic() > latest:
+                break
+        return found
+
+    def _does_match(self, message: Message) -> bool:
+        assert self._matches is not None
+        verdict = self._matches(message)
+        if inspect.iscoroutine(verdict):
+            verdict.close()
+            raise UsageError(f"which={_short(self._matches)} must be a plain function: it returned a coroutine.")
+        return bool(verdict)
+
+    def _read(self, connection: Connection) -> None:
+        if self._last is None:
+            (self._last,) = connection.sql.execute("SELECT ifnull(max(sequence_number), 0) FROM message").fetchone()
+        rows = self._by_index(connection) if self._numbers is None else self._by_number(connection, self._numbers)
+        size = 0
+        for row in rows:
+            self._rows.append(row)
+            self._place = row[9], row[10], row[0]
+            size += len(row[3])
+            if size > READ_BYTES:
+                return
+        self._read_all = self._numbers is None and len(self._rows) < READ_AT_ONCE
+        if self._numbers is not None:
+            self._place = (0, 0, self._numbers[:READ_AT_ONCE][-1])
+            self._numbers = self._numbers[READ_AT_ONCE:]
+            self._read_all = not self._numbers
+
+    def _by_index(self, connection: Connection) -> Iterator[tuple[Any, ...]]:
+        condition = """
+            (state, due, sequence_number) > (?, ?, ?) AND state < 2 AND NOT (state = 0 AND due > ?)
+            AND sequence_number <= ?
+            ORDER BY state, due, sequence_number
+            LIMIT    ?
+        """
+        return _select(connection, condition, self.queue, *self._place, time.time(), self._last, READ_AT_ONCE)
+
+    def _by_number(self, connection: Connection, numbers: Sequence[int]) -> Iterator[tuple[Any, ...]]:
+        condition = f"""
+            sequence_number IN ({",".join(map(str, numbers[:READ_AT_ONCE]))}) AND sequence_number BETWEEN ? AND ?
+            AND state < 2 AND NOT (state = 0 AND due > ?)
+            ORDER BY sequence_number
+        """
+        return _select(connection, condition, self.queue, self._place[2] + 1, self._last, time.time())
 
 
 LOCK_PATIENCE = 30
@@ -3200,39 +3488,115 @@ class LocalServiceBus:
     def check_queue(self, queue: str) -> None:
         """Every queue can be sent to."""
 
-    async def peek(self, max_message_count: int = 100, dead_letter: bool = False) -> list[Message]:
-        """List messages without locking them: those that would be received first, locked and scheduled ones too.
+    # -- for operators: to look goes on beside all else, outside of the event loop, and changes nothing
 
-        It reads beside all that is going on, outside of the event loop, and changes nothing; only where there is no
-        file yet, it is made.
-        """
+    async def counts(self) -> Counts:
+        return await self._look(count_messages, self.queue_name, time.time())
+
+    async def counts_by_task(self) -> dict[str, TaskCounts]:
+        return await self._look(count_by_task, self.queue_name, time.time())
+
+    async def peek(
+        self, max_message_count: int = 100, dead_letter: bool = False, sequence_number: int = 0
+    ) -> list[Message]:
+        """List messages by sequence number, from that one on, without locking them or delaying anybody."""
         _count("max_message_count", max_message_count)
+        _check_sequence_number(sequence_number)
+        if not _is_64_bit(sequence_number):
+            return []
+        queue = dead_letter_queue(self.queue_name) if dead_letter else self.queue_name
+        return await self._look(read_messages, queue, max_message_count, sequence_number)
+
+    async def _look(self, look: Callable[Concatenate[Connection, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Read in a thread; only where there is no file yet, it is made."""
         if not os.path.isfile(self._real_path):
             await self.commit()
-        queue = dead_letter_queue(self.queue_name) if dead_letter else self.queue_name
-        return await asyncio.to_thread(self._read, queue, max_message_count)
 
-    def _read(self, queue: str, max_message_count: int) -> list[Message]:
-        """Read in a thread, by a connection of its own, or, of a queue in memory, by the only one there is."""
+        def read() -> T:
+            with self._reading() as connection:
+                return look(connection, *args, **kwargs)
+
+        return await asyncio.to_thread(read)
+
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[Connection]:
+        """A connection of its own, or, of a queue in memory, the only one there is."""
         if self.path == ":memory:":
-            return read_messages(self.open().store, queue, max_message_count)
-        connection = open_to_read(self._real_path)
-        if connection is None:
-            return []
-        with contextlib.closing(connection):
-            return read_messages(connection, queue, max_message_count)
+            yield self.open().store
+            return
+        with contextlib.closing(open_to_read(self._real_path) or Store(":memory:")) as connection:
+            yield connection
+
+    async def replay(
+        self, which: Which, dry_run: bool = False, on_progress: Callable[[int], object] | None = None
+    ) -> list[Message]:
+        queue = dead_letter_queue(self.queue_name)
+        return await self._operate(queue, Store.replay, which, dry_run, on_progress)
+
+    async def discard(
+        self, which: Which, dry_run: bool = False, on_progress: Callable[[int], object] | None = None
+    ) -> list[Message]:
+        queue = dead_letter_queue(self.queue_name)
+        return await self._operate(queue, Store.remove, which, dry_run, on_progress)
+
+    async def purge(
+        self, which: Which, dry_run: bool = False, on_progress: Callable[[int], object] | None = None
+    ) -> list[Message]:
+        if self.queue_name.endswith(DEAD_LETTER_SUFFIX):
+            raise UsageError(f"{self.queue_name} has dead letters only: discard() deletes these.")
+        return await self._operate(self.queue_name, Store.remove, which, dry_run, on_progress)
+
+    async def _operate(
+        self,
+        queue: str,
+        change: Callable[[Store, str, Mapping[int, Outgoing], float], set[int]],
+        which: Which,
+        dry_run: bool,
+        on_progress: Callable[[int], object] | None,
+    ) -> list[Message]:
+        """Find messages in a thread, and change them, step by step, each in one transaction.
+
+        Whatever ends it ends it between two steps.
+        """
+        walk, done = Walk(queue, selection_of(which)), dict[int, Message]()
+        try:
+            while not walk.ended:
+                found = await asyncio.to_thread(walk.step, self._reading)
+                if found and not dry_run:
+                    commit = await self.commit(keep_settings=False)
+                    replays = {message.sequence_number: replay_of(message) for message in found}
+                    work = functools.partial(change, commit.file.store, queue, replays, time.time())
+                    changed = await commit.do(work, durable=True)
+                    found = [message for message in found if message.sequence_number in changed]
+                done |= {message.sequence_number: message for message in found}
+                if found and on_progress is not None:
+                    on_progress(len(done))
+        except ServiceBusUnavailable as error:
+            raise OperationStopped(f"Stopped after {len(done)} messages: {error}", list(done.values())) from error
+        return sorted(done.values(), key=lambda message: message.sequence_number)
 
     async def cancel(self, sequence_number: int) -> None:
-        """Take back a scheduled message.
+        """Take back a message that is scheduled, or waits.
 
         Raises:
-            MessageNotFound: none is waiting under that number; it may be due already.
+            MessageNotFound: none is there under that number; says what became of it, where that can be told.
         """
         _check_sequence_number(sequence_number)
-        commit = await self.commit(keep_settings=False)
-        cancel = functools.partial(commit.file.store.cancel, self.queue_name, sequence_number, time.time())
-        if not _is_64_bit(sequence_number) or not await commit.do(cancel, durable=True):
-            raise MessageNotFound(f"{self.queue_name} has no scheduled message with sequence number {sequence_number}.")
+        fate = None
+        if _is_64_bit(sequence_number):
+            commit = await self.commit(keep_settings=False)
+            fate = await commit.do(
+                functools.partial(commit.file.store.cancel, self.queue_name, sequence_number, time.time()), durable=True
+            )
+        number = (
+            f"{self.queue_name} has no scheduled message with sequence number {sequence_number}, nor one that waits"
+        )
+        if fate is MessageState.RUNNING:
+            raise MessageNotFound(f"{number}: it runs at the moment.")
+        if fate is MessageState.DEAD_LETTER:
+            raise MessageNotFound(f"{number}: it is a dead letter, which discard() deletes.")
+        if fate is None:
+            raise MessageNotFound(f"{number}: it is gone, if it ever was.")
 
     async def open_receiver(
         self, on_lock_lost: Callable[[Delivery], None], max_renewal: float, suspect_from: int = MAX_SECONDS
@@ -5830,6 +6194,44 @@ class Boilermaker:
                     raise BoilermakerAppException("Publishing failed", errors) from error
                 logger.warning("Publishing failed [attempt %d of %d]: %s", len(errors), attempts, error)
             await asyncio.sleep(min(0.1 * 2 ** len(errors), MAX_WAIT))
+
+    # -- operating: see the bus's methods of these names
+
+    async def counts(self) -> Counts:
+        """How many messages there are, by state."""
+        return await self.service_bus_client.counts()
+
+    async def counts_by_task(self) -> Mapping[str, TaskCounts]:
+        """The same by the tasks' function names; under '' what is no task."""
+        return await self.service_bus_client.counts_by_task()
+
+    async def peek(
+        self, max_message_count: int = 100, dead_letter: bool = False, sequence_number: int = 0
+    ) -> list[Message]:
+        """List messages by sequence number, from that one on, without locking them."""
+        return await self.service_bus_client.peek(max_message_count, dead_letter, sequence_number)
+
+    async def replay(
+        self, which: Which, dry_run: bool = False, on_progress: Callable[[int], object] | None = None
+    ) -> list[Message]:
+        """Run dead letters again."""
+        return await self.service_bus_client.replay(which, dry_run, on_progress)
+
+    async def discard(
+        self, which: Which, dry_run: bool = False, on_progress: Callable[[int], object] | None = None
+    ) -> list[Message]:
+        """Delete dead letters."""
+        return await self.service_bus_client.discard(which, dry_run, on_progress)
+
+    async def purge(
+        self, which: Which, dry_run: bool = False, on_progress: Callable[[int], object] | None = None
+    ) -> list[Message]:
+        """Delete messages that wait or are scheduled."""
+        return await self.service_bus_client.purge(which, dry_run, on_progress)
+
+    async def cancel(self, sequence_number: int) -> None:
+        """Take back a scheduled message, and, on the local bus, one that waits."""
+        await self.service_bus_client.cancel(sequence_number)
 
     # -- working
 

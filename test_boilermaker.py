@@ -3297,18 +3297,25 @@ async def test_cancelling_what_is_no_number_is_an_error_that_shows_it(open_bus, 
             await bus.cancel(number)
 
 
-async def test_what_is_due_or_received_cannot_be_cancelled(open_bus):
+async def test_what_waits_can_be_cancelled_and_what_runs_or_is_dead_cannot_as_it_says(open_bus):
     with moved_clock() as clock:
-        bus = open_bus()
-        numbers = await bus.send([letter("plain"), letter("due", due=time.time() + 1)])
+        bus = open_bus(lock_duration=10)
+        numbers = await bus.send([letter("plain"), letter("due", due=time.time() + 1), letter("held"), letter("dead")])
         clock.tick(2)
-        for number in numbers:
-            with pytest.raises(MessageNotFound):
-                await bus.cancel(number)
+        for number in numbers[:2]:
+            await bus.cancel(number)
         async with receiving(bus) as receiver:
-            assert len(await receiver.receive(5, 0)) == 2
-            with pytest.raises(MessageNotFound):
-                await bus.cancel(numbers[0])
+            held, dead = await receiver.receive(5, 0)
+            with pytest.raises(MessageNotFound, match=r"sequence number 3, nor one that waits: it runs at the moment"):
+                await bus.cancel(numbers[2])
+            await settle(receiver, dead, DEAD_LETTER, reason="Bad")
+            with pytest.raises(MessageNotFound, match=r"it is a dead letter, which discard\(\) deletes"):
+                await bus.cancel(numbers[3])
+            clock.tick(11)
+            await bus.cancel(numbers[2])
+            with pytest.raises(MessageNotFound, match="it is gone, if it ever was"):
+                await bus.cancel(numbers[2])
+            assert isinstance(await settle(receiver, held), MessageLockLost)
 
 
 async def test_a_bus_cancels_only_in_its_own_queue(open_bus):
@@ -3381,6 +3388,124 @@ async def test_without_duplicate_detection_an_id_may_be_used_again(open_bus):
     bus = open_bus()
     await bus.send([letter("a"), letter("a")])
     assert await ids_of(bus) == ["a", "a"]
+
+
+# ======================================================================================================================
+# Local bus: operating a queue
+# ======================================================================================================================
+
+
+async def dead_letters(bus, *bodies, reason="TaskFailed", description="It failed."):
+    """Send messages that die; their sequence numbers."""
+    numbers = await bus.send([letter(body, message_id=f"{place} {body}"[:128]) for place, body in enumerate(bodies)])
+    async with receiving(bus) as receiver:
+        for delivery in await receiver.receive(len(bodies), PATIENCE):
+            assert await settle(receiver, delivery, DEAD_LETTER, reason=reason, description=description) is None
+    return numbers
+
+
+async def numbers_of(bus, dead_letter=False):
+    return [message.sequence_number for message in await bus.peek(1000, dead_letter=dead_letter)]
+
+
+async def test_messages_are_counted_by_their_state(open_bus):
+    with moved_clock() as clock:
+        bus = open_bus(lock_duration=10)
+        assert await bus.counts() == boilermaker.Counts(active=0, running=0, scheduled=0, dead_letter=0, oldest=None)
+        await dead_letters(bus, "dead", "dead too")
+        await bus.send([letter("expired")])
+        await take_and_drop(bus)
+        clock.tick(20)
+        await bus.send([letter("running")])
+        await take_and_drop(bus, 2)
+        await bus.send([letter("waiting"), letter("later", due=time.time() + 100)])
+        clock.tick(5)
+        counts = await bus.counts()
+        assert (counts.active, counts.running, counts.scheduled, counts.dead_letter) == (1, 2, 1, 2)
+        assert counts.oldest == pytest.approx(5)
+        clock.tick(6)
+        counts = await bus.counts()
+        assert (counts.active, counts.running, counts.scheduled, counts.dead_letter) == (3, 0, 1, 2)
+        assert counts.oldest == pytest.approx(31)
+
+
+async def test_messages_are_counted_by_task_with_the_last_error(open_bus):
+    app = Boilermaker(None, open_bus())
+
+    @app.task
+    async def divide(state, a, b):
+        return a / b
+
+    @app.task
+    async def other(state): ...
+
+    await divide.delay(1, 0)
+    await divide.delay("x", 1)
+    await app.service_bus_client.send([letter("no task")])
+    await work_off(app)
+    await divide.delay(1, 2)
+    await app.apply_async(other, delay=100)
+    counts = await app.counts_by_task()
+    assert set(counts) == {"divide", "other", ""}
+    assert (counts["divide"].active, counts["divide"].dead_letter, counts["other"].scheduled) == (1, 2, 1)
+    assert counts["divide"].last_error.startswith("TypeError")
+    assert counts[""].last_error.startswith("boilermaker.InvalidTaskFormat")
+    assert counts["other"].last_error is None
+
+
+@pytest.mark.parametrize("path", [None, ":memory:"])
+async def test_dead_letters_of_which_a_function_returns_true_run_again(open_bus, path):
+    app = Boilermaker([], open_bus(path=path))
+
+    @app.task
+    async def work(state, number):
+        if number not in state:
+            state.append(number)
+            raise ValueError(number)
+        state.append(-number)
+
+    for number in (1, 2, 3):
+        await work.delay(number)
+    await work_off(app)
+    before = await app.peek(dead_letter=True)
+    assert [message.sequence_number for message in before] == [1, 2, 3]
+    dry = await app.replay(lambda message: message.task.args != [2], dry_run=True)
+    assert await app.peek(dead_letter=True) == before
+    progress = []
+    done = await app.replay(lambda message: message.task.args != [2], on_progress=progress.append)
+    assert dry == done == [before[0], before[2]]
+    assert progress == [2]
+    assert await app.peek(dead_letter=True) == [before[1]]
+    await work_off(app)
+    assert app.state == [1, 2, 3, -1, -3]
+
+
+async def test_dead_letters_are_discarded_by_number(open_bus):
+    bus = open_bus()
+    numbers = await dead_letters(bus, "a", "b", "c")
+    assert [message.body for message in await bus.discard([numbers[2], 99, numbers[0], 2**70])] == ["a", "c"]
+    assert await numbers_of(bus, dead_letter=True) == [numbers[1]]
+
+
+async def test_what_waits_or_is_scheduled_is_purged_and_what_runs_is_not(open_bus):
+    bus = open_bus()
+    await dead_letters(bus, "dead")
+    await bus.send([letter("held"), letter("waiting"), letter("later", due=time.time() + 100)])
+    await take_and_drop(bus)
+    assert [message.body for message in await bus.purge(lambda message: True)] == ["waiting", "later"]
+    assert await ids_of(bus) == ["held"]
+    assert len(await bus.peek(dead_letter=True)) == 1
+
+
+async def no_predicate(message): ...
+
+
+@pytest.mark.parametrize("which", ["12", b"12", 7, [1.0], [True], [None], ["1"], None, no_predicate])
+async def test_which_messages_is_a_function_or_numbers_and_else_an_error_that_says_so(open_bus, which):
+    bus = open_bus()
+    for operation in (bus.replay, bus.discard, bus.purge):
+        with pytest.raises(UsageError, match=r"must be a function Message -> bool, or a list of sequence numbers"):
+            await operation(which)
 
 
 # ======================================================================================================================
