@@ -2131,7 +2131,7 @@ class TestClientOptions:
 
         options = {"transport_type": TransportType.AmqpOverWebsocket, "user_agent": "tests", "connection_verify": "ca"}
         bus = make(**options)
-        client, _ = bus._of_this_loop()
+        client = bus._of_this_loop().client
         assert {name: getattr(client._config, name) for name in options} == options
         assert (client._config.retry_total, client._config.try_timeout) == (0, boilermaker.ATTEMPT_TIMEOUT)
         await bus.close()
