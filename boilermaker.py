@@ -3768,14 +3768,14 @@ class AzureServiceBus:
         on_progress: Callable[[int], object] | None,
         before: Callable[[Message], Sequence[Outgoing]],
     ) -> list[Message]:
-        queue = dead_letter_queue(self.queue_name)
-        found = await self.find(queue, selection_of(which))
+        queue, selection = dead_letter_queue(self.queue_name), selection_of(which)
+        operation = AzureOperation(self, queue, before, on_progress)
+        found = await operation.find(selection, dry_run)
         if dry_run or not found:
             return found
-        operation = AzureOperation(self, queue, found, before, on_progress)
-        await operation.run()
+        await operation.receive()
         if operation.left:
-            raise operation.stopped("another receiver has the others, or had them and they are locked for some minutes")
+            raise operation.stopped("another receiver has the others, or had them, and they are locked for minutes")
         return operation.done
 
     async def purge(
@@ -3790,30 +3790,14 @@ class AzureServiceBus:
         if self.queue_name.endswith(DEAD_LETTER_SUFFIX):
             raise UsageError(f"{self!r} has dead letters only: discard() deletes these.")
         selection = selection_of(which)
-        found = await self.find(self.queue_name, selection)
+        operation = AzureOperation(self, self.queue_name, lambda message: [], on_progress)
+        found = await operation.find(selection, dry_run)
         if dry_run or not found:
             return found
-        operation = AzureOperation(self, self.queue_name, found, lambda message: [], on_progress)
-        if await operation.cancel_scheduled():  # some are due meanwhile, under another number
-            operation.add(await self.find(self.queue_name, selection))
-        await operation.run()
+        while await operation.cancel():  # some were due meanwhile, and have another number now
+            await operation.find(selection)
+        await operation.receive()
         return operation.done
-
-    async def find(self, queue: str, which: Selection) -> list[Message]:
-        """The messages that are asked for, by looking at all, or at those of the numbers."""
-        found: list[Message] = []
-        numbers = None if which.numbers is None else sorted(which.numbers, reverse=True)
-        async with AzureBrowser(self, queue) as browser:
-            number = 1
-            while numbers is None or numbers:
-                page = await browser.page(*((numbers[-1], len(numbers)) if numbers else (number, PEEKED_AT_ONCE)))
-                if not page:
-                    break
-                found += [message for message in page if _is_asked_for(message, which)]
-                number = page[-1].sequence_number + 1
-                while numbers and numbers[-1] < number:
-                    numbers.pop()
-        return found
 
     async def cancel(self, sequence_number: int) -> None:
         """Take back a scheduled message.
@@ -4830,30 +4814,28 @@ class AzureOperation:
     """Takes certain messages out of a queue that hands out none by its number.
 
     It receives whatever comes first, deletes what was asked for, and holds the rest, lest it come again, until the end.
+    What it holds it releases then, which does not count as a delivery.
     """
 
     def __init__(
         self,
         bus: AzureServiceBus,
         queue: str,
-        messages: Sequence[Message],
         before: Callable[[Message], Sequence[Outgoing]],
         on_progress: Callable[[int], object] | None,
     ) -> None:
         self._bus = bus
         self._queue = queue
-        self._before = before
+        self._before = before  # what to publish before a message is deleted
         self._on_progress = on_progress or (lambda done: None)
-        self._done: list[Message] = []
         self.left: dict[int, Message] = {}
-        self.add(messages)
-        self._held: set[Delivery] = set()
-        self._settling: asyncio.Future[None] | None = None
-        self._doubtful: set[int] = set()
+        self._done: list[Message] = []
+        self._doubtful: set[int] = set()  # deleted, or to come again
         self._refusals: list[Exception] = []
-
-    def add(self, messages: Iterable[Message]) -> None:
-        self.left |= {message.sequence_number: message for message in messages}
+        self._held: set[Delivery] = set()
+        self._last: dict[int, int] = {}  # the last number that was asked for, by partition
+        self._receiving: asyncio.Future[list[Delivery]] | None = None
+        self._settling: asyncio.Future[None] | None = None
 
     @property
     def done(self) -> list[Message]:
@@ -4861,21 +4843,50 @@ class AzureOperation:
 
     def stopped(self, why: object) -> OperationStopped:
         total = len(self._done) + len(self._refusals) + len(self.left)
-        return OperationStopped(f"Stopped after {len(self._done)} of {total} messages: {why}.", self.done)
+        return OperationStopped(f"Stopped after {len(self._done)} of {total} messages: {why}", self.done)
 
-    async def cancel_scheduled(self) -> bool:
+    @contextlib.contextmanager
+    def _stopping(self) -> Iterator[None]:
+        """What goes wrong for now stops the operation, which says what it has done."""
+        try:
+            yield
+        except OperationStopped:
+            raise
+        except ServiceBusUnavailable as error:
+            raise self.stopped(error) from error
+
+    async def find(self, which: Selection, shows_progress: bool = False) -> list[Message]:
+        """Look for the messages that are asked for, without locks: at all, or where the numbers are."""
+        found: list[Message] = []
+        numbers = None if which.numbers is None else sorted(which.numbers, reverse=True)
+        number = 1
+        with self._stopping():
+            async with AzureBrowser(self._bus, self._queue) as browser:
+                while numbers is None or numbers:
+                    count = PEEKED_AT_ONCE if numbers is None else len(numbers)
+                    page = await browser.page(number if numbers is None else numbers[-1], count)
+                    if not page:
+                        break
+                    found += [message for message in page if _is_asked_for(message, which)]
+                    number = page[-1].sequence_number + 1
+                    while numbers and numbers[-1] < number:
+                        numbers.pop()
+                    if shows_progress:
+                        self._on_progress(len(found))
+        self.left = {message.sequence_number: message for message in found}
+        return found
+
+    async def cancel(self) -> bool:
         """Delete what is scheduled, by its numbers; whether some of it was due meanwhile."""
         numbers = [number for number, message in self.left.items() if message.state is MessageState.SCHEDULED]
         missed = False
-        try:
+        with self._stopping():
             while numbers:
                 async with self._bus.sender_link(self._queue) as link:
                     while numbers and link.works:
                         missed |= await self._cancel(link, numbers[:TAKEN_AT_ONCE])
                         numbers = numbers[TAKEN_AT_ONCE:]
                         self._on_progress(len(self._done))
-        except ServiceBusUnavailable as error:
-            raise self.stopped(error) from error
         return missed
 
     async def _cancel(self, link: AzureLink, numbers: Sequence[int]) -> bool:
@@ -4890,63 +4901,64 @@ class AzureOperation:
         self._done += [self.left.pop(number) for number in numbers]
         return False
 
-    async def run(self) -> None:
-        """Receive and delete, until nothing is left or nothing more comes: `left` is then what somebody else holds.
+    async def receive(self) -> None:
+        """Receive and delete, until nothing is left, or nothing more comes: `left` is then what somebody else holds.
 
         Raises:
-            OperationStopped: no answer comes, something was refused, or too much comes first.
+            OperationStopped: no answer comes, too much else comes first, or something was refused.
         """
         if not self.left:
             return
+        self._last = {number >> 48: number for number in sorted(self.left)}
         receiver = AzureReceiver(self._bus, self._held.discard, MAX_SECONDS, self._queue, PATIENT_BATCH_WAIT)
-        await receiver.open()
-        try:
-            while self.left and await self._take(receiver):
-                if self.left and len(self._held) > MAX_HELD:
-                    raise self.stopped(
-                        f"over {MAX_HELD} others come before the next, and Azure hands out no message by its number"
-                    )
-        finally:
-            await asyncio.shield(asyncio.ensure_future(self._give_back(receiver)))
-        if self.left:
-            there = await self._bus.find(self._queue, Selection(frozenset(self.left), None))
-            gone = self.left.keys() - {message.sequence_number for message in there}
-            self._done += [self.left[number] for number in gone & self._doubtful]
-            self.left = {message.sequence_number: message for message in there}
+        with self._stopping():
+            await receiver.open()
+            try:
+                while self.left and await self._take(receiver):
+                    if self.left and len(self._held) > MAX_HELD:
+                        why = f"over {MAX_HELD} others come before the next, and Azure hands out none by its number"
+                        raise self.stopped(why)
+            finally:
+                await asyncio.shield(asyncio.ensure_future(self._give_back(receiver)))
+
+        # What has not come is in other hands, or gone; by ours, where the answer was lost.
+        missing = self.left
+        if missing:
+            await self.find(Selection(frozenset(missing), None))
+            self._done += [missing[number] for number in self._doubtful & missing.keys() - self.left.keys()]
         for refusal in self._refusals:
             raise self.stopped(f"{len(self._refusals)} were refused, such as: {refusal}") from refusal
 
     async def _take(self, receiver: AzureReceiver) -> bool:
         """Receive some, and settle those that were asked for; whether there may be more."""
-        last = {number >> 48: number for number in sorted(self.left)}  # by partition
-        try:
-            async with asyncio.timeout(OPERATION_PATIENCE):
-                deliveries = await receiver.receive(TAKEN_AT_ONCE, 0)
-        except TimeoutError:
-            raise self.stopped(f"no answer for {OPERATION_PATIENCE} s ({receiver.trouble})") from None
-
+        self._receiving = asyncio.ensure_future(receiver.receive(TAKEN_AT_ONCE, 0))
+        await self._answer_to(self._receiving, receiver)
+        deliveries, self._receiving = self._receiving.result(), None
         settlements = [settlement for delivery in deliveries if (settlement := self._settlement_of(delivery))]
         self._settling = receiver.settle(settlements)
-        await asyncio.wait([self._settling], timeout=OPERATION_PATIENCE)
-        if not self._settling.done():
-            raise self.stopped(f"no answer for {OPERATION_PATIENCE} s ({receiver.trouble})")
+        await self._answer_to(self._settling, receiver)
         errors = [error for settlement in settlements if (error := self._note(settlement)) is not None]
         if settlements:
             self._on_progress(len(self._done))
         for error in errors:
-            raise error if isinstance(error, ConfigurationError) else self.stopped(error) from error
+            raise error
 
-        # What waits comes by its number. So what has come later than all that is left shows that a worker has that.
-        in_order = not self._queue.endswith(DEAD_LETTER_SUFFIX)
+        # What waits comes by its number: when later ones come than all that were asked for, a worker has what is left.
         numbers = [delivery.sequence_number for delivery in deliveries]
-        return bool(deliveries) and not (
-            in_order and all(number > last.get(number >> 48, number) for number in numbers)
-        )
+        in_order = not self._queue.endswith(DEAD_LETTER_SUFFIX)
+        all_later = in_order and all(number > self._last.get(number >> 48, number) for number in numbers)
+        return bool(deliveries) and not all_later
+
+    async def _answer_to(self, asking: asyncio.Future[Any], receiver: AzureReceiver) -> None:
+        """Wait for it, but not for ever; whoever is cancelled meanwhile leaves it to `_give_back`."""
+        await asyncio.wait([asking], timeout=OPERATION_PATIENCE)
+        if not asking.done():
+            raise self.stopped(f"no answer for {OPERATION_PATIENCE} s ({receiver.trouble})")
 
     def _settlement_of(self, delivery: Delivery) -> Settlement | None:
         """What to do with a message; None if it is only held."""
-        message = self.left.get(delivery.sequence_number)
         self._held.add(delivery)
+        message = self.left.get(delivery.sequence_number)
         if message is None:
             return None
         try:
@@ -4966,7 +4978,7 @@ class AzureOperation:
         match settlement.error:
             case None:
                 self._done.append(self.left.pop(number))
-            case MessageLockLost():  # it comes again, or the answer was lost and it is gone
+            case MessageLockLost():
                 self._doubtful.add(number)
             case MessageTooLarge() | RequestRefused():
                 self._held.add(settlement.delivery)
@@ -4978,12 +4990,16 @@ class AzureOperation:
     def _refuse(self, message: Message, error: Exception) -> None:
         del self.left[message.sequence_number]
         self._refusals.append(error)
-        logger.warning("Message sequence_number=%s stays as it is: %s", message.sequence_number, error)
+        logger.warning("Message stays as it is sequence_number=%s: %s", message.sequence_number, error)
 
     async def _give_back(self, receiver: AzureReceiver) -> None:
-        """Let what is being settled end, release the rest, and close."""
-        if self._settling is not None:
-            await asyncio.wait([self._settling], timeout=CLOSE_TIMEOUT)
+        """Let what is under way end, release what is held, and close."""
+        under_way = [asking for asking in (self._receiving, self._settling) if asking is not None]
+        if under_way:
+            await asyncio.wait(under_way, timeout=CLOSE_TIMEOUT)
+        receiving = self._receiving
+        if receiving is not None and not receiving.cancel() and not receiving.cancelled() and not receiving.exception():
+            self._held.update(receiving.result())
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(CLOSE_TIMEOUT):
                 await receiver.release(self._held)

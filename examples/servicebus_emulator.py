@@ -438,8 +438,13 @@ def schedule_message(broker: Broker, queue: str, body: Body) -> Body:
 
 
 def cancel_scheduled_message(broker: Broker, queue: str, body: Body) -> Body:
+    now = time.time()
+    scheduled = {row.sequence_number for row in broker.numbered(body["sequence-numbers"]) if row.due > now}
     for number in body["sequence-numbers"]:
-        if not broker.cancel(queue, number, time.time()):
+        if number not in scheduled:
+            raise message_not_found(number)
+    for number in body["sequence-numbers"]:
+        if not broker.cancel(queue, number, now):
             raise message_not_found(number)
     return {}
 
