@@ -85,9 +85,10 @@ import threading
 import time
 import traceback
 import types
+import urllib.parse
 import uuid
 import weakref
-from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -3884,6 +3885,9 @@ SOCKET_TIMEOUT = 0.02
 BATCH_WAIT = 0.02
 """Seconds to wait for the rest of a batch: the SDK's own wait, 0.2, would hold back a lone message for so long."""
 
+PATIENT_BATCH_WAIT = 0.5
+"""The same where many are to come, and nobody waits for the first."""
+
 ATTEMPT_TIMEOUT = 15
 """Seconds for one attempt to send, to settle, to renew or to open a link."""
 
@@ -3931,6 +3935,36 @@ MAX_BACKOFF = 30
 
 MAX_REQUESTS = 5_000
 """Requests to the management node on one link before it is replaced: the SDK has 10,000 credits for the answers."""
+
+RENEWED_AT_ONCE = 250
+"""Locks that one request renews."""
+
+PEEKED_AT_ONCE = 250
+"""Messages that one request peeks at: the service gives no more."""
+
+COUNTED = 1_000
+"""Messages of a queue that are peeked at to count them."""
+
+ADMINISTRATION_TIMEOUT = 3
+"""Seconds for an answer of the service's HTTP side, which a firewall may keep for itself."""
+
+ADMINISTRATION_PAUSE = 300
+"""Seconds for which it is not asked again, after it was not to be had."""
+
+TAKEN_AT_ONCE = 250
+"""Messages that an operation on many settles at once, or cancels by one request."""
+
+MAX_HELD = 2_000
+"""Messages that an operation holds which do not concern it, before it stops."""
+
+OPERATION_PATIENCE = 60
+"""Seconds without an answer after which an operation stops."""
+
+TRACEBACK_PROPERTY = "DeadLetterTraceback"
+"""The application property of a dead letter that has the end of the traceback."""
+
+DEAD_LETTER_PROPERTIES = ("DeadLetterReason", "DeadLetterErrorDescription", TRACEBACK_PROPERTY)
+"""Application properties that a message has for being dead; those of another kind travel on when it is replayed."""
 
 
 class Throttled(ServiceBusUnavailable):
@@ -4098,7 +4132,7 @@ class AzureServiceBus:
         self._credential = credential
         self._connection_string: str | None = None
         self._client_options = client_options
-        self._opened: dict[tuple[int, asyncio.AbstractEventLoop], tuple[ServiceBusClient, dict[str, AzureSender]]] = {}
+        self._opened: dict[tuple[int, asyncio.AbstractEventLoop], _Opened] = {}
 
         # The SDK's client takes any option, and says nothing of one that it does not know; its documentation does.
         known = re.findall(r":keyword [^:]*?(\w+):", _import_azure().aio.ServiceBusClient.__doc__ or "")
@@ -4178,18 +4212,19 @@ class AzureServiceBus:
                 "(EntityPath). Use a connection string of the namespace."
             )
 
-    def _of_this_loop(self) -> tuple[ServiceBusClient, dict[str, AzureSender]]:
-        """The SDK's client, and the senders by queue: neither can be shared by event loops, or across a fork."""
+    def _of_this_loop(self) -> _Opened:
+        """What can neither be shared by event loops, nor across a fork."""
         here = os.getpid(), asyncio.get_running_loop()
         if here not in self._opened:
             for closed in [other for other in list(self._opened) if other[1].is_closed()]:
                 self._opened.pop(closed, None)
-            self._opened[here] = self._make_client(), {}
+            self._opened[here] = self._open()
         return self._opened[here]
 
-    def _make_client(self) -> ServiceBusClient:
+    def _open(self) -> _Opened:
         make = _import_azure().aio.ServiceBusClient
         options = {"retry_total": 0, "try_timeout": ATTEMPT_TIMEOUT, **self._client_options}
+        credential = None
         if self._connection_string is None:
             credential = self._credential
             credential = _default_credential(include_msi=False) if credential is None else _made_credential(credential)
@@ -4203,12 +4238,13 @@ class AzureServiceBus:
         except (AttributeError, TypeError, ValueError) as error:
             given = "its options" if self._connection_string is None else "its connection string, or its options,"
             raise ConfigurationError(f"{self!r}: {given} cannot be read: {error}") from None
-        return client
+        administration = AzureAdministration(self.namespace, self._connection_string, credential, self._client_options)
+        return _Opened(client, {}, administration)
 
     async def send(self, messages: Sequence[Outgoing]) -> list[int | None]:
         numbers: list[int | None] = []
         for queue, group in itertools.groupby(messages, key=lambda message: message.queue):
-            _, senders = self._of_this_loop()
+            senders = self._of_this_loop().senders
             if queue not in senders:
                 senders[queue] = AzureSender(self, queue)
             numbers += await senders[queue].send(list(group))
@@ -4226,32 +4262,153 @@ class AzureServiceBus:
         await receiver.open()
         return receiver
 
-    def receiver_link(self, dead_letter: bool = False) -> AzureLink:
-        queue = dead_letter_queue(self.queue_name) if dead_letter else self.queue_name
+    def receiver_link(self, queue: str | None = None) -> AzureLink:
+        queue = queue or self.queue_name
         options: dict[str, Any] = {"socket_timeout": SOCKET_TIMEOUT, "timeout": ATTEMPT_TIMEOUT}
         if queue.endswith(DEAD_LETTER_SUFFIX):  # by its own name, a connection string for the queue would not do
             options["sub_queue"] = "deadletter"
-        client, _ = self._of_this_loop()
+        client = self._of_this_loop().client
         return AzureLink(self, queue, client.get_queue_receiver(queue.removesuffix(DEAD_LETTER_SUFFIX), **options))
 
     def sender_link(self, queue: str) -> AzureLink:
-        client, _ = self._of_this_loop()
+        client = self._of_this_loop().client
         return AzureLink(self, queue, client.get_queue_sender(queue, socket_timeout=SOCKET_TIMEOUT))
 
-    async def peek(self, max_message_count: int = 100, dead_letter: bool = False) -> list[Message]:
-        """List messages without locking them, by sequence number: locked, scheduled and deferred ones too."""
+    # -- for operators
+
+    async def counts(self) -> Counts:
+        """How many messages there are, by state: exact where this identity may manage the queue.
+
+        Else as many as peeking at up to 1,000 messages of the queue, and of its dead-letter queue, shows. What a worker
+        holds counts as active.
+        """
+        queue = self.queue_name.removesuffix(DEAD_LETTER_SUFFIX)
+        told = await self._of_this_loop().administration.runtime_properties(queue)
+        if told is None:
+            waiting, dead_letters = await self._peek_at_some()
+            return _counted(waiting + dead_letters, exact=False)
+        active, scheduled, oldest = told.active_message_count, told.scheduled_message_count, None
+        if queue != self.queue_name:
+            active = scheduled = 0
+        elif active:
+            oldest = await self._oldest()
+        return Counts(
+            active=active,
+            running=None,
+            scheduled=scheduled,
+            dead_letter=told.dead_letter_message_count,
+            oldest=oldest,
+        )
+
+    async def counts_by_task(self) -> dict[str, TaskCounts]:
+        """The same by the tasks' function names, as peeking shows it; exact where there are no more messages than that.
+
+        The last dead letter of a task is that with the highest sequence number.
+        """
+        waiting, dead_letters = await self._peek_at_some()
+        exact = max(len(waiting), len(dead_letters)) < COUNTED
+        by_task: dict[str, list[Message]] = collections.defaultdict(list)
+        for message in waiting + dead_letters:
+            by_task[message.task.function_name if message.task is not None else ""].append(message)
+        counts: dict[str, TaskCounts] = {}
+        for name, messages in by_task.items():
+            last_error = messages[-1].dead_letter_error_description
+            counts[name] = TaskCounts(**dataclasses.asdict(_counted(messages, exact)), last_error=last_error)
+        return counts
+
+    async def _peek_at_some(self) -> tuple[list[Message], list[Message]]:
+        """Messages of the queue, and dead letters."""
+        dead_letters = self.peek(COUNTED, dead_letter=True)
+        if self.queue_name.endswith(DEAD_LETTER_SUFFIX):
+            return [], await dead_letters
+        waiting, dead = await asyncio.gather(self.peek(COUNTED), dead_letters)
+        return waiting, dead
+
+    async def _oldest(self) -> float | None:
+        """The age of the first message that is due, if there is one among the first thousand."""
+        async with AzureBrowser(self, self.queue_name) as browser:
+            async for page in browser.pages(count=COUNTED):
+                if (oldest := _counted(page, exact=True).oldest) is not None:
+                    return oldest
+        return None
+
+    async def peek(
+        self, max_message_count: int = 100, dead_letter: bool = False, sequence_number: int = 0
+    ) -> list[Message]:
+        """List messages by sequence number, from that one on, without locking them: locked and scheduled ones too."""
         _count("max_message_count", max_message_count)
-        messages: list[Message] = []
+        _check_sequence_number(sequence_number)
+        if not _is_64_bit(sequence_number):
+            return []
         queue = dead_letter_queue(self.queue_name) if dead_letter else self.queue_name
-        async with self.receiver_link(dead_letter) as link:
-            peek = functools.partial(link.request, link.sdk.peek_messages, timeout=ATTEMPT_TIMEOUT)
-            while (missing := max_message_count - len(messages)) > 0:
-                start = messages[-1].sequence_number + 1 if messages else 1
-                batch = await peek(missing, sequence_number=start)
-                messages += [_message_of_sdk(queue, raw) for raw in batch]
-                if not batch:
-                    break
-        return messages
+        async with AzureBrowser(self, queue) as browser:
+            return [message async for page in browser.pages(sequence_number, max_message_count) for message in page]
+
+    async def replay(
+        self, which: Which, dry_run: bool = False, on_progress: Callable[[int], object] | None = None
+    ) -> list[Message]:
+        """Run dead letters again, as `replay_of` says; those that it did, or, for `dry_run`, would do.
+
+        Azure hands out no dead letter by its number. So it looks first, without locks; then it receives dead letters
+        from the first on, up to the last that it looks for, and holds those that it does not: at most 2,000, and beyond
+        that it stops. At the end these are as they were, delivery count included; but what is held when a connection
+        is lost is locked until that runs out.
+
+        A replay is published, then its dead letter deleted. After a crash in between, call it again: within the window
+        of duplicate detection none is enqueued twice.
+
+        Args:
+            which: a function `Message -> bool`, or sequence numbers.
+            on_progress: called in the event loop with the number of messages done so far.
+
+        Raises:
+            OperationStopped: it cannot go on for now; `messages` are those done. Called again, it goes on from there.
+        """
+        return await self._remove_dead_letters(which, dry_run, on_progress, lambda message: [replay_of(message)])
+
+    async def discard(
+        self, which: Which, dry_run: bool = False, on_progress: Callable[[int], object] | None = None
+    ) -> list[Message]:
+        """Delete dead letters; else as `replay`."""
+        return await self._remove_dead_letters(which, dry_run, on_progress, lambda message: [])
+
+    async def _remove_dead_letters(
+        self,
+        which: Which,
+        dry_run: bool,
+        on_progress: Callable[[int], object] | None,
+        before: Callable[[Message], Sequence[Outgoing]],
+    ) -> list[Message]:
+        queue, selection = dead_letter_queue(self.queue_name), selection_of(which)
+        operation = AzureOperation(self, queue, before, on_progress)
+        found = await operation.find(selection, dry_run)
+        if dry_run or not found:
+            return found
+        await operation.receive()
+        if operation.left:
+            raise operation.stopped("another receiver has the others, or had them, and they are locked for minutes")
+        return operation.done
+
+    async def purge(
+        self, which: Which, dry_run: bool = False, on_progress: Callable[[int], object] | None = None
+    ) -> list[Message]:
+        """Delete messages that wait or are scheduled; else as `replay`.
+
+        What is scheduled is cancelled by its number. What waits is received, as dead letters are: with many that do not
+        match before those that do, workers have to do without them for so long. They go back as if they had not been
+        received, unless the connection is lost: then that was a delivery. What a worker holds stays.
+        """
+        if self.queue_name.endswith(DEAD_LETTER_SUFFIX):
+            raise UsageError(f"{self!r} has dead letters only: discard() deletes these.")
+        selection = selection_of(which)
+        operation = AzureOperation(self, self.queue_name, lambda message: [], on_progress)
+        found = await operation.find(selection, dry_run)
+        if dry_run or not found:
+            return found
+        while await operation.cancel():  # some were due meanwhile, and have another number now
+            await operation.find(selection)
+        await operation.receive()
+        return operation.done
 
     async def cancel(self, sequence_number: int) -> None:
         """Take back a scheduled message.
@@ -4260,7 +4417,7 @@ class AzureServiceBus:
             MessageNotFound: none is waiting under that number; it may be due already.
         """
         _check_sequence_number(sequence_number)
-        if not _is_64_bit(sequence_number):
+        if not _is_64_bit(sequence_number) or self.queue_name.endswith(DEAD_LETTER_SUFFIX):
             raise MessageNotFound(f"{self!r} has no scheduled message with sequence number {sequence_number}.")
         async with self.sender_link(self.queue_name) as link:
             await link.request(link.sdk.cancel_scheduled_messages, sequence_number, timeout=ATTEMPT_TIMEOUT)
@@ -4269,11 +4426,11 @@ class AzureServiceBus:
         """Close all connections of this event loop. The bus opens new ones if it is used again."""
         opened = self._opened.pop((os.getpid(), asyncio.get_running_loop()), None)
         if opened is not None:
-            client, senders = opened
 
             async def close_all() -> None:
-                await asyncio.gather(*[sender.close() for sender in senders.values()])
-                await client.close()
+                await asyncio.gather(*[sender.close() for sender in opened.senders.values()])
+                await opened.client.close()
+                opened.administration.close()
 
             await asyncio.shield(asyncio.ensure_future(close_all()))
 
@@ -4286,6 +4443,37 @@ class AzureServiceBus:
             raise
         except Exception as error:
             raise _azure_error(error, f"queue {queue!r} of {self.namespace}") from error
+
+
+class Selection(NamedTuple):
+    """What `which` says: the numbers, None for all messages, and the function, None for all of these."""
+
+    numbers: frozenset[int] | None
+    matches: Callable[[Message], object] | None
+
+
+def selection_of(which: Which) -> Selection:
+    """Raises UsageError where it is neither a plain function nor sequence numbers."""
+    expected = f"which={_short(which)} must be a function Message -> bool, or a list of sequence numbers"
+    if callable(which):
+        if inspect.iscoroutinefunction(which) or inspect.iscoroutinefunction(type(which).__call__):
+            raise UsageError(f"{expected}: not a coroutine function.")
+        return Selection(None, which)
+    if isinstance(which, (str, bytes, bytearray)) or not isinstance(which, Iterable):
+        raise UsageError(f"{expected}.")
+    numbers = list(which)
+    for number in numbers:
+        if type(number) is not int:
+            raise UsageError(f"{expected}: {_short(number)} is no int.")
+    return Selection(frozenset(filter(_is_64_bit, numbers)), None)
+
+
+class _Opened(NamedTuple):
+    """What belongs to one event loop."""
+
+    client: ServiceBusClient
+    senders: dict[str, AzureSender]
+    administration: AzureAdministration
 
 
 def _import_azure() -> Any:
@@ -4303,19 +4491,95 @@ class ThreadedCredential:
     """A synchronous credential, asked for tokens in a thread."""
 
     def __init__(self, credential: Any) -> None:
-        self._credential = credential
+        self.synchronous = credential
 
     async def get_token(self, *scopes: str, **options: Any) -> Any:
-        return await asyncio.to_thread(self._credential.get_token, *scopes, **options)
+        return await asyncio.to_thread(self.synchronous.get_token, *scopes, **options)
 
     async def close(self) -> None:
-        await asyncio.to_thread(getattr(self._credential, "close", lambda: None))
+        await asyncio.to_thread(getattr(self.synchronous, "close", lambda: None))
 
     async def __aenter__(self) -> ThreadedCredential:
         return self
 
     async def __aexit__(self, *exception: object) -> None:
         await self.close()
+
+
+class BlockingCredential:
+    """An asynchronous credential, asked for tokens by a thread."""
+
+    def __init__(self, credential: Any, loop: asyncio.AbstractEventLoop) -> None:
+        self._credential = credential
+        self._loop = loop
+
+    def get_token(self, *scopes: str, **options: Any) -> Any:
+        asking = asyncio.run_coroutine_threadsafe(self._credential.get_token(*scopes, **options), self._loop)
+        return asking.result(ADMINISTRATION_TIMEOUT)
+
+
+class AzureAdministration:
+    """The service's HTTP side, which tells of a queue what AMQP does not, to an identity that may manage it.
+
+    It is asked in a thread, and by the way: whatever it does not answer in time it does not tell, and is left alone for
+    some minutes.
+    """
+
+    def __init__(
+        self, namespace: str, connection_string: str | None, credential: Any, client_options: Mapping[str, Any]
+    ) -> None:
+        self._namespace = namespace
+        self._connection_string = connection_string
+        self._credential = credential
+        self._options = client_options
+        self._client: Any = None
+        self._ask_from = -math.inf
+        if client_options.get("custom_endpoint_address") or (
+            connection_string and _connection_setting(connection_string, "UseDevelopmentEmulator") == "true"
+        ):
+            self._ask_from = math.inf  # there is none
+
+    async def runtime_properties(self, queue: str) -> Any:
+        """The SDK's `QueueRuntimeProperties`; None where they are not to be had."""
+        if time.monotonic() < self._ask_from:
+            return None
+        try:
+            async with asyncio.timeout(ADMINISTRATION_TIMEOUT):
+                return await asyncio.to_thread(self._ask, queue, asyncio.get_running_loop())
+        except Exception as error:
+            self._ask_from = time.monotonic() + ADMINISTRATION_PAUSE
+            logger.info("Exact counts of queue %r are not to be had: %s: %s", queue, type(error).__name__, error)
+            return None
+
+    def _ask(self, queue: str, loop: asyncio.AbstractEventLoop) -> Any:
+        if self._client is None:
+            self._client = self._make_client(loop)
+        return self._client.get_queue_runtime_properties(queue)
+
+    def _make_client(self, loop: asyncio.AbstractEventLoop) -> Any:
+        from azure.servicebus.management import ServiceBusAdministrationClient
+
+        timeout = ADMINISTRATION_TIMEOUT
+        options: dict[str, Any] = {"retry_total": 0, "connection_timeout": timeout, "read_timeout": timeout}
+        if "connection_verify" in self._options:
+            options["connection_verify"] = self._options["connection_verify"]
+        if proxy := self._options.get("http_proxy"):
+            names = [urllib.parse.quote(proxy[key], "") for key in ("username", "password") if proxy.get(key)]
+            user = f"{':'.join(names)}@" if names else ""
+            options["proxies"] = {"https": f"http://{user}{proxy['proxy_hostname']}:{proxy['proxy_port']}"}
+        if self._connection_string is not None:
+            return ServiceBusAdministrationClient.from_connection_string(self._connection_string, **options)
+        credential = self._credential
+        if isinstance(credential, ThreadedCredential):
+            credential = credential.synchronous
+        elif inspect.iscoroutinefunction(getattr(credential, "get_token", None)):
+            credential = BlockingCredential(credential, loop)
+        return ServiceBusAdministrationClient(self._namespace, credential, **options)
+
+    def close(self) -> None:
+        client, self._client = self._client, None
+        if client is not None:
+            client.close()
 
 
 _NETWORK = "check the namespace's name, and that port 5671 (AMQP) is open; transport_type=AmqpOverWebsocket uses 443."
@@ -4362,7 +4626,9 @@ def _azure_error(error: Exception, where: str) -> BoilermakerError:
 
 
 def _message_of_sdk(queue: str, raw: ServiceBusReceivedMessage) -> Message:
-    body = _body_of(raw)
+    body, properties = _body_of(raw), _properties_of(raw)
+    scheduled = raw.state == _import_azure().ServiceBusMessageState.SCHEDULED
+    state = MessageState.SCHEDULED if scheduled else MessageState.ACTIVE
     return Message(
         queue_name=queue,
         body=body if isinstance(body, str) else body.decode("utf-8", "replace"),
@@ -4373,7 +4639,9 @@ def _message_of_sdk(queue: str, raw: ServiceBusReceivedMessage) -> Message:
         scheduled_enqueue_time_utc=raw.scheduled_enqueue_time_utc,
         dead_letter_reason=raw.dead_letter_reason,
         dead_letter_error_description=raw.dead_letter_error_description,
-        application_properties=_properties_of(raw),
+        dead_letter_traceback=properties.get(TRACEBACK_PROPERTY),
+        application_properties={key: properties[key] for key in properties if key not in DEAD_LETTER_PROPERTIES},
+        state=MessageState.DEAD_LETTER if queue.endswith(DEAD_LETTER_SUFFIX) else state,
     )
 
 
@@ -4400,6 +4668,31 @@ def _properties_of(raw: ServiceBusReceivedMessage) -> Mapping[str, str]:
         text(key) if isinstance(key, bytes) else key: text(value) if isinstance(value, bytes) else str(value)
         for key, value in (raw.application_properties or {}).items()
     }
+
+
+def _is_asked_for(message: Message, which: Selection) -> bool:
+    if which.matches is None:
+        return which.numbers is None or message.sequence_number in which.numbers
+    verdict = which.matches(message)
+    if inspect.iscoroutine(verdict):
+        verdict.close()
+        raise UsageError(f"which={_short(which.matches)} must be a plain function: it returned a coroutine.")
+    return bool(verdict)
+
+
+def _counted(messages: Sequence[Message], exact: bool) -> Counts:
+    """What messages say about their number; those that are locked count as active."""
+    states = collections.Counter(message.state for message in messages)
+    active = [message for message in messages if message.state is MessageState.ACTIVE]
+    since = [message.enqueued_time_utc.timestamp() for message in active if message.enqueued_time_utc is not None]
+    return Counts(
+        active=states[MessageState.ACTIVE],
+        running=None,
+        scheduled=states[MessageState.SCHEDULED],
+        dead_letter=states[MessageState.DEAD_LETTER],
+        oldest=max(time.time() - min(since), 0) if since else None,
+        exact=exact,
+    )
 
 
 class AzureLink:
@@ -4485,6 +4778,51 @@ class AzureLink:
             answer = await self.call(operation, *args, **options)
         self.heard = time.monotonic()
         return answer
+
+    # What the protocol has and the SDK does not offer. The last two leave a message as it was, delivery count included,
+    # and count as an abandoned delivery.
+
+    async def dead_letter(self, raw: Any, reason: str, description: str, properties: Mapping[str, str]) -> None:
+        """`dead_letter_message` with application properties besides, as the SDKs for other languages have it."""
+        sdk = self.sdk
+        try:
+            from azure.servicebus._pyamqp.error import AMQPError
+
+            settle, ask = sdk._handler.settle_messages_async, sdk._settle_message_via_mgmt_link
+            names, explained = DEAD_LETTER_PROPERTIES, sdk._do_retryable_operation
+        except (AttributeError, ImportError):  # another release, or the link was lost: it will do, or say so
+            await sdk.dead_letter_message(raw, reason=reason, error_description=description)
+            return
+        if raw._is_deferred_message:
+            why = {"deadletter-reason": reason, "deadletter-description": description}
+            details = {**why, "properties-to-modify": dict(properties)}
+            work = functools.partial(ask, "suspended", [raw.lock_token], dead_letter_details=details)
+        else:
+            info = {names[0]: reason, names[1]: description, **properties}
+            error = AMQPError(b"com.microsoft:dead-letter", description, info)
+            outcome = {"await_outcome": True, "outcome_timeout": ATTEMPT_TIMEOUT}
+            work = functools.partial(settle, raw._delivery_id, raw._delivery_tag, "rejected", error=error, **outcome)
+        await explained(work)
+        raw._settled = True
+
+    async def renew(self, raws: Sequence[Any], timeout: float) -> list[datetime.datetime]:
+        """`renew_message_lock` for several at once; one that is lost is an error for all."""
+        if len(raws) == 1:
+            return [await self.sdk.renew_message_lock(raws[0], timeout=timeout)]
+        tokens = [raw.lock_token for raw in raws]
+        if None in tokens:
+            raise MessageLockLost("one of several messages is settled already")
+        answer = await self.sdk._renew_locks(*tokens, timeout=timeout)
+        return [_utc(milliseconds / 1000) for milliseconds in answer[b"expirations"]]
+
+    async def release(self, raw: Any) -> None:
+        """Give back a message of this link; the service's answer is not waited for."""
+        await self.sdk._handler.settle_messages_async(raw._delivery_id, raw._delivery_tag, "released")
+        raw._settled = True
+
+    async def abandon(self, raws: Sequence[Any]) -> None:
+        """Give back messages of any link."""
+        await self.sdk._settle_message_via_mgmt_link("abandoned", [raw.lock_token for raw in raws])
 
     async def close(self) -> None:
         """Close it as soon as no call is under way, or CLOSE_TIMEOUT has passed."""
@@ -4688,7 +5026,7 @@ class _Lock:
 
 
 class AzureReceiver:
-    """Receives from an `AzureServiceBus`, reconnects for as long as it takes, and renews the locks of what it received.
+    """Receives from an Azure queue, reconnects for as long as it takes, and renews the locks of what it received.
 
     Everything waits for a link that works, which one task opens when the former is lost: by management requests, the
     messages of one link can be settled and renewed over another. A receive is never cancelled, since its credit would
@@ -4698,14 +5036,23 @@ class AzureReceiver:
 
     RENEWAL_TICK = 0.25
 
-    def __init__(self, bus: AzureServiceBus, on_lock_lost: Callable[[Delivery], None], max_renewal: float) -> None:
+    def __init__(
+        self,
+        bus: AzureServiceBus,
+        on_lock_lost: Callable[[Delivery], None],
+        max_renewal: float,
+        queue: str | None = None,
+        batch_wait: float = BATCH_WAIT,
+    ) -> None:
         self._bus = bus
+        self._queue = queue or bus.queue_name
         self._on_lock_lost = on_lock_lost
         self._max_renewal = max_renewal
         self._link: AzureLink
         self._connecting: asyncio.Task[None] | None = None
         self._failures = 0
-        self._busy = False
+        self._batch_wait = batch_wait
+        self._busy = batch_wait > BATCH_WAIT
         self._youngest = -math.inf  # how far ahead of this machine's clock a message's time of enqueueing was, at most
         self._warned_of_clock = False
         self._closing = False
@@ -4718,7 +5065,7 @@ class AzureReceiver:
         deadline = time.monotonic() + START_PATIENCE
         while True:
             try:
-                self._link = await self._bus.receiver_link().__aenter__()
+                self._link = await self._bus.receiver_link(self._queue).__aenter__()
                 break
             except ServiceBusUnavailable:
                 if time.monotonic() > deadline:
@@ -4733,6 +5080,11 @@ class AzureReceiver:
         return task
 
     # -- the link
+
+    @property
+    def trouble(self) -> object:
+        """Why there is no link that works, as far as that is known."""
+        return self._link.error or "the connection is up"
 
     async def _working_link(self) -> AzureLink:
         """The link, or another when that one is lost or worn out."""
@@ -4755,7 +5107,7 @@ class AzureReceiver:
                 logger.warning("The connection to %r was lost, reconnecting in %.1f s: %s", self._bus, pause, error)
                 await asyncio.sleep(pause)
             try:
-                self._link = await self._bus.receiver_link().__aenter__()
+                self._link = await self._bus.receiver_link(self._queue).__aenter__()
                 return
             except BoilermakerError as failure:
                 error = failure
@@ -4798,7 +5150,7 @@ class AzureReceiver:
             try:
                 messages: list[ServiceBusReceivedMessage] = []
                 if self._busy:
-                    wait = max(BATCH_WAIT, 2 * link.round_trip)
+                    wait = max(self._batch_wait, 2 * link.round_trip)
                     messages = await receive(max_message_count, max_wait_time=wait)
                 if not messages:
                     messages = await receive(1, max_wait_time=max_wait_time or EMPTY_WAIT)
@@ -4863,7 +5215,7 @@ class AzureReceiver:
         except BoilermakerError as error:
             settlement.error = error
             if held and settlement.messages and isinstance(error, (MessageTooLarge, RequestRefused)):
-                instead = rejected(settlement, error, self._bus.queue_name)
+                instead = rejected(settlement, error, self._queue)
                 settlement.action = instead.action
                 if instead.action is not Action.KEEP:
                     with contextlib.suppress(BoilermakerError):
@@ -4916,9 +5268,33 @@ class AzureReceiver:
             case Action.ABANDON:
                 await call(link.sdk.abandon_message, raw)
             case Action.DEAD_LETTER:
-                why = {"reason": settlement.reason, "error_description": settlement.description}
-                await call(link.sdk.dead_letter_message, raw, **why)
+                traceback = self._traceback_that_fits(settlement)
+                properties = {TRACEBACK_PROPERTY: traceback} if traceback else {}
+                await call(link.dead_letter, raw, settlement.reason, settlement.description, properties)
         link.round_trip = min(link.round_trip or ATTEMPT_TIMEOUT, time.monotonic() - started)
+
+    def _traceback_that_fits(self, settlement: Settlement) -> str:
+        """The end of the traceback: a dead letter may not be larger than any other message."""
+        delivery, encoded = settlement.delivery, settlement.traceback.encode("utf-8", "replace")
+        dead_letter = Outgoing(delivery.body, delivery.message_id or "", "", None, delivery.application_properties)
+        room = self._bus.max_message_bytes - self._bus.size(dead_letter)
+        room -= len(f"{settlement.reason}{settlement.description}".encode("utf-8", "replace"))
+        return encoded[-room:].decode("utf-8", "ignore") if room > 0 else ""
+
+    async def release(self, deliveries: Collection[Delivery]) -> None:
+        """Give messages back as if they had not been received; those that another link brought, as abandoned ones."""
+        for delivery in deliveries:
+            self._locks.pop(delivery, None)
+        link = self._link
+        foreign = [delivery.raw for delivery in deliveries if delivery.raw._receiver is not link.sdk]
+        with contextlib.suppress(BoilermakerError):  # their locks will run out
+            for delivery in deliveries:
+                if delivery.raw._receiver is link.sdk:
+                    await link.call(link.release, delivery.raw)
+            # An answer to anything shows that all this has arrived: closing would cut off what has not.
+            await link.request(link.sdk.peek_messages, 1, timeout=ATTEMPT_TIMEOUT)
+            for place in range(0, len(foreign), RENEWED_AT_ONCE):
+                await link.request(link.abandon, foreign[place : place + RENEWED_AT_ONCE])
 
     # -- renewing
 
@@ -4956,6 +5332,7 @@ class AzureReceiver:
                 offset, self._youngest = offset + step, -math.inf
                 for delivery in self._locks:
                     delivery.locked_until += step
+            due: list[tuple[Delivery, _Lock]] = []
             for delivery, lock in list(self._locks.items()):
                 if now - delivery.received > self._max_renewal or (lock.asked and now > lock.lost_at):
                     self._lose(delivery)
@@ -4963,30 +5340,282 @@ class AzureReceiver:
                     if not lock.asked and now > lock.lost_at:  # the event loop was blocked: the service may yet know it
                         lock.lost_at = now + 1
                     lock.asked = lock.renewing = True
-                    self._spawn(self._renew(delivery, lock))
+                    due.append((delivery, lock))
+            for place in range(0, len(due), RENEWED_AT_ONCE):
+                self._spawn(self._renew(due[place : place + RENEWED_AT_ONCE]))
 
-    async def _renew(self, delivery: Delivery, lock: _Lock) -> None:
-        """Renew one lock; after a failure, again when half of what is left has passed."""
-        timeout = min(max((lock.lost_at - time.monotonic()) / 2, 1), ATTEMPT_TIMEOUT)
-        delivery.raw._expiry = None
+    async def _renew(self, due: Sequence[tuple[Delivery, _Lock]]) -> None:
+        """Renew locks in one request; after a failure, again when half of what is left has passed."""
+        lost_at = min(lock.lost_at for _, lock in due)
+        timeout = min(max((lost_at - time.monotonic()) / 2, 1), ATTEMPT_TIMEOUT)
+        for delivery, _ in due:
+            delivery.raw._expiry = None
         try:
             link = await self._working_link()
-            until = await link.request(link.sdk.renew_message_lock, delivery.raw, timeout=timeout)
-        except MessageLockLost:
+            ends = await link.request(link.renew, [delivery.raw for delivery, _ in due], timeout=timeout)
+        except BoilermakerError as error:
+            await self._not_renewed(due, error)
+        else:
+            for (delivery, _), until in zip(due, ends, strict=True):
+                if delivery in self._locks:
+                    self._locks[delivery] = self._granted(delivery, until)
+
+    async def _not_renewed(self, due: Sequence[tuple[Delivery, _Lock]], error: BoilermakerError) -> None:
+        if len(due) > 1 and isinstance(error, (MessageLockLost, RequestRefused)):  # it does not say which of them
+            for one in due:
+                if one[0] in self._locks:
+                    await self._renew([one])
+        elif isinstance(error, MessageLockLost):
+            [(delivery, lock)] = due
             if time.monotonic() < lock.lost_at:
                 self._youngest = math.inf  # taken from us, or else the clocks are not what they seemed
             self._lose(delivery)
-        except BoilermakerError as error:
-            logger.info("Renewing a lock of %r failed, will try again: %s", self._bus, error)
-            lock.renewing = False
-            lock.renew_at = time.monotonic() + max((lock.lost_at - time.monotonic()) / 2, RETRY_PAUSE)
         else:
-            if delivery in self._locks:
-                self._locks[delivery] = self._granted(delivery, until)
+            logger.info("Renewing locks of %r failed, will try again: %s", self._bus, error)
+            for _, lock in due:
+                lock.renewing = False
+                lock.renew_at = time.monotonic() + max((lock.lost_at - time.monotonic()) / 2, RETRY_PAUSE)
 
     def _lose(self, delivery: Delivery) -> None:
         if self._locks.pop(delivery, None) is not None:
             self._on_lock_lost(delivery)
+
+
+class AzureBrowser:
+    """Peeks at a queue, for as long as there is to see: over another link when one is lost or worn out."""
+
+    def __init__(self, bus: AzureServiceBus, queue: str) -> None:
+        self._bus = bus
+        self._queue = queue
+        self._link: AzureLink | None = None
+
+    async def __aenter__(self) -> AzureBrowser:
+        return self
+
+    async def __aexit__(self, *exception: object) -> None:
+        if self._link is not None:
+            await self._link.close()
+
+    async def page(self, sequence_number: int, count: int) -> list[Message]:
+        """The messages from that number on that one request brings, up to `count`; none if there are no more."""
+        for pause in (*SEND_PAUSES, None):
+            fresh = self._link is None or not self._link.works
+            if self._link is None or not self._link.works:
+                await self.__aexit__()
+                self._link = await self._bus.receiver_link(self._queue).__aenter__()
+            peek = functools.partial(self._link.request, self._link.sdk.peek_messages, timeout=ATTEMPT_TIMEOUT)
+            try:
+                some = await peek(min(count, PEEKED_AT_ONCE), sequence_number=max(sequence_number, 1))
+                return [_message_of_sdk(self._queue, raw) for raw in some]
+            except ServiceBusUnavailable as error:
+                throttled = isinstance(error, Throttled)
+                if pause is None or (fresh and not throttled):
+                    raise
+                await asyncio.sleep(pause if throttled else 0)
+        raise AssertionError
+
+    async def pages(self, sequence_number: int = 1, count: int = MAX_SECONDS) -> AsyncIterator[list[Message]]:
+        """All pages from that number on, up to `count` messages."""
+        while count > 0 and (page := await self.page(sequence_number, count)):
+            yield page
+            sequence_number = page[-1].sequence_number + 1
+            count -= len(page)
+
+
+class AzureOperation:
+    """Takes certain messages out of a queue that hands out none by its number.
+
+    It receives whatever comes first, deletes what was asked for, and holds the rest, lest it come again, until the end.
+    What it holds it releases then, which does not count as a delivery.
+    """
+
+    def __init__(
+        self,
+        bus: AzureServiceBus,
+        queue: str,
+        before: Callable[[Message], Sequence[Outgoing]],
+        on_progress: Callable[[int], object] | None,
+    ) -> None:
+        self._bus = bus
+        self._queue = queue
+        self._before = before  # what to publish before a message is deleted
+        self._on_progress = on_progress or (lambda done: None)
+        self.left: dict[int, Message] = {}
+        self._done: list[Message] = []
+        self._doubtful: set[int] = set()  # deleted, or to come again
+        self._refusals: list[Exception] = []
+        self._held: set[Delivery] = set()
+        self._last: dict[int, int] = {}  # the last number that was asked for, by partition
+        self._receiving: asyncio.Future[list[Delivery]] | None = None
+        self._settling: asyncio.Future[None] | None = None
+
+    @property
+    def done(self) -> list[Message]:
+        return sorted(self._done, key=lambda message: message.sequence_number)
+
+    def stopped(self, why: object) -> OperationStopped:
+        total = len(self._done) + len(self._refusals) + len(self.left)
+        return OperationStopped(f"Stopped after {len(self._done)} of {total} messages: {why}", self.done)
+
+    @contextlib.contextmanager
+    def _stopping(self) -> Iterator[None]:
+        """What goes wrong for now stops the operation, which says what it has done."""
+        try:
+            yield
+        except OperationStopped:
+            raise
+        except ServiceBusUnavailable as error:
+            raise self.stopped(error) from error
+
+    async def find(self, which: Selection, shows_progress: bool = False) -> list[Message]:
+        """Look for the messages that are asked for, without locks: at all, or where the numbers are."""
+        found: list[Message] = []
+        numbers = None if which.numbers is None else sorted(which.numbers, reverse=True)
+        number = 1
+        with self._stopping():
+            async with AzureBrowser(self._bus, self._queue) as browser:
+                while numbers is None or numbers:
+                    count = PEEKED_AT_ONCE if numbers is None else len(numbers)
+                    page = await browser.page(number if numbers is None else numbers[-1], count)
+                    if not page:
+                        break
+                    found += [message for message in page if _is_asked_for(message, which)]
+                    number = page[-1].sequence_number + 1
+                    while numbers and numbers[-1] < number:
+                        numbers.pop()
+                    if shows_progress:
+                        self._on_progress(len(found))
+        self.left = {message.sequence_number: message for message in found}
+        return found
+
+    async def cancel(self) -> bool:
+        """Delete what is scheduled, by its numbers; whether some of it was due meanwhile."""
+        numbers = [number for number, message in self.left.items() if message.state is MessageState.SCHEDULED]
+        missed = False
+        with self._stopping():
+            while numbers:
+                async with self._bus.sender_link(self._queue) as link:
+                    while numbers and link.works:
+                        missed |= await self._cancel(link, numbers[:TAKEN_AT_ONCE])
+                        numbers = numbers[TAKEN_AT_ONCE:]
+                        self._on_progress(len(self._done))
+        return missed
+
+    async def _cancel(self, link: AzureLink, numbers: Sequence[int]) -> bool:
+        """Cancel by one request, or, where one of them is due, each alone; whether that was so."""
+        try:
+            await link.request(link.sdk.cancel_scheduled_messages, list(numbers), timeout=ATTEMPT_TIMEOUT)
+        except MessageNotFound:
+            if len(numbers) > 1:
+                return any([await self._cancel(link, [number]) for number in numbers])
+            del self.left[numbers[0]]
+            return True
+        self._done += [self.left.pop(number) for number in numbers]
+        return False
+
+    async def receive(self) -> None:
+        """Receive and delete, until nothing is left, or nothing more comes: `left` is then what somebody else holds.
+
+        Raises:
+            OperationStopped: no answer comes, too much else comes first, or something was refused.
+        """
+        if not self.left:
+            return
+        self._last = {number >> 48: number for number in sorted(self.left)}
+        receiver = AzureReceiver(self._bus, self._held.discard, MAX_SECONDS, self._queue, PATIENT_BATCH_WAIT)
+        with self._stopping():
+            await receiver.open()
+            try:
+                while self.left and await self._take(receiver):
+                    if self.left and len(self._held) > MAX_HELD:
+                        why = f"over {MAX_HELD} others come before the next, and Azure hands out none by its number"
+                        raise self.stopped(why)
+            finally:
+                await asyncio.shield(asyncio.ensure_future(self._give_back(receiver)))
+
+        # What has not come is in other hands, or gone; by ours, where the answer was lost.
+        missing = self.left
+        if missing:
+            await self.find(Selection(frozenset(missing), None))
+            self._done += [missing[number] for number in self._doubtful & missing.keys() - self.left.keys()]
+        for refusal in self._refusals:
+            raise self.stopped(f"{len(self._refusals)} were refused, such as: {refusal}") from refusal
+
+    async def _take(self, receiver: AzureReceiver) -> bool:
+        """Receive some, and settle those that were asked for; whether there may be more."""
+        self._receiving = asyncio.ensure_future(receiver.receive(TAKEN_AT_ONCE, 0))
+        await self._answer_to(self._receiving, receiver)
+        deliveries, self._receiving = self._receiving.result(), None
+        settlements = [settlement for delivery in deliveries if (settlement := self._settlement_of(delivery))]
+        self._settling = receiver.settle(settlements)
+        await self._answer_to(self._settling, receiver)
+        errors = [error for settlement in settlements if (error := self._note(settlement)) is not None]
+        if settlements:
+            self._on_progress(len(self._done))
+        for error in errors:
+            raise error
+
+        # What waits comes by its number: when later ones come than all that were asked for, a worker has what is left.
+        numbers = [delivery.sequence_number for delivery in deliveries]
+        in_order = not self._queue.endswith(DEAD_LETTER_SUFFIX)
+        all_later = in_order and all(number > self._last.get(number >> 48, number) for number in numbers)
+        return bool(deliveries) and not all_later
+
+    async def _answer_to(self, asking: asyncio.Future[Any], receiver: AzureReceiver) -> None:
+        """Wait for it, but not for ever; whoever is cancelled meanwhile leaves it to `_give_back`."""
+        await asyncio.wait([asking], timeout=OPERATION_PATIENCE)
+        if not asking.done():
+            raise self.stopped(f"no answer for {OPERATION_PATIENCE} s ({receiver.trouble})")
+
+    def _settlement_of(self, delivery: Delivery) -> Settlement | None:
+        """What to do with a message; None if it is only held."""
+        self._held.add(delivery)
+        message = self.left.get(delivery.sequence_number)
+        if message is None:
+            return None
+        try:
+            before = self._before(message)
+            for outgoing in before:
+                if (size := self._bus.size(outgoing)) > (limit := self._bus.max_message_bytes):
+                    raise MessageTooLarge(f"it makes a message of {size} bytes, the limit is {limit}")
+        except UsageError as error:
+            self._refuse(message, error)
+            return None
+        self._held.discard(delivery)
+        return Settlement(delivery, Action.COMPLETE, messages=before)
+
+    def _note(self, settlement: Settlement) -> Exception | None:
+        """What became of a message; the error, if it is one for all."""
+        number = settlement.delivery.sequence_number
+        match settlement.error:
+            case None:
+                self._done.append(self.left.pop(number))
+            case MessageLockLost():
+                self._doubtful.add(number)
+            case MessageTooLarge() | RequestRefused():
+                self._held.add(settlement.delivery)
+                self._refuse(self.left[number], settlement.error)
+            case _:
+                return settlement.error
+        return None
+
+    def _refuse(self, message: Message, error: Exception) -> None:
+        del self.left[message.sequence_number]
+        self._refusals.append(error)
+        logger.warning("Message stays as it is sequence_number=%s: %s", message.sequence_number, error)
+
+    async def _give_back(self, receiver: AzureReceiver) -> None:
+        """Let what is under way end, release what is held, and close."""
+        under_way = [asking for asking in (self._receiving, self._settling) if asking is not None]
+        if under_way:
+            await asyncio.wait(under_way, timeout=CLOSE_TIMEOUT)
+        receiving = self._receiving
+        if receiving is not None and not receiving.cancel() and not receiving.cancelled() and not receiving.exception():
+            self._held.update(receiving.result())
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(CLOSE_TIMEOUT):
+                await receiver.release(self._held)
+        await receiver.close()
 
 
 # ======================================================================================================================

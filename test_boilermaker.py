@@ -29,6 +29,7 @@ import shutil
 import signal
 import socket
 import sqlite3
+import ssl
 import subprocess
 import sys
 import tempfile
@@ -41,10 +42,12 @@ import weakref
 import zipfile
 from collections import Counter
 from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import freezegun
 import pytest
+from azure.core.credentials import AccessToken
 from opentelemetry import trace
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
@@ -2135,7 +2138,7 @@ class TestClientOptions:
 
         options = {"transport_type": TransportType.AmqpOverWebsocket, "user_agent": "tests", "connection_verify": "ca"}
         bus = make(**options)
-        client, _ = bus._of_this_loop()
+        client = bus._of_this_loop().client
         assert {name: getattr(client._config, name) for name in options} == options
         assert (client._config.retry_total, client._config.try_timeout) == (0, boilermaker.ATTEMPT_TIMEOUT)
         await bus.close()
@@ -8212,7 +8215,7 @@ async def test_what_the_configured_propagators_carry_travels_with_the_message(op
 
 
 LOCK_DURATION = 5
-QUEUES = [f"queue{number}" for number in range(200)]
+QUEUES = [f"queue{number}" for number in range(400)]
 QUEUE_WITH_SESSIONS = "with-sessions"
 _fresh_queues = iter(QUEUES)
 
@@ -9139,7 +9142,7 @@ async def test_a_service_far_away_is_given_the_time_to_answer(azure_bus, emulato
 
 
 @contextlib.asynccontextmanager
-async def slow_proxy(emulator, delay):
+async def slow_proxy(emulator, delay, **options):
     """The emulator's connection string by way of a proxy that hands on everything, either way, that much later."""
 
     emulators_port = re.search(r":(\d+)", emulator.connection_string)[1]
@@ -9167,7 +9170,7 @@ async def slow_proxy(emulator, delay):
         reader_there, writer_there = await asyncio.open_connection("127.0.0.1", emulators_port)
         await asyncio.gather(hand_on(reader, writer_there), hand_on(reader_there, writer))
 
-    async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
+    async with await asyncio.start_server(serve, "127.0.0.1", 0, **options) as server:
         port = server.sockets[0].getsockname()[1]
         yield emulator.connection_string.replace(f":{emulators_port}", f":{port}")
         await asyncio.gather(*serving)
@@ -9432,6 +9435,879 @@ def test_random_kills_and_idle_connections_lose_nothing(fault, kills):
     assert (name, figures["chains"]) == (fault, 40)
     assert figures["never ran"] == figures["published twice"] == figures["left"] == figures["ended"] == 0
     assert figures["killed"] >= kills
+
+
+# ======================================================================================================================
+# Operating a queue: what holds on both buses
+# ======================================================================================================================
+
+
+@pytest.fixture
+def operated_bus(azure_bus):
+    return azure_bus
+
+
+def bodies_of(bus, *names, **fields):
+    """Messages of tasks with these names, each with an id of its own."""
+    queue = bus.queue_name.removesuffix(boilermaker.DEAD_LETTER_SUFFIX)
+    tasks = [named(name, args=[number], **fields) for number, name in enumerate(names)]
+    return [letter(encode(task, queue, queue), message_id=task.task_id, queue=queue) for task in tasks]
+
+
+async def bury(bus, messages, **why):
+    """Publish messages and dead-letter them."""
+    await bus.send(messages)
+    why = {"reason": "TaskFailed", "description": "ValueError: no", "traceback": "Traceback: no"} | why
+    async with receiving(bus) as receiver:
+        buried = 0
+        while buried < len(messages):
+            deliveries = await receiver.receive(100, PATIENCE)
+            settlements = [boilermaker.Settlement(delivery, DEAD_LETTER, **why) for delivery in deliveries]
+            await receiver.settle(settlements)
+            assert [settlement.error for settlement in settlements if settlement.error] == []
+            buried += len(deliveries)
+
+
+def numbers_of(messages):
+    return [message.sequence_number for message in messages]
+
+
+def names_of(messages):
+    return [message.task.function_name for message in messages]
+
+
+def is_named(name):
+    return lambda message: message.task is not None and message.task.function_name == name
+
+
+def anything(message):
+    return True
+
+
+async def test_messages_are_counted_by_their_state(operated_bus):
+    bus = operated_bus()
+    app = Boilermaker(None, bus)
+    app.register_async(take_anything)
+    assert dataclasses.astuple(await bus.counts())[:1] == (0,)
+    assert (await bus.counts()).oldest is None
+    await bury(bus, bodies_of(bus, *"abc"))
+    await app.publish_many([app.create_task(take_anything) for _ in range(2)])
+    await app.apply_async(take_anything, delay=3600)
+    counts = await bus.counts()
+    assert (counts.active, counts.scheduled, counts.dead_letter) == (2, 1, 3)
+    assert 0 <= counts.oldest < 60
+
+
+async def test_messages_are_counted_by_task_with_the_last_error(operated_bus):
+    bus = operated_bus()
+    await bury(bus, bodies_of(bus, "fetch"), description="ValueError: the first")
+    await bury(bus, bodies_of(bus, "fetch"), description="ValueError: the last")
+    await bury(bus, [letter("no task", queue=bus.queue_name)], description="InvalidTaskFormat: no")
+    await bus.send([*bodies_of(bus, "store"), bodies_of(bus, "fetch")[0]._replace(due=time.time() + 3600)])
+    counts = await bus.counts_by_task()
+    states = {name: (each.active, each.scheduled, each.dead_letter) for name, each in counts.items()}
+    assert states == {"fetch": (0, 1, 2), "store": (1, 0, 0), "": (0, 0, 1)}
+    last_errors = {name: each.last_error for name, each in counts.items()}
+    assert last_errors == {"fetch": "ValueError: the last", "store": None, "": "InvalidTaskFormat: no"}
+    assert [name for name, each in counts.items() if each.oldest is not None] == ["store"]
+    assert all(each.exact for each in counts.values())
+
+
+async def test_a_look_begins_at_a_sequence_number(operated_bus):
+    bus = operated_bus()
+    await bus.send(bodies_of(bus, *"abcd"))
+    numbers = numbers_of(await bus.peek())
+    assert numbers_of(await bus.peek(2, sequence_number=numbers[1])) == numbers[1:3]
+    assert numbers_of(await bus.peek(sequence_number=numbers[2])) == numbers[2:]
+    for beyond in (numbers[3] + 1, 2**63 - 1, 2**63, 2**70):
+        assert await bus.peek(sequence_number=beyond) == []
+    assert numbers_of(await bus.peek(sequence_number=-5)) == numbers
+    with pytest.raises(UsageError, match=r"sequence_number='1'"):
+        await bus.peek(sequence_number="1")
+
+
+async def test_a_message_says_its_state_and_its_task(operated_bus):
+    bus = operated_bus()
+    await bury(bus, bodies_of(bus, "fetch"), traceback="Traceback (most recent call last): é")
+    await bus.send([letter("no task", queue=bus.queue_name), letter("{}", queue=bus.queue_name, due=time.time() + 600)])
+    [dead] = await bus.peek(dead_letter=True)
+    active, scheduled = await bus.peek()
+    assert [each.state for each in (dead, active, scheduled)] == ["dead_letter", "active", "scheduled"]
+    assert (dead.task.function_name, dead.task.args, active.task) == ("fetch", [0], None)
+    assert (dead.dead_letter_reason, dead.dead_letter_error_description) == ("TaskFailed", "ValueError: no")
+    assert dead.dead_letter_traceback == "Traceback (most recent call last): é"
+    assert dead.application_properties == {}
+    assert active.dead_letter_traceback is None
+
+
+async def test_a_worker_leaves_the_end_of_the_traceback_with_the_dead_letter(operated_bus):
+    app = Boilermaker(None, operated_bus())
+
+    @app.task
+    async def fails(state):
+        try:
+            raise KeyError("x" * 5000)
+        except KeyError as error:
+            raise IndexError("the cause") from error
+
+    await fails.delay()
+    await work_off(app)
+    [dead] = await app.service_bus_client.peek(dead_letter=True)
+    assert dead.dead_letter_error_description == "IndexError: the cause"
+    assert dead.dead_letter_traceback.endswith("IndexError: the cause\n")
+    assert len(dead.dead_letter_traceback) == boilermaker.MAX_DESCRIPTION_LENGTH
+
+
+async def test_a_replay_runs_what_matches_again_and_leaves_the_rest_as_it_was(operated_bus):
+    app = Boilermaker([], operated_bus())
+    bus = app.service_bus_client
+
+    @app.task
+    async def fetch(state, number):
+        state.append((number, current_task().attempts.attempts))
+
+    await bury(bus, bodies_of(bus, *["fetch", "store"] * 5, attempts=tried(3)), reason="RetriesExhausted")
+    before = await bus.peek(dead_letter=True)
+    replayed = await bus.replay(is_named("fetch"))
+    assert numbers_of(replayed) == numbers_of(filter(is_named("fetch"), before))
+    assert await bus.peek(dead_letter=True) == list(filter(is_named("store"), before))
+    assert not {message.message_id for message in await bus.peek()} & {message.message_id for message in before}
+    await work_off(app)
+    assert sorted(app.state) == [(number, 0) for number in range(0, 10, 2)]
+    assert await bus.replay(is_named("fetch")) == []
+
+
+async def test_what_a_replay_would_do_is_told_without_doing_it(operated_bus):
+    bus = operated_bus()
+    await bury(bus, bodies_of(bus, *"abca"))
+    await bus.send(bodies_of(bus, *"aba"))
+    dead, waiting = await bus.peek(dead_letter=True), await bus.peek()
+    for operation, messages in ((bus.replay, dead), (bus.discard, dead), (bus.purge, waiting)):
+        asked_for = [message for message in messages if is_named("a")(message)]
+        assert await operation(is_named("a"), dry_run=True) == asked_for
+        assert await operation(numbers_of(asked_for), dry_run=True) == asked_for
+        assert await operation([], dry_run=True) == await operation([]) == await operation([10**15]) == []
+    assert await bus.peek(dead_letter=True) == dead
+    assert await bus.peek() == waiting
+
+
+async def test_dead_letters_are_replayed_and_discarded_by_number(operated_bus):
+    bus = operated_bus()
+    await bury(bus, bodies_of(bus, *"abcde"))
+    numbers = numbers_of(await bus.peek(dead_letter=True))
+    assert names_of(await bus.replay(iter([numbers[3], numbers[1], numbers[1], 2**70]))) == ["b", "d"]
+    assert names_of(await bus.discard({numbers[2]})) == ["c"]
+    assert names_of(await bus.peek()) == ["b", "d"]
+    assert names_of(await bus.peek(dead_letter=True)) == ["a", "e"]
+
+
+async def test_what_waits_and_what_is_scheduled_is_purged(operated_bus):
+    bus = operated_bus()
+    later = time.time() + 3600
+    scheduled = [message._replace(due=later) for message in bodies_of(bus, *["fetch", "store"] * 3)]
+    await bus.send([*bodies_of(bus, *["fetch", "store"] * 3), *scheduled])
+    before = await bus.peek()
+    purged = await bus.purge(is_named("fetch"))
+    assert purged == list(filter(is_named("fetch"), before))
+    assert {message.state for message in purged} == {"active", "scheduled"}
+    assert await bus.peek() == list(filter(is_named("store"), before))
+    assert len(await bus.purge(numbers_of(before))) == 6
+    assert await is_empty(bus)
+
+
+async def test_a_purge_leaves_dead_letters_alone_and_a_discard_what_waits(operated_bus):
+    bus = operated_bus()
+    await bury(bus, bodies_of(bus, "a"))
+    await bus.send(bodies_of(bus, "a"))
+    assert len(await bus.purge(anything)) == 1
+    assert len(await bus.peek(dead_letter=True)) == 1
+    await bus.send(bodies_of(bus, "a"))
+    assert len(await bus.discard(anything)) == 1
+    assert len(await bus.peek()) == 1
+
+
+async def takes_time(message): ...
+
+
+class TakesTime:
+    async def __call__(self, message): ...
+
+
+@pytest.mark.parametrize("operation", ["replay", "discard", "purge"])
+@pytest.mark.parametrize(
+    "which",
+    [None, 3, "12", b"12", ["1"], [True], [1.0], takes_time, TakesTime(), lambda message: takes_time(message)],
+    ids=repr,
+)
+async def test_what_says_not_which_messages_is_an_error_and_changes_nothing(operated_bus, operation, which):
+    bus = operated_bus()
+    await bury(bus, bodies_of(bus, "a"))
+    await bus.send(bodies_of(bus, "b"))
+    before = await bus.peek(), await bus.peek(dead_letter=True)
+    with pytest.raises(UsageError, match="which="):
+        await getattr(bus, operation)(which)
+    assert (await bus.peek(), await bus.peek(dead_letter=True)) == before
+
+
+@pytest.mark.parametrize("operation", ["replay", "discard", "purge"])
+async def test_an_error_in_the_question_which_messages_changes_nothing(operated_bus, operation):
+    bus = operated_bus()
+    await bury(bus, bodies_of(bus, *"ab"))
+    await bus.send(bodies_of(bus, *"ab"))
+    before = await bus.peek(), await bus.peek(dead_letter=True)
+
+    def which(message):
+        return message.task.function_name == "a" or 1 / 0
+
+    with pytest.raises(ZeroDivisionError):
+        await getattr(bus, operation)(which)
+    assert (await bus.peek(), await bus.peek(dead_letter=True)) == before
+
+
+@pytest.mark.parametrize("operation", ["replay", "discard", "purge"])
+async def test_an_operation_says_how_far_it_is_in_the_event_loop(operated_bus, operation):
+    bus = operated_bus()
+    messages = bodies_of(bus, *["task"] * 600)
+    await (bus.send(messages) if operation == "purge" else bury(bus, messages))
+    said = []
+    done = await getattr(bus, operation)(
+        anything, on_progress=lambda count: said.append((count, threading.get_ident()))
+    )
+    assert len(done) == 600
+    counts = [count for count, _ in said]
+    assert counts == sorted(counts)
+    assert len(counts) > 1
+    assert counts[-1] == 600
+    assert {thread for _, thread in said} == {threading.get_ident()}
+
+
+async def test_application_properties_travel_with_a_replay(operated_bus):
+    bus = operated_bus()
+    [message] = bodies_of(bus, "a")
+    await bury(bus, [message._replace(application_properties={"traceparent": "00-1-2-01", "é": "ü"})])
+    await bus.replay(anything)
+    [again] = await bus.peek()
+    assert again.application_properties == {"traceparent": "00-1-2-01", "é": "ü"}
+    assert (again.dead_letter_reason, again.dead_letter_error_description) == (None, None)
+
+
+async def test_the_bus_of_a_dead_letter_queue_replays_and_discards_what_is_in_it(operated_bus):
+    bus = operated_bus()
+    bus_of_dead_letters = operated_bus(f"{bus.queue_name}{boilermaker.DEAD_LETTER_SUFFIX}")
+    await bury(bus, bodies_of(bus, *"abc"))
+    await bus.send(bodies_of(bus, "d"))
+    counts = await bus_of_dead_letters.counts()
+    assert (counts.active, counts.scheduled, counts.dead_letter, counts.oldest) == (0, 0, 3, None)
+    assert {name: each.dead_letter for name, each in (await bus_of_dead_letters.counts_by_task()).items()} == {
+        "a": 1,
+        "b": 1,
+        "c": 1,
+    }
+    assert names_of(await bus_of_dead_letters.replay(is_named("a"))) == ["a"]
+    assert names_of(await bus_of_dead_letters.discard(is_named("b"))) == ["b"]
+    with pytest.raises(UsageError, match="discard"):
+        await bus_of_dead_letters.purge(anything)
+    with pytest.raises(MessageNotFound):
+        await bus_of_dead_letters.cancel(1)
+    assert names_of(await bus.peek()) == ["d", "a"]
+    assert names_of(await bus.peek(dead_letter=True)) == ["c"]
+
+
+async def test_the_whole_chain_follows_a_replay_although_its_failure_was_followed(operated_bus):
+    app = Boilermaker([], operated_bus())
+    failures = 2
+
+    @app.task
+    async def first(state):
+        state.append("first")
+        return 1
+
+    @app.task
+    async def second(state, number):
+        state.append("second")
+        if len([name for name in state if name == "second"]) <= failures:
+            raise ValueError("not yet")
+        return number + 1
+
+    @app.task
+    async def third(state, number):
+        state.append(f"third {number}")
+
+    @app.task
+    async def alert(state, failure):
+        state.append(f"alert: {failure['message']}")
+
+    await app.publish_task(app.chain(first.si(), second.s(), third.s(), on_failure=alert.s()))
+    await work_off(app)
+    assert app.state == ["first", "second", "alert: not yet"]
+    for _ in range(failures):
+        assert len(await app.service_bus_client.replay(anything)) == 1
+        await work_off(app)
+    assert app.state[3:] == ["second", "alert: not yet", "second", "third 2"]
+    assert await app.service_bus_client.peek(dead_letter=True) == []
+
+
+async def test_what_fails_again_while_others_are_replayed_is_not_replayed_twice(operated_bus):
+    app = Boilermaker(Counter(), operated_bus())
+    publisher = operated_bus(app.service_bus_client.queue_name)
+
+    @app.task
+    async def fails(state, number):
+        state[number] += 1
+        raise ValueError(number)
+
+    await bury(publisher, bodies_of(publisher, *["fails"] * 600))
+    async with working(app, concurrency=50):
+        replayed = await publisher.replay(anything)
+        await until(lambda: app.state.total() == 600)
+    assert len(replayed) == 600
+    assert set(app.state.values()) == {1}
+    await until(lambda: is_empty(publisher))
+    assert len(await publisher.peek(1000, dead_letter=True)) == 600
+
+
+# ======================================================================================================================
+# Azure bus: operating a queue
+# ======================================================================================================================
+
+
+async def test_what_the_service_does_not_count_is_peeked_at_and_said_to_be_inexact(azure_bus):
+    bus = azure_bus()
+    await bury(bus, bodies_of(bus, *["a"] * 3))
+    counts = await bus.counts()
+    assert (counts.dead_letter, counts.running, counts.exact) == (3, None, False)
+
+
+async def test_counts_by_task_are_said_to_be_inexact_where_there_is_more_than_is_peeked_at(azure_bus, monkeypatch):
+    monkeypatch.setattr(boilermaker, "COUNTED", 5)
+    bus = azure_bus()
+    await bus.send(bodies_of(bus, *["a"] * 4))
+    assert (await bus.counts_by_task())["a"].exact
+    await bus.send(bodies_of(bus, *["b"] * 4))
+    counts = await bus.counts_by_task()
+    assert {name: (each.active, each.exact) for name, each in counts.items()} == {"a": (4, False), "b": (1, False)}
+
+
+async def test_a_look_goes_on_where_the_service_gives_no_more_at_once(azure_bus):
+    bus = azure_bus()
+    await bus.send(bodies_of(bus, *["a"] * 600))
+    messages = await bus.peek(1000)
+    assert len(messages) == 600
+    assert numbers_of(messages) == sorted(numbers_of(messages))
+    assert messages[:550] == await bus.peek(550)
+    assert len(await bus.purge(numbers_of(messages)[::3])) == 200
+
+
+async def test_a_look_goes_on_over_another_link_when_one_is_worn_out(azure_bus, monkeypatch):
+    monkeypatch.setattr(boilermaker, "MAX_REQUESTS", 2)
+    monkeypatch.setattr(boilermaker, "PEEKED_AT_ONCE", 3)
+    bus = azure_bus()
+    await bus.send([message._replace(due=time.time() + 3600) for message in bodies_of(bus, *"abcdefghijklmnop")])
+    assert "".join(names_of(await bus.peek())) == "abcdefghijklmnop"
+    monkeypatch.setattr(boilermaker, "TAKEN_AT_ONCE", 2)
+    assert len(await bus.purge(anything)) == 16
+
+
+async def test_the_traceback_is_cut_where_the_dead_letter_would_be_too_large(azure_bus):
+    bus = azure_bus()
+    for size, length in ((250_000, 9_000), (260_000, 1_600), (261_600, 0)):
+        await bury(bus, [letter("x" * size, message_id=str(size), queue=bus.queue_name)], traceback="é" * 4_500)
+        [dead] = await bus.discard(anything)
+        assert abs(len((dead.dead_letter_traceback or "").encode()) - length) < 100
+        assert dead.dead_letter_reason == "TaskFailed"
+
+
+async def test_a_dead_letter_of_a_lost_link_has_its_traceback_too(azure_bus, emulator):
+    bus = azure_bus()
+    await bus.send(bodies_of(bus, "a"))
+    async with receiving(bus) as receiver:
+        [delivery] = await receiver.receive(1, PATIENCE)
+        emulator.control("drop")
+        error = await settle(receiver, delivery, DEAD_LETTER, reason="R", description="D", traceback="T")
+        assert error is None
+    [dead] = await bus.peek(dead_letter=True)
+    found = dead.dead_letter_reason, dead.dead_letter_error_description, dead.dead_letter_traceback
+    assert found == ("R", "D", "T")
+
+
+async def test_another_release_of_the_sdk_dead_letters_without_the_traceback(azure_bus, monkeypatch):
+    from azure.servicebus.aio import ServiceBusReceiver
+
+    bus = azure_bus()
+    with monkeypatch.context() as patch:
+        patch.delattr(ServiceBusReceiver, "_settle_message_via_mgmt_link")
+        await bury(bus, bodies_of(bus, "a"))
+    [dead] = await bus.peek(dead_letter=True)
+    assert (dead.dead_letter_reason, dead.dead_letter_traceback) == ("TaskFailed", None)
+
+
+async def test_the_connection_string_of_one_queue_will_do_for_its_dead_letters(emulator, azure_bus):
+    queue = azure_bus().queue_name
+    bus = AzureServiceBus.from_connection_string(f"{emulator.connection_string}EntityPath={queue}", queue)
+    await bury(bus, bodies_of(bus, *"abc"))
+    assert names_of(await bus.replay(is_named("a"))) == ["a"]
+    assert names_of(await bus.discard(is_named("b"))) == ["b"]
+    assert names_of(await bus.purge(anything)) == ["a"]
+    counts = await bus.counts()
+    assert (counts.active, counts.dead_letter) == (0, 1)
+    await bus.close()
+
+
+async def test_nothing_is_locked_where_nothing_matches(azure_bus, monkeypatch):
+    bus = azure_bus()
+    await bury(bus, bodies_of(bus, *"abc"))
+    monkeypatch.setattr(boilermaker.AzureReceiver, "open", None)
+    assert await bus.replay(is_named("x")) == await bus.discard([1]) == await bus.purge(anything) == []
+
+
+async def test_what_an_operation_held_goes_back_at_once_and_as_if_nobody_had_received_it(azure_bus, emulator):
+    bus = azure_bus()
+    await bury(bus, bodies_of(bus, *["a"] * 300, "b"))
+    before = [message for message in await bus.peek(1000, dead_letter=True) if is_named("a")(message)]
+    assert len(await bus.replay(is_named("b"))) == 1
+    assert await bus.peek(1000, dead_letter=True) == before
+    assert len(await bus.discard(anything)) == 300
+    assert len(await bus.purge(anything)) == 1
+    await bus.send(bodies_of(bus, *["a"] * 5, "b", "a"))
+    assert len(await bus.purge(numbers_of(await bus.peek())[-2:])) == 2
+    assert [message.delivery_count for message in await bus.peek()] == [0] * 5
+    async with receiving(bus) as receiver:
+        assert len(await receiver.receive(1, 0) + await receiver.receive(10, 0)) == 5
+    assert emulator.control("stats")["locked"] == 5
+
+
+async def test_a_purge_that_meets_others_again_and_again_kills_none_of_them(azure_bus):
+    bus = azure_bus()
+    await bus.send(bodies_of(bus, "a"))
+    for _ in range(12):  # the service's limit is ten deliveries
+        await bus.send(bodies_of(bus, "b"))
+        assert names_of(await bus.purge(is_named("b"))) == ["b"]
+    assert names_of(await bus.peek()) == ["a"]
+
+
+async def test_more_than_it_may_hold_stops_an_operation_which_says_what_it_did(azure_bus, monkeypatch):
+    monkeypatch.setattr(boilermaker, "MAX_HELD", 10)
+    monkeypatch.setattr(boilermaker, "TAKEN_AT_ONCE", 4)
+    bus = azure_bus()
+    await bury(bus, bodies_of(bus, *"aabaaaaaaaa", *"bb"))
+    assert names_of(await bus.replay(is_named("b"))) == ["b"] * 3
+    assert names_of(await bus.purge(anything)) == ["b"] * 3
+    await bury(bus, bodies_of(bus, *"baaaaaaaaab"))
+    with pytest.raises(boilermaker.OperationStopped, match=r"1 of 2 .*over 10 others come before") as caught:
+        await bus.replay(is_named("b"))
+    assert names_of(caught.value.messages) == ["b"]
+    assert names_of(await bus.peek()) == ["b"]
+    assert names_of(await bus.peek(dead_letter=True)) == ["a"] * 19 + ["b"]
+    with pytest.raises(boilermaker.OperationStopped, match="0 of 1"):
+        await bus.replay(is_named("b"))
+    assert len(await bus.discard(is_named("a"))) == 19
+    assert names_of(await bus.replay(is_named("b"))) == ["b"]
+
+
+async def test_the_locks_of_what_is_held_are_renewed(quick_azure_bus, quick_emulator):
+    bus = quick_azure_bus()
+    await bury(bus, bodies_of(bus, *["a"] * 300, "b"))
+    before = [message for message in await bus.peek(1000, dead_letter=True) if is_named("a")(message)]
+    quick_emulator.control("slow 5")  # that late is a settlement, longer than two locks last
+    try:
+        discarding = asyncio.create_task(bus.discard(is_named("b")))
+        await until(lambda: quick_emulator.control("stats")["dead"] == 300)
+        quick_emulator.control("slow 0")
+        assert names_of(await discarding) == ["b"]
+    finally:
+        quick_emulator.control("slow 0")
+    assert await bus.peek(1000, dead_letter=True) == before
+
+
+async def test_what_was_held_and_lost_its_lock_stays_what_it_was(azure_bus, emulator):
+    bus = azure_bus()
+    await bury(bus, bodies_of(bus, *"aaabaab"))
+
+    def steal(count):
+        if count == 1:
+            emulator.control("steal all")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(boilermaker, "TAKEN_AT_ONCE", 4)
+        assert names_of(await bus.replay(is_named("b"), on_progress=steal)) == ["b", "b"]
+    assert names_of(await bus.peek()) == ["b", "b"]
+    dead = await bus.peek(dead_letter=True)
+    assert names_of(dead) == ["a"] * 5
+    assert {message.dead_letter_reason for message in dead} == {"TaskFailed"}
+
+
+async def until_done(operation, *arguments):
+    """An operation, called again for as long as it is stopped; all that it did."""
+    deadline, done = time.monotonic() + PATIENCE, []
+    while time.monotonic() < deadline:
+        try:
+            return done + await operation(*arguments)
+        except ServiceBusUnavailable as stopped:
+            done += getattr(stopped, "messages", [])
+        await asyncio.sleep(0.1)
+    raise AssertionError(f"{operation} was stopped for {PATIENCE} s")
+
+
+@pytest.mark.parametrize("fault", ["drop", "detach", "expire", "lose 1", "lose 9", "busy 2", "steal all", "freeze"])
+async def test_whatever_goes_wrong_a_replay_loses_nothing_and_repeats_nothing(azure_bus, emulator, fault, monkeypatch):
+    for name, value in {"TAKEN_AT_ONCE": 20, "ATTEMPT_TIMEOUT": 2, "CLOSE_TIMEOUT": 1}.items():
+        monkeypatch.setattr(boilermaker, name, value)
+    bus = azure_bus()
+    await bury(bus, bodies_of(bus, *["a", "b"] * 60))
+    dead = await bus.peek(1000, dead_letter=True)
+    faults = iter([fault] * 3)
+
+    def disturb(count):
+        for one in itertools.islice(faults, 1):
+            with contextlib.suppress(ValueError):  # nothing is locked
+                emulator.control(one)
+
+    replayed = await until_done(bus.replay, is_named("a"), False, disturb)
+    emulator.control("lose 0")
+    assert len(numbers_of(replayed)) == len(set(numbers_of(replayed))) <= 60
+    expected = [boilermaker.replay_of(message).message_id for message in filter(is_named("a"), dead)]
+    assert sorted(await ids_of(bus)) == sorted(expected)
+    left = await bus.peek(1000, dead_letter=True)
+    assert numbers_of(left) == numbers_of(filter(is_named("b"), dead))
+    assert {message.dead_letter_error_description for message in left} == {"ValueError: no"}
+
+
+@pytest.mark.parametrize("fault", ["drop", "lose 9", "busy 2", "steal all"])
+async def test_whatever_goes_wrong_a_purge_deletes_what_it_should_and_nothing_else(
+    azure_bus, emulator, fault, monkeypatch
+):
+    monkeypatch.setattr(boilermaker, "TAKEN_AT_ONCE", 20)
+    bus = azure_bus()
+    later = [message._replace(due=time.time() + 3600) for message in bodies_of(bus, *["a", "b"] * 30)]
+    await bus.send(bodies_of(bus, *["a", "b"] * 30) + later)
+    faults = iter([fault] * 3)
+
+    def disturb(count):
+        for one in itertools.islice(faults, 1):
+            with contextlib.suppress(ValueError):
+                emulator.control(one)
+
+    async def purged():
+        await until_done(bus.purge, is_named("a"), False, disturb)
+        return len(await bus.peek(1000)) == 60
+
+    await until(purged)
+    emulator.control("lose 0")
+    emulator.control("busy 0")
+    assert set(names_of(await bus.peek(1000))) == {"b"}
+
+
+async def test_a_replay_that_is_cancelled_gives_back_what_it_held(azure_bus, emulator):
+    bus = azure_bus()
+    await bury(bus, bodies_of(bus, *["b", "a"] * 200))
+    dead = await bus.peek(1000, dead_letter=True)
+    operation = None
+
+    def cancel(count):
+        operation.cancel()
+
+    for _ in range(2):
+        operation = asyncio.create_task(bus.replay(is_named("a"), False, cancel))
+        await asyncio.wait([operation], timeout=PATIENCE)
+        assert operation.cancelled()
+    assert emulator.control("stats")["locked"] == 0
+    replayed = len(await bus.peek(1000))
+    assert 0 < replayed < 200
+    left = await bus.peek(1000, dead_letter=True)
+    assert len(left) == 400 - replayed
+    assert [message for message in left if is_named("b")(message)] == list(filter(is_named("b"), dead))
+    assert len(await bus.replay(is_named("a"))) == 200 - replayed
+    assert len(set(await ids_of(bus))) == 200
+
+
+async def test_a_replay_says_that_somebody_else_holds_what_is_left(azure_bus):
+    bus = azure_bus()
+    await bury(bus, bodies_of(bus, *"aaa"))
+    async with receiving(azure_bus(f"{bus.queue_name}{boilermaker.DEAD_LETTER_SUFFIX}")) as other:
+        [held] = await other.receive(1, PATIENCE)
+        with pytest.raises(boilermaker.OperationStopped, match=r"2 of 3 .*another receiver") as caught:
+            await bus.replay(anything)
+        assert len(caught.value.messages) == 2
+        assert await settle(other, held, ABANDON) is None
+    assert numbers_of(await bus.replay(anything)) == [held.sequence_number]
+
+
+async def test_what_a_worker_holds_stays_when_the_queue_is_purged(azure_bus):
+    bus = azure_bus()
+    await bus.send(bodies_of(bus, *"aaa"))
+    async with receiving(azure_bus(bus.queue_name)) as worker:
+        [held] = await worker.receive(1, PATIENCE)
+        await bus.send(bodies_of(bus, *"b"))
+        assert names_of(await bus.purge(is_named("a"))) == ["a", "a"]
+        assert names_of(await bus.peek()) == ["a", "b"]
+        assert await settle(worker, held) is None
+
+
+async def test_what_becomes_due_while_a_queue_is_purged_is_purged_too(azure_bus, monkeypatch):
+    bus = azure_bus()
+    await bus.send(bodies_of(bus, *"ab"))
+    later = bodies_of(bus, *"aaaa")
+    await bus.send([message._replace(due=time.time() + 3600) for message in later[:2]])
+    await bus.send([later[2]._replace(due=time.time() + 1.5)])
+    await bus.send([later[3]._replace(due=time.time() + 7200)])
+    cancel = boilermaker.AzureOperation.cancel
+
+    async def cancel_later(operation):
+        await until(lambda: no_more_scheduled_than(bus, 3))
+        return await cancel(operation)
+
+    monkeypatch.setattr(boilermaker.AzureOperation, "cancel", cancel_later)
+    assert len(await bus.purge(is_named("a"))) == 5
+    assert names_of(await bus.peek()) == ["b"]
+
+
+async def no_more_scheduled_than(bus, count):
+    return (await bus.counts()).scheduled <= count
+
+
+def nearly_too_large(name, size):
+    """A task as another program may write it, in fewer bytes than we do."""
+    return json.dumps({"task_id": boilermaker.new_task_id(), "function_name": name, "payload": {"args": ["x" * size]}})
+
+
+@pytest.mark.parametrize("unaware", [False, True], ids=["by us", "by the service"])
+async def test_a_replay_that_is_too_large_stays_a_dead_letter_and_the_others_are_replayed(azure_bus, unaware):
+    bus = azure_bus()
+    bus.max_message_bytes = 10**6 if unaware else bus.max_message_bytes
+    text = nearly_too_large("a", 261_850 if unaware else 261_350)
+    large = letter(text, message_id="large", queue=bus.queue_name)
+    assert bus.size(large) <= bus.max_message_bytes
+    [first, last] = bodies_of(bus, *"aa")
+    await bury(bus, [first, large, last], traceback="")
+    before = await bus.peek(dead_letter=True)
+    with pytest.raises(boilermaker.OperationStopped, match=r"2 of 3 .* 1 were refused") as caught:
+        await bus.replay(anything)
+    assert len(caught.value.messages) == 2
+    assert isinstance(caught.value.__cause__, MessageTooLarge)
+    assert before[1].message_id == "large"
+    assert await bus.peek(dead_letter=True) == before[1:2]
+
+
+async def test_a_replay_with_a_wrong_setting_is_an_error_that_says_what_to_do(emulator):
+    bus = AzureServiceBus.from_connection_string(wrong_key(emulator.connection_string), QUEUES[0])
+    for operation in (bus.replay, bus.discard, bus.purge):
+        with pytest.raises(ConfigurationError, match="check the key"):
+            await operation(anything)
+    await bus.close()
+
+
+async def test_no_answer_stops_a_replay(impatient, monkeypatch):
+    for name, value in {"OPERATION_PATIENCE": 1, "ATTEMPT_TIMEOUT": 1, "CLOSE_TIMEOUT": 1}.items():
+        monkeypatch.setattr(boilermaker, name, value)
+    with ServiceBusEmulator(queues=["tasks"], duplicate_detection=600) as emulator:
+        bus = AzureServiceBus.from_connection_string(emulator.connection_string, "tasks")
+        await bury(bus, bodies_of(bus, *["a"] * 300))
+        with pytest.raises(boilermaker.OperationStopped, match=r"of 300 messages: .*"):
+            await bus.replay(anything, on_progress=lambda count: emulator.control("refuse 600\ndrop"))
+        await bus.close()
+
+
+REPLAY_AND_DIE = """
+import asyncio, os, signal, sys
+import boilermaker
+
+dispose, left = boilermaker.AzureReceiver._dispose, int(sys.argv[3])
+
+async def dispose_or_die(receiver, settlement):
+    global left
+    left -= 1
+    if not left:
+        os.kill(os.getpid(), signal.SIGKILL)
+    await dispose(receiver, settlement)
+
+async def main():
+    bus = boilermaker.AzureServiceBus.from_connection_string(sys.argv[1], sys.argv[2])
+    await bus.replay(lambda message: message.task.function_name == "a")
+
+boilermaker.TAKEN_AT_ONCE = 20
+boilermaker.AzureReceiver._dispose = dispose_or_die
+asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize("settled", [1, 31, 60])
+async def test_a_replay_that_is_killed_between_publishing_and_deleting_goes_on_when_it_is_called_again(
+    azure_bus, emulator, start_program, settled
+):
+    bus = azure_bus()
+    await bury(bus, bodies_of(bus, *["a", "b"] * 60))
+    dead = await bus.peek(1000, dead_letter=True)
+    program = start_program(REPLAY_AND_DIE, emulator.connection_string, bus.queue_name, settled)
+    assert await exit_code(program) == -signal.SIGKILL
+    assert 0 < len(await bus.peek(1000)) <= 60
+    assert len(await bus.peek(1000, dead_letter=True)) > 60
+    await until_done(bus.replay, is_named("a"))
+    expected = [boilermaker.replay_of(message).message_id for message in filter(is_named("a"), dead)]
+    assert sorted(await ids_of(bus)) == sorted(expected)
+    assert numbers_of(await bus.peek(1000, dead_letter=True)) == numbers_of(filter(is_named("b"), dead))
+
+
+# -- exact counts, which the service tells over HTTPS
+
+QUEUE_ENTRY = """<?xml version="1.0" encoding="utf-8"?>
+<entry xmlns="http://www.w3.org/2005/Atom"><title type="text">{queue}</title><content type="application/xml">
+<QueueDescription xmlns="http://schemas.microsoft.com/netservices/2010/10/servicebus/connect">
+<MessageCount>9000</MessageCount>
+<CountDetails xmlns:d="http://schemas.microsoft.com/netservices/2011/06/servicebus">
+<d:ActiveMessageCount>{active}</d:ActiveMessageCount><d:DeadLetterMessageCount>4000</d:DeadLetterMessageCount>
+<d:ScheduledMessageCount>3000</d:ScheduledMessageCount>
+</CountDetails></QueueDescription></content></entry>"""
+
+
+class AdministrationServer(ThreadingHTTPServer):
+    """The HTTPS side of a namespace, which tells of 4,000 dead letters and 3,000 scheduled messages."""
+
+    daemon_threads = True
+
+    def __init__(self, certificate):
+        super().__init__(("127.0.0.1", 0), AdministrationHandler)
+        self.status, self.active, self.asked, self.answering = 200, 2000, [], threading.Event()
+        self.answering.set()
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(certificate)
+        self.socket = context.wrap_socket(self.socket, server_side=True)
+
+
+class AdministrationHandler(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.server.asked.append((self.path.partition("?")[0], self.headers["Authorization"]))
+        self.server.answering.wait(PATIENCE)
+        body = QUEUE_ENTRY.format(queue="tasks", active=self.server.active).encode()
+        with contextlib.suppress(ConnectionError, ssl.SSLError):  # who asked has gone
+            self.send_response(self.server.status)
+            self.send_header("Content-Type", "application/atom+xml")
+            self.send_header("Content-Length", len(body))
+            self.end_headers()
+            self.wfile.write(body)
+
+    def log_message(self, *arguments): ...
+
+
+@pytest.fixture(scope="session")
+def certificate(tmp_path_factory):
+    """A certificate for NAMESPACE that vouches for itself, and its key, in one file."""
+    file, key = [str(tmp_path_factory.mktemp("tls") / name) for name in ("certificate.pem", "key.pem")]
+    request = f"req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN={NAMESPACE} -addext subjectAltName=DNS:{NAMESPACE}"
+    subprocess.run(["openssl", *request.split(), "-keyout", key, "-out", file], check=True, capture_output=True)
+    with open(file, "a") as stream:
+        stream.write(Path(key).read_text())
+    return file
+
+
+@pytest.fixture
+async def namespace(certificate, emulator, impatient, monkeypatch):
+    """A Service Bus under the name NAMESPACE: AMQP with TLS by the emulator, HTTPS; and what makes buses there."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate)
+    administration = AdministrationServer(certificate)
+    threading.Thread(target=administration.serve_forever, daemon=True).start()
+    async with slow_proxy(emulator, 0, ssl=context) as connection_string:
+        amqp = int(re.search(r"Endpoint=sb://127\.0\.0\.1:(\d+)", connection_string)[1])
+        ports = {443: administration.server_port, 5671: amqp}
+        look_up = socket.getaddrinfo
+
+        def look_up_here(host, port, *arguments, **options):
+            there = (host, port) != (NAMESPACE, port)
+            return look_up(*((host, port) if there else ("127.0.0.1", ports[port])), *arguments, **options)
+
+        monkeypatch.setattr(socket, "getaddrinfo", look_up_here)
+        secrets = connection_string.replace("UseDevelopmentEmulator=true;", "").partition(";")[2]
+        buses = []
+
+        def make(queue=None, **options):
+            there = f"Endpoint=sb://{NAMESPACE}/;{secrets}"
+            options = {"connection_verify": certificate} | options
+            buses.append(AzureServiceBus.from_connection_string(there, queue or fresh_queue(), **options))
+            return buses[-1]
+
+        make.administration = administration
+        yield make
+        for bus in buses:
+            await bus.close()
+    administration.answering.set()
+    administration.shutdown()
+    administration.server_close()
+
+
+async def test_counts_are_exact_where_the_service_tells_them(namespace):
+    bus = namespace()
+    await bus.send([bodies_of(bus, "a")[0]._replace(due=time.time() + 3600), *bodies_of(bus, *"bc")])
+    for _ in range(2):
+        counts = await bus.counts()
+        assert (counts.active, counts.scheduled, counts.dead_letter) == (2000, 3000, 4000)
+        assert (counts.running, counts.exact) == (None, True)
+        assert 0 <= counts.oldest < 60
+    assert [path for path, _ in namespace.administration.asked] == [f"/{bus.queue_name}"] * 2
+    assert all(authorization.startswith("SharedAccessSignature") for _, authorization in namespace.administration.asked)
+    of_dead_letters = namespace(f"{bus.queue_name}{boilermaker.DEAD_LETTER_SUFFIX}")
+    counts = await of_dead_letters.counts()
+    assert dataclasses.astuple(counts) == (0, None, 0, 4000, None, True)
+
+
+class AsynchronousCredential:
+    async def get_token(self, *scopes, **options):
+        await asyncio.sleep(0)
+        return AccessToken("asynchronous", time.time() + 3600)
+
+
+class CredentialInAThread:
+    def get_token(self, *scopes, **options):
+        assert threading.current_thread() is not threading.main_thread()
+        return AccessToken("in a thread", time.time() + 3600)
+
+
+@pytest.mark.parametrize("credential", [AsynchronousCredential(), CredentialInAThread])
+async def test_a_credential_may_ask_for_counts_too(namespace, certificate, credential):
+    namespace.administration.active = 0
+    bus = AzureServiceBus(NAMESPACE, "tasks", credential, connection_verify=certificate)
+    assert dataclasses.astuple(await bus.counts()) == (0, None, 3000, 4000, None, True)
+    assert "thread" in namespace.administration.asked[0][1] or "asynchronous" in namespace.administration.asked[0][1]
+    await bus.close()
+    assert (await bus.counts()).exact
+    await bus.close()
+
+
+@pytest.mark.parametrize("status", [401, 403, 404, 500])
+async def test_who_may_not_ask_for_counts_is_not_made_to_wait_for_them_each_time(namespace, status, monkeypatch):
+    namespace.administration.status = status
+    bus = namespace()
+    await bus.send(bodies_of(bus, *"ab"))
+    for _ in range(3):
+        counts = await bus.counts()
+        assert (counts.active, counts.exact) == (2, False)
+    assert len(namespace.administration.asked) == 1
+    monkeypatch.setattr(bus._of_this_loop().administration, "_ask_from", 0)
+    namespace.administration.status = 200
+    assert (await bus.counts()).exact
+
+
+async def test_no_answer_for_counts_is_waited_for_once(namespace, monkeypatch):
+    monkeypatch.setattr(boilermaker, "ADMINISTRATION_TIMEOUT", 0.3)
+    namespace.administration.answering.clear()
+    bus = namespace()
+    for _ in range(3):
+        counts = await bus.counts()
+        assert (counts.active, counts.exact) == (0, False)
+    namespace.administration.answering.set()
+    assert len(namespace.administration.asked) == 1
+
+
+@pytest.mark.parametrize("options", [{"custom_endpoint_address": f"sb://{NAMESPACE}:5671"}, {}])
+async def test_where_there_is_no_other_side_it_is_not_asked(namespace, azure_bus, options):
+    bus = namespace(**options) if options else azure_bus()
+    assert not (await bus.counts()).exact
+    assert namespace.administration.asked == []
+
+
+async def test_a_queue_that_is_not_there_cannot_be_counted(namespace):
+    namespace.administration.status = 404
+    with pytest.raises(ConfigurationError, match="There is no queue 'no-such-queue'"):
+        await namespace("no-such-queue").counts()
 
 
 # ======================================================================================================================

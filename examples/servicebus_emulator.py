@@ -57,6 +57,7 @@ MANAGEMENT_FIELDS = ("statusCode", "statusDescription", "errorCondition")
 
 MAX_FRAME_BYTES = 65536
 SEND_CREDIT = 1000  # messages that a sender may have under way
+MOST_PEEKED = 250  # messages that one request to peek gets
 
 STATUS = {
     "amqp:decode-error": 400,
@@ -224,6 +225,15 @@ def for_receiver(row: Row, now: float) -> bytes:
     return b"".join(section for _, section in sorted(parts, key=lambda part: part[0]))
 
 
+def with_properties(encoded: bytes, properties: Mapping[str, Any]) -> bytes:
+    """A message with some application properties more, or other ones."""
+    found = sections(encoded)
+    own = decode(found, [APPLICATION_PROPERTIES]).get(APPLICATION_PROPERTIES, {})
+    parts = [(code, section) for code, section in found if code != APPLICATION_PROPERTIES]
+    parts.append((APPLICATION_PROPERTIES, encode(APPLICATION_PROPERTIES, {**own, **properties})))
+    return b"".join(section for _, section in sorted(parts, key=lambda part: part[0]))
+
+
 def broker_annotations(row: Row, now: float) -> dict[proton.symbol, Any]:
     waiting = STATE_SCHEDULED if row.due > now and row.state != LOCKED else STATE_ACTIVE
     known = {
@@ -335,10 +345,22 @@ class Broker(Store):
             raise Refusal("com.microsoft:message-lock-lost", text)
         return now
 
-    def let_go(self, queue: str, lock: Lock, status: str, reason: str = "", description: str = "") -> None:
+    def let_go(
+        self,
+        queue: str,
+        lock: Lock,
+        status: str,
+        reason: str = "",
+        description: str = "",
+        properties: Mapping[str, Any] | None = None,
+    ) -> None:
         """Let go of a message. The status is the service's word for how, or `released`: as if never delivered."""
         now = self.hold(lock)
         self.stirred.add(queue)
+        if properties:
+            [row] = self.numbered([lock.sequence_number])
+            body = with_properties(row.body, properties)
+            self._changed("UPDATE message SET body = ? WHERE sequence_number = ?", (body, lock.sequence_number))
         if status == "suspended" and queue.endswith(DEAD_LETTER_SUFFIX):
             raise Refusal("amqp:not-allowed", f"A message cannot be dead-lettered out of '{queue}'.")
         if status == "abandoned" and lock.delivery_count + 1 == self._queue(queue)[1].max_delivery_count:
@@ -392,18 +414,21 @@ Operation = Callable[[Broker, str, Body], Body | None]
 
 
 def renew_lock(broker: Broker, queue: str, body: Body) -> Body:
-    duration, until = broker.settings.lock_duration, []
-    for lock in map(Lock.of_token, body["lock-tokens"]):
-        now = broker.hold(lock)
+    duration, locks = broker.settings.lock_duration, [Lock.of_token(token) for token in body["lock-tokens"]]
+    now = [broker.hold(lock) for lock in locks][-1]
+    for lock in locks:
         broker.renew(lock, duration, now)
-        until.append(proton.timestamp((now + duration) * 1000))
-    return {"expirations": array(proton.Data.TIMESTAMP, until)}
+    until = proton.timestamp((now + duration) * 1000)
+    return {"expirations": array(proton.Data.TIMESTAMP, [until] * len(locks))}
 
 
 def update_disposition(broker: Broker, queue: str, body: Body) -> Body:
     reason, description = body.get("deadletter-reason") or "", body.get("deadletter-description") or ""
-    for token in body["lock-tokens"]:
-        broker.let_go(queue, Lock.of_token(token), body["disposition-status"], reason, description)
+    locks = [Lock.of_token(token) for token in body["lock-tokens"]]
+    for lock in locks:
+        broker.hold(lock)
+    for lock in locks:
+        broker.let_go(queue, lock, body["disposition-status"], reason, description, body.get("properties-to-modify"))
     return {}
 
 
@@ -413,14 +438,19 @@ def schedule_message(broker: Broker, queue: str, body: Body) -> Body:
 
 
 def cancel_scheduled_message(broker: Broker, queue: str, body: Body) -> Body:
+    now = time.time()
+    scheduled = {row.sequence_number for row in broker.numbered(body["sequence-numbers"]) if row.due > now}
     for number in body["sequence-numbers"]:
-        if not broker.cancel(queue, number, time.time()):
+        if number not in scheduled:
+            raise message_not_found(number)
+    for number in body["sequence-numbers"]:
+        if not broker.cancel(queue, number, now):
             raise message_not_found(number)
     return {}
 
 
 def peek_message(broker: Broker, queue: str, body: Body) -> Body | None:
-    rows = broker.peek_rows(queue, body["message-count"], body["from-sequence-number"])
+    rows = broker.peek_rows(queue, min(body["message-count"], MOST_PEEKED), body["from-sequence-number"])
     return {"messages": [{"message": for_receiver(row, time.time())} for row in rows]} if rows else None
 
 
@@ -682,14 +712,16 @@ def answer(delivery: Any, state: int, refusal: Refusal | None = None) -> None:
     delivery.settle()
 
 
-def outcome_of(delivery: Any) -> tuple[str, ...]:
-    """What the disposition that a client sent asks for: the status, for dead-lettering also why."""
+def outcome_of(delivery: Any) -> tuple[Any, ...]:
+    """What the disposition that a client sent asks for: the status, for dead-lettering also why, and properties."""
     match delivery.remote_state:
         case proton.Delivery.ACCEPTED:
             return ("completed",)
         case proton.Delivery.REJECTED:
-            info = (delivery.remote.condition and delivery.remote.condition.info) or {}
-            return ("suspended", *(info.get(name) or "" for name in DEAD_LETTER_PROPERTIES))
+            given = (delivery.remote.condition and delivery.remote.condition.info) or {}
+            info = {str(name): value for name, value in given.items()}
+            reason, description = (info.pop(name, None) or "" for name in DEAD_LETTER_PROPERTIES)
+            return "suspended", reason, description, info
         case proton.Delivery.MODIFIED:
             return ("defered" if delivery.remote.undeliverable else "abandoned",)
     return ("released",)
