@@ -4565,7 +4565,8 @@ class Cron:
             from cronsim import CronSim
         except ImportError as error:
             raise ConfigurationError(f"cron={self.expression!r} needs a package: pip install cronsim.") from error
-        for match in CronSim(self.expression, moment.astimezone(self.timezone)):
+        plain = EPOCH + (moment - EPOCH)  # of subclasses some, such as freezegun's, forget which of two 02:30 they are
+        for match in CronSim(self.expression, plain.astimezone(self.timezone)):
             tick = match.astimezone(datetime.UTC)
             if tick > moment:  # where clocks show a time again, cronsim means the first, though it asked for the second
                 yield tick
@@ -4680,7 +4681,8 @@ def ticks_to_publish(
     when: When, published: datetime.datetime, now: datetime.datetime, window: datetime.timedelta
 ) -> list[datetime.datetime]:
     """The ticks that are due soon and not published yet, and those before them that are not too old."""
-    late = ticks_within(when, max(published, now - BEHIND * window), now)
+    oldest = now - BEHIND * window
+    late = ticks_within(when, max(published, oldest - datetime.timedelta.resolution), now)
     soon = ticks_within(when, now, now + AHEAD * window)
     return [tick for tick in late + soon if tick > published][:MOST_TICKS]
 
@@ -5437,8 +5439,6 @@ class Boilermaker:
         self._registry: dict[str, Registration] = {}
         self._by_function: dict[Callable[..., Any], Registration] = {}
         self._schedules: dict[str, Schedule] = {}
-        self.schedules: Mapping[str, Schedule] = types.MappingProxyType(self._schedules)
-        """What is published periodically, by name."""
 
     async def __aenter__(self) -> Boilermaker:
         return self
@@ -5640,6 +5640,11 @@ class Boilermaker:
         if when is None:
             raise UsageError("A schedule needs one of cron='0 4 * * *' and every=timedelta(minutes=5).")
         return self._add_schedule(name, workflow, when)
+
+    @property
+    def schedules(self) -> Mapping[str, Schedule]:
+        """What is published periodically, by name, to be read only."""
+        return types.MappingProxyType(self._schedules)
 
     def _add_schedule(self, name: str | None, workflow: Any, when: When, of_registration: bool = False) -> Schedule:
         try:
