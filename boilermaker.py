@@ -132,6 +132,7 @@ __all__ = [
     "RetryExceptionDefaultLinear",
     "RetryMode",
     "RetryPolicy",
+    "Schedule",
     "ServiceBusUnavailable",
     "Task",
     "TaskFailureResult",
@@ -4492,6 +4493,12 @@ AHEAD, BEHIND = 1 / 2, 1 / 4
 MOST_TICKS = 100
 """Ticks of a schedule that are published ahead at most."""
 
+RARE = (
+    "rarer than every %g s, half of the queue's window of duplicate detection: for each tick a worker has to be there "
+    "within that time before it. Where there may be none, make the window longer (duplicate_detection=), or let KEDA's "
+    "cron trigger start one"
+)
+
 TICKER_PAUSE = 10.0
 """Seconds between two looks at the clock at most, which somebody may set meanwhile."""
 
@@ -4528,8 +4535,8 @@ class Cron:
     """The times of a cron expression of five fields, by the clocks of a time zone, with Debian cron's rules.
 
     Where clocks are set forward, what was to run in the time that is skipped runs right after it; where they are set
-    back, it runs the first time only. An expression whose minutes or hours begin with a star goes by what clocks show:
-    it matches again what they show again.
+    back, what is shown twice counts once. But an expression whose minutes or hours begin with a star only goes by what
+    clocks show: by what they show twice, twice; by what they skip, not at all.
     """
 
     expression: str
@@ -4614,6 +4621,10 @@ class Schedule:
         """
         times = self.when.after(_utc(time.time()) if after is None else after.astimezone(datetime.UTC))
         return [each.astimezone(self.when.timezone) for each in itertools.islice(times, count)]
+
+    def is_rare(self, id_window: float) -> bool:
+        """Whether it ends where no worker is, as RARE says: none of its ticks may be on the queue then."""
+        return is_rarer_than(self.when, datetime.timedelta(seconds=AHEAD * id_window), _utc(time.time()))
 
     def tick(self, when: datetime.datetime) -> Task:
         """What is published for one of its times, by whichever worker: with the id that all give it."""
@@ -4773,18 +4784,13 @@ class Ticker:
 
     async def _name_rare_ones(self) -> None:
         """Say which schedules end when no worker is there for long."""
-        rare, now = [], _utc(time.time())
+        rare, seconds = [], self._window.total_seconds()
         for schedule in list(self._app.schedules.values()):
-            if is_rarer_than(schedule.when, AHEAD * self._window, now):
+            if schedule.is_rare(seconds):
                 rare.append(schedule.name)
             await asyncio.sleep(0)
         if rare:
-            logger.info(
-                "Schedules rarer than every %g s, half of the queue's window of duplicate detection: %s. A worker has "
-                "to be there up to so long before a tick. Where there may be none, make the window longer "
-                "(duplicate_detection=), or let KEDA's cron trigger start one",
-                *((AHEAD * self._window).total_seconds(), ", ".join(rare)),
-            )
+            logger.info(f"Schedules %s are {RARE}", ", ".join(rare), AHEAD * seconds)
 
 
 # ======================================================================================================================
@@ -5666,6 +5672,7 @@ class Boilermaker:
                 raise UsageError(f"Schedule already there: {name}. Give one of the two another name with name='...'.")
             logger.warning("Scheduled anew: %s, %s replaces %s", name, when, former.when)
         self._schedules[name] = schedule
+        logger.info("Scheduled %s, %s", name, when)
         return schedule
 
     # -- making tasks

@@ -6676,15 +6676,19 @@ async def test_a_worker_that_ends_leaves_no_ticker_behind(open_bus):
 
 async def test_a_worker_says_at_its_start_which_schedules_end_when_none_is_there(open_bus, caplog):
     caplog.set_level(logging.INFO, "boilermaker.app")
-    app = periodic(open_bus(), second=Every(SECOND), daily=Cron("0 4 * * *"), hourly=Every(HOUR))
+    bus = open_bus()
+    app = periodic(bus, second=Every(SECOND), daily=Cron("0 4 * * *"), hourly=Every(HOUR))
     async with working(app):
-        await until(lambda: "Schedules rarer" in caplog.text)
-    [line] = [each for each in caplog.messages if "Schedules rarer" in each]
-    assert line.startswith(
-        "Schedules rarer than every 300 s, half of the queue's window of duplicate detection: daily, hourly."
-    )
+        await until(lambda: "rarer than" in caplog.text)
+    [line] = [each for each in caplog.messages if "rarer than" in each]
+    assert line.startswith("Schedules daily, hourly are rarer than every 300 s, half of the queue's window")
     assert "duplicate_detection=" in line
     assert "KEDA" in line
+    assert {name: each.is_rare(bus.id_window) for name, each in app.schedules.items()} == {
+        "second": False,
+        "daily": True,
+        "hourly": True,
+    }
 
 
 # -- declaring
@@ -9427,6 +9431,17 @@ async def test_no_step_is_published_twice_whatever_happens(azure_bus, emulator):
     assert {len(numbers) for numbers in messages.values()} == {1}
 
 
+def test_ticks_run_once_each_while_their_workers_come_and_go():
+    ended = run_example("tick_runs", "short", "--seconds", "4")
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    heading, (name, *numbers) = [re.split(r"  +", line.strip()) for line in ended.stdout.splitlines()]
+    figures = dict(zip(heading, map(int, numbers), strict=True))
+    assert name == "short"
+    assert figures["never ran"] == figures["published twice"] == figures["ended"] == 0
+    assert figures["ticks"] > 15
+    assert figures["killed"] >= 3
+
+
 @pytest.mark.parametrize(("fault", "kills"), [("kill", 1), ("kill-local", 1), ("idle", 0)])
 def test_random_kills_and_idle_connections_lose_nothing(fault, kills):
     ended = run_example("fault_runs", fault, "--chains", "40", "--seconds", "3")
@@ -9996,7 +10011,9 @@ def test_the_azure_program_says_what_the_environment_lacks():
 # ======================================================================================================================
 
 CONSUMER = """\
-from MODULE import Boilermaker, LocalServiceBus, RetryPolicy, Task, TaskFailureResult, retries
+from datetime import timedelta
+
+from MODULE import Boilermaker, LocalServiceBus, RetryPolicy, Schedule, Task, TaskFailureResult, retries
 
 app = Boilermaker({"count": 0}, LocalServiceBus())
 
@@ -10017,6 +10034,25 @@ async def plain(state: dict[str, int]) -> None: ...
 app.register_async(plain, policy=retries.NoRetry())
 
 
+@app.task(policy=RetryPolicy(max_tries=3), every=timedelta(minutes=5))
+async def tidy(state: dict[str, int], of: int = 3) -> int:
+    return of
+
+
+@app.task(cron="0 4 * * *", timezone="Europe/Berlin")
+async def report(state: dict[str, int]) -> None: ...
+
+
+hourly: Schedule = app.schedule(resize.si("x") | send_mail.s(), every=timedelta(hours=1), name="hourly")
+app.schedule(plain, cron="0 5 * * *")
+names: list[str] = [name for name, each in app.schedules.items() if each.next_times(1)[0] < hourly.next_times(1)[0]]
+
+
+async def work() -> None:
+    await tidy.delay(of=4)
+    await app.run(schedules=False)
+
+
 async def publish() -> None:
     task: Task = await resize.delay("x", width=1)
     await app.publish_task(resize.si("x") | send_mail.s() | resize)
@@ -10033,6 +10069,8 @@ MISTAKES = {
     'resize.si("x", "y")': "a wrong type, positional",
     'await send_mail.delay("x", "y")': "too many arguments",
     "wrong: str = await resize({}, 'x')": "a wrong result",
+    "app.schedule(tidy, every=300)": "an interval that is none",
+    "await tidy.delay('x')": "a wrong type, of a task with a schedule",
 }
 
 
