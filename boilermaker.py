@@ -21,7 +21,7 @@ A task is an `async def` whose first argument is the application's state. Publis
 arguments into a JSON message on a queue; a worker receives the message under a lock, runs the function, and settles
 the message: completed, retried later, or dead-lettered. What must follow (a callback, the next step of a chain, a
 retry) is a message too, published before its parent is settled, so that a worker may die at any instant and nothing
-is lost. Deciding what follows is pure (section 6); only the worker and the application (sections 11 and 12) talk to
+is lost. Deciding what follows is pure (section 6); only the worker and the application (sections 12 and 13) talk to
 a bus.
 
     1.  Vocabulary      errors, limits, checks, clocks
@@ -34,9 +34,10 @@ a bus.
     8.  Local bus       group commit, waking up, lock renewal around the store
     9.  Azure bus       the same protocol over azure-servicebus
     10. Tracing         OpenTelemetry, when asked for
-    11. Worker          receive, run, settle, shut down
-    12. Application     registering and publishing
-    13. Old names       the modules of the multi-file original
+    11. Schedules       when periodic tasks are due, and how each worker publishes them
+    12. Worker          receive, run, settle, shut down
+    13. Application     registering and publishing
+    14. Old names       the modules of the multi-file original
 
 The way of a message through a worker, from its lock to its end. A *run* is a message with its task and how that ended;
 a *settlement* is what to do with the message, and what is published before that.
@@ -138,6 +139,7 @@ __all__ = [
     "RetryExceptionDefaultLinear",
     "RetryMode",
     "RetryPolicy",
+    "Schedule",
     "ServiceBusUnavailable",
     "Task",
     "TaskFailureResult",
@@ -1607,6 +1609,10 @@ class Outgoing(NamedTuple):
     application_properties: Mapping[str, str] = {}
     function_name: str | None = None
     """The task's, for those who count a queue by task; the body is what counts."""
+    given_id: bool = False
+    """The id stands for what is meant, a caller's or a tick's: a second one within the bus's `id_window` is dropped."""
+    numbered: bool = True
+    """Who sends it, scheduled, wants to know its sequence number, which on Azure costs a request for each time."""
 
 
 @dataclass(slots=True, eq=False)
@@ -1802,6 +1808,8 @@ class ServiceBus(Protocol):
     max_message_bytes: int
     max_delivery_count: int | None
     """Deliveries after which the bus itself dead-letters a message."""
+    id_window: float
+    """Seconds, from the sending on, for which a given id is remembered; 0 if it is not."""
     system: str
     """OpenTelemetry's `messaging.system`."""
 
@@ -2220,6 +2228,9 @@ MIGRATIONS = (
 
 SCHEMA_VERSION = len(MIGRATIONS)
 
+GIVEN_ID_WINDOW = 600
+"""Seconds for which an id that was given is remembered at least, where a queue's duplicate detection is off too."""
+
 _DUE = """
     FROM     message
     WHERE    queue_id = ? AND state IN (0, 1) AND due <= ?
@@ -2228,7 +2239,8 @@ _DUE = """
 """
 
 SELECT_DUE = f"""
-    SELECT   sequence_number, delivery_count, message_id, body, application_properties, expires, enqueued_time {_DUE}
+    SELECT   sequence_number, delivery_count, message_id, body, application_properties, expires,
+             ifnull(scheduled_enqueue_time, enqueued_time) {_DUE}
 """
 
 LOCK_DUE = f"""
@@ -2256,6 +2268,10 @@ class QueueSettings(NamedTuple):
     max_delivery_count: int | None = 10
     duplicate_detection: float | None = None
     time_to_live: float | None = None
+
+    def id_window(self, given_id: bool) -> float | None:
+        """Seconds for which a message's id is remembered."""
+        return max(self.duplicate_detection or 0, GIVEN_ID_WINDOW) if given_id else self.duplicate_detection
 
 
 class FileState(enum.Enum):
@@ -2429,12 +2445,11 @@ class Store(Connection):
         """
         self.additions += len(messages)
         numbers: list[int] = []
-        for queue, group in itertools.groupby(messages, key=lambda message: message.queue):
+        for (queue, given_id), group in itertools.groupby(messages, key=_queue_and_given_id):
             queue_id, settings = self._queue(queue)
             rows = [self._row(queue_id, settings.time_to_live, message, now) for message in group]
-            if settings.duplicate_detection is not None:
-                window = now + settings.duplicate_detection
-                numbers += [self._insert_once(queue_id, row, now, window, dropped) for row in rows]
+            if (window := settings.id_window(given_id)) is not None:
+                numbers += [self._insert_once(queue_id, row, now, now + window, dropped) for row in rows]
             elif len(rows) == 1:
                 numbers.append(self.sql.execute(INSERT, rows[0]).lastrowid or 0)
             else:
@@ -2445,8 +2460,8 @@ class Store(Connection):
 
     def _row(self, queue_id: int, time_to_live: float | None, message: Outgoing, now: float) -> tuple[Any, ...]:
         self.bytes_written += len(message.body) + BYTES_OF_A_CHANGE
-        scheduled = message.due if message.due is not None and message.due > now else 0
-        enqueued = scheduled or now
+        scheduled = message.due or 0
+        enqueued = max(scheduled, now)
         expires = 0 if time_to_live is None else enqueued + time_to_live
         properties = _to_json(message.application_properties) if message.application_properties else ""
         return (
@@ -2455,9 +2470,9 @@ class Store(Connection):
         )
 
     def _insert_once(
-        self, queue_id: int, row: tuple[Any, ...], now: float, window: float, dropped: list[str] | None
+        self, queue_id: int, row: tuple[Any, ...], now: float, expires: float, dropped: list[str] | None
     ) -> int:
-        """Enqueue a message unless its id was enqueued within the window of duplicate detection."""
+        """Enqueue a message unless its id is remembered; it is from now on, until it expires."""
         message_id = row[5]
         self.sql.execute("DELETE FROM duplicate WHERE queue_id = ? AND expires <= ?", (queue_id, now))
         original = self._one(
@@ -2470,7 +2485,7 @@ class Store(Connection):
         number = self.sql.execute(INSERT, row).lastrowid or 0
         self.sql.execute(
             "INSERT INTO duplicate (queue_id, message_id, expires, sequence_number) VALUES (?, ?, ?, ?)",
-            (queue_id, message_id, window, number),
+            (queue_id, message_id, expires, number),
         )
         return number
 
@@ -2652,6 +2667,8 @@ class Store(Connection):
         )
         return None if row is None else _state_of(row[0], row[1], row[2], now)
 
+
+_queue_and_given_id = operator.attrgetter("queue", "given_id")
 
 _connecting = threading.Lock()
 _connections: weakref.WeakSet[Connection] = weakref.WeakSet()
@@ -3433,7 +3450,8 @@ class LocalServiceBus:
         queue_name: the queue in the file.
         lock_duration: seconds before an unsettled message is delivered again, unless its lock is renewed.
         max_delivery_count: deliveries before a message is dead-lettered, None for no limit.
-        duplicate_detection: seconds in which a second message of the same id is dropped, None for off.
+        duplicate_detection: seconds in which a second message of the same id is dropped, None for off; the ids of
+            periodic tasks are remembered for 600 at least.
         time_to_live: seconds before a message that nobody received is dead-lettered, None for never.
         max_message_bytes: the size limit of a message body.
 
@@ -3469,6 +3487,7 @@ class LocalServiceBus:
             None if duplicate_detection is None else _positive("duplicate_detection", duplicate_detection),
             None if time_to_live is None else _positive("time_to_live", time_to_live),
         )
+        self.id_window = self._settings.id_window(given_id=True) or 0
         self._real_path = self.path if self.path == ":memory:" else os.path.realpath(self.path)
         self._file: QueueFile | None = None
         self._keeps_settings = False
@@ -4126,7 +4145,7 @@ class AzureServiceBus:
         self.namespace = _namespace_of(namespace_url)
         self.queue_name = _checked_queue_name(queue_name)
         self.max_message_bytes = _count("max_message_bytes", max_message_bytes)
-        self.duplicate_detection = _positive("duplicate_detection", duplicate_detection, or_zero=True)
+        self.duplicate_detection = self.id_window = _positive("duplicate_detection", duplicate_detection, or_zero=True)
         self.max_delivery_count: int | None = _count("max_delivery_count", max_delivery_count)
         self.entity_path: str | None = None
         self._credential = credential
@@ -4443,29 +4462,6 @@ class AzureServiceBus:
             raise
         except Exception as error:
             raise _azure_error(error, f"queue {queue!r} of {self.namespace}") from error
-
-
-class Selection(NamedTuple):
-    """What `which` says: the numbers, None for all messages, and the function, None for all of these."""
-
-    numbers: frozenset[int] | None
-    matches: Callable[[Message], object] | None
-
-
-def selection_of(which: Which) -> Selection:
-    """Raises UsageError where it is neither a plain function nor sequence numbers."""
-    expected = f"which={_short(which)} must be a function Message -> bool, or a list of sequence numbers"
-    if callable(which):
-        if inspect.iscoroutinefunction(which) or inspect.iscoroutinefunction(type(which).__call__):
-            raise UsageError(f"{expected}: not a coroutine function.")
-        return Selection(None, which)
-    if isinstance(which, (str, bytes, bytearray)) or not isinstance(which, Iterable):
-        raise UsageError(f"{expected}.")
-    numbers = list(which)
-    for number in numbers:
-        if type(number) is not int:
-            raise UsageError(f"{expected}: {_short(number)} is no int.")
-    return Selection(frozenset(filter(_is_64_bit, numbers)), None)
 
 
 class _Opened(NamedTuple):
@@ -4917,11 +4913,13 @@ class AzureSender:
             await asyncio.wait(self._closing)
 
     async def _send_waiting(self) -> None:
-        """Send until nothing waits, by turns the first ones that are due at the same time."""
+        """Send until nothing waits, by turns the first ones that can go together."""
         while self._waiting:
             waiting = [(message, request) for message, request in self._waiting if not request.future.done()]
-            due = waiting[0][0].due if waiting else None
-            count = next((i for i, (message, _) in enumerate(waiting) if message.due != due), len(waiting))
+            due = _due_if_numbered(waiting[0][0]) if waiting else None
+            count = next(
+                (i for i, (message, _) in enumerate(waiting) if _due_if_numbered(message) != due), len(waiting)
+            )
             some, self._waiting = waiting[:count], waiting[count:]
             try:
                 with self._bus.explained(self._queue):
@@ -4973,7 +4971,7 @@ class AzureSender:
         if self._link is None or not self._link.works:
             self._drop_link()
             self._link = await self._bus.sender_link(self._queue).__aenter__()
-        due, link = messages[0].due, self._link
+        due, link = _due_if_numbered(messages[0]), self._link
         if due is not None:
             sizes = itertools.accumulate(self._bus.size(message) for message in messages[: self.MAX_SCHEDULED])
             fitting = max(1, sum(size <= self._bus.max_message_bytes for size in sizes))
@@ -5002,6 +5000,11 @@ class AzureSender:
             self._link = None
 
 
+def _due_if_numbered(message: Outgoing) -> float | None:
+    """What the messages of one request have in common: None for those that need not be asked for their numbers."""
+    return message.due if message.numbered else None
+
+
 def _sdk_message(message: Outgoing) -> ServiceBusMessage:
     try:
         sdk_message: ServiceBusMessage = _import_azure().ServiceBusMessage(
@@ -5009,6 +5012,7 @@ def _sdk_message(message: Outgoing) -> ServiceBusMessage:
             message_id=message.message_id,
             content_type="application/json",
             application_properties=dict(message.application_properties) or None,
+            scheduled_enqueue_time_utc=None if message.due is None else _utc(message.due),
         )
     except (TypeError, ValueError) as error:
         raise RequestRefused(f"Message {message.message_id!r} cannot be sent: {error}") from error
@@ -5691,7 +5695,324 @@ def _end_span(span: Span, kind: object, error: BaseException | None, trace: obje
 
 
 # ======================================================================================================================
-# 11. Worker: receive, run, settle, shut down
+# 11. Schedules: when periodic tasks are due, and how each worker publishes them
+# ======================================================================================================================
+
+# A tick is one time of a schedule. There is no leader: each worker publishes the ticks of the near future, as scheduled
+# messages under ids that are the same whoever does it, and the bus keeps one of each. So all depends on an id being
+# remembered for as long as somebody may send it again. The bus remembers it for its window W, from the sending on. A
+# tick that is due at d is sent from d - W/2 on at the earliest, and so remembered until d + W/2 at least; at the latest
+# it is sent at d + W/4, by a worker that makes up for it. What lies between is for clocks that differ and for sends
+# that take long: W/4, two and a half minutes of ten.
+
+AHEAD, BEHIND = 1 / 2, 1 / 4
+"""How far in the future ticks are published, and how far in the past they are made up for, in windows of the bus."""
+
+MOST_TICKS = 100
+"""Ticks of a schedule that are published ahead at most."""
+
+RARE = (
+    "rarer than every %g s, half of the queue's window of duplicate detection: for each tick a worker has to be there "
+    "within that time before it. Where there may be none, make the window longer (duplicate_detection=), or let KEDA's "
+    "cron trigger start one"
+)
+
+TICKER_PAUSE = 10.0
+"""Seconds between two looks at the clock at most, which somebody may set meanwhile."""
+
+EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
+
+
+@dataclass(frozen=True, slots=True)
+class Every:
+    """The times that are so far apart, counted from the Unix epoch, so that all workers agree on them."""
+
+    interval: datetime.timedelta
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.interval, datetime.timedelta):
+            raise UsageError(f"every={_short(self.interval)} must be a timedelta, such as timedelta(minutes=5).")
+        if not 1 <= self.interval.total_seconds() <= MAX_SECONDS:
+            raise UsageError(f"every={self.interval!r} must be at least a second, and at most {MAX_SECONDS}.")
+
+    def __str__(self) -> str:
+        return f"every {self.interval}"
+
+    @property
+    def timezone(self) -> datetime.tzinfo:
+        return datetime.UTC
+
+    def after(self, moment: datetime.datetime) -> Iterator[datetime.datetime]:
+        """All times after a moment, in UTC."""
+        for count in itertools.count((moment - EPOCH) // self.interval + 1):
+            yield EPOCH + count * self.interval
+
+
+@dataclass(frozen=True, slots=True)
+class Cron:
+    """The times of a cron expression of five fields, by the clocks of a time zone, with Debian cron's rules.
+
+    Where clocks are set forward, what was to run in the time that is skipped runs right after it; where they are set
+    back, what is shown twice counts once. But an expression whose minutes or hours begin with a star only goes by what
+    clocks show: by what they show twice, twice; by what they skip, not at all.
+    """
+
+    expression: str
+    zone: str = "UTC"
+
+    def __post_init__(self) -> None:
+        fields = self.expression.split() if isinstance(self.expression, str) else ()
+        if len(fields) != 5:
+            raise UsageError(
+                f"cron={_short(self.expression)} must have five fields: minute, hour, day of the month, month, day of "
+                "the week; for seconds there is every=timedelta(seconds=...)."
+            )
+        _time_zone(self.zone)
+        try:
+            first = next(self.after(_utc(time.time())), None)
+        except ConfigurationError:
+            raise
+        except Exception as error:
+            raise UsageError(f"cron={self.expression!r} is no cron expression, or never comes: {error}.") from error
+        if first is None:
+            raise UsageError(f"cron={self.expression!r} never comes: no date of the next 50 years matches it.")
+
+    def __str__(self) -> str:
+        return f"cron {self.expression!r} {self.zone}"
+
+    @property
+    def timezone(self) -> datetime.tzinfo:
+        return _time_zone(self.zone)
+
+    def after(self, moment: datetime.datetime) -> Iterator[datetime.datetime]:
+        """All times after a moment, in UTC."""
+        try:
+            from cronsim import CronSim
+        except ImportError as error:
+            raise ConfigurationError(f"cron={self.expression!r} needs a package: pip install cronsim.") from error
+        plain = EPOCH + (moment - EPOCH)  # of subclasses some, such as freezegun's, forget which of two 02:30 they are
+        for match in CronSim(self.expression, plain.astimezone(self.timezone)):
+            tick = match.astimezone(datetime.UTC)
+            if tick > moment:  # where clocks show a time again, cronsim means the first, though it asked for the second
+                yield tick
+
+
+def _time_zone(name: str) -> datetime.tzinfo:
+    """A time zone by its name; UTC also where there is no time zone data."""
+    import zoneinfo
+
+    if name == "UTC":
+        return datetime.UTC
+    try:
+        return zoneinfo.ZoneInfo(name)
+    except (zoneinfo.ZoneInfoNotFoundError, AttributeError, TypeError, ValueError, OSError) as error:
+        raise UsageError(
+            f"timezone={_short(name)} is not known here: give a name such as 'Europe/Berlin'. Where the system has no "
+            "time zone data, as on Windows and in small images, pip install tzdata."
+        ) from error
+
+
+When: TypeAlias = Cron | Every
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Schedule:
+    """A workflow that is published again and again.
+
+    Args:
+        name: tells it from others, in its ticks' ids too.
+        workflow: what each tick is a copy of.
+        when: its times.
+        of_registration: it came with `@app.task`, and goes when the function is registered anew without.
+    """
+
+    name: str
+    workflow: Task
+    when: When
+    of_registration: bool = False
+
+    def next_times(self, count: int, after: datetime.datetime | None = None) -> list[datetime.datetime]:
+        """Its next times, in its time zone.
+
+        Args:
+            after: an aware datetime; now if None.
+        """
+        times = self.when.after(_utc(time.time()) if after is None else after.astimezone(datetime.UTC))
+        return [each.astimezone(self.when.timezone) for each in itertools.islice(times, count)]
+
+    def is_rare(self, id_window: float) -> bool:
+        """Whether it ends where no worker is, as RARE says: none of its ticks may be on the queue then."""
+        return is_rarer_than(self.when, datetime.timedelta(seconds=AHEAD * id_window), _utc(time.time()))
+
+    def tick(self, when: datetime.datetime) -> Task:
+        """What is published for one of its times, by whichever worker: with the id that all give it."""
+        task = self.workflow.copy()
+        task.task_id = tick_id(self.name, when)
+        return task
+
+
+def tick_id(name: str, when: datetime.datetime) -> str:
+    """The task's and the message's id of a tick; where the name is too long for that, of a digest of the name."""
+    utc = when.astimezone(datetime.UTC).isoformat()
+    message_id = f"cron:{name}:{utc}"
+    return message_id if len(message_id) <= MAX_MESSAGE_ID_LENGTH else f"cron:{uuid.uuid5(_ID_NAMESPACE, name)}:{utc}"
+
+
+def when_of(cron: str | None, every: datetime.timedelta | None, timezone: str) -> When | None:
+    """The times of a declaration, None of one without any.
+
+    Raises:
+        UsageError: both are given, or one that makes no sense.
+        ConfigurationError: a package is missing.
+    """
+    if cron is not None and every is not None:
+        raise UsageError(f"Both cron={cron!r} and every={every!r} are given: choose one.")
+    if cron is not None:
+        return Cron(cron, timezone)
+    if timezone != "UTC":
+        raise UsageError(f"timezone={_short(timezone)} goes with cron=; every= is counted from the Unix epoch, in UTC.")
+    return None if every is None else Every(every)
+
+
+# -- which ticks to publish
+
+
+def ticks_within(when: When, since: datetime.datetime, until: datetime.datetime) -> list[datetime.datetime]:
+    """The ticks after one moment and up to another; MOST_TICKS at most."""
+    return list(itertools.islice(itertools.takewhile(until.__ge__, when.after(since)), MOST_TICKS))
+
+
+def latest_tick(when: When, since: datetime.datetime, until: datetime.datetime) -> datetime.datetime | None:
+    """The last tick from one moment to another; looked for a minute back, then further and further."""
+    back, before = datetime.timedelta(minutes=1), since - datetime.timedelta.resolution
+    while True:
+        start = max(before, until - back)
+        ticks = list(itertools.takewhile(until.__ge__, when.after(start)))
+        if ticks or start == before:
+            return ticks[-1] if ticks else None
+        back *= 4
+
+
+class Progress(NamedTuple):
+    """How far a worker is with a schedule: the ticks up to `published` are; the next are looked for at `look_at`."""
+
+    published: datetime.datetime
+    look_at: datetime.datetime
+
+
+def first_progress(when: When, now: datetime.datetime, window: datetime.timedelta) -> Progress:
+    """Where a worker begins that starts: right before the latest tick, if that is not too old to be made up for."""
+    latest = latest_tick(when, now - BEHIND * window, now)
+    return Progress(now if latest is None else latest - datetime.timedelta.resolution, now)
+
+
+def ticks_to_publish(
+    when: When, published: datetime.datetime, now: datetime.datetime, window: datetime.timedelta
+) -> list[datetime.datetime]:
+    """The ticks that are due soon and not published yet, and those before them that are not too old."""
+    oldest = now - BEHIND * window
+    late = ticks_within(when, max(published, oldest - datetime.timedelta.resolution), now)
+    soon = ticks_within(when, now, now + AHEAD * window)
+    return [tick for tick in late + soon if tick > published][:MOST_TICKS]
+
+
+def next_progress(
+    when: When, published: datetime.datetime, now: datetime.datetime, window: datetime.timedelta
+) -> Progress:
+    """When to publish more: as soon as the next tick is near enough, so that there is always one on the queue where no
+    worker is left; but of many at once, when half of those are due that are there."""
+    following = next(when.after(published), None)
+    if following is None:
+        return Progress(published, datetime.datetime.max.replace(tzinfo=datetime.UTC))
+    return Progress(published, max(following - AHEAD * window, now + (published - now) / 2))
+
+
+def is_rarer_than(when: When, span: datetime.timedelta, now: datetime.datetime) -> bool:
+    """Whether more than so much time lies between two ticks: of the next hundred, or, by samples, of the next month."""
+    hours, days = datetime.timedelta(hours=1), datetime.timedelta(days=1)
+    samples = [now + n * hours for n in range(24)] + [now + n * days for n in range(1, 32)]
+    gaps = itertools.chain(
+        (next(when.after(sample), sample + 2 * span) - sample for sample in samples),
+        (later - tick for tick, later in itertools.pairwise(itertools.islice(when.after(now), MOST_TICKS))),
+    )
+    return any(gap > span for gap in gaps)
+
+
+class Ticker:
+    """Publishes the ticks of an application's schedules for one worker: what it has published, not again.
+
+    Raises:
+        ConfigurationError: the queue would not keep one of each.
+    """
+
+    def __init__(self, app: Boilermaker) -> None:
+        seconds = app.service_bus_client.id_window
+        if not seconds:
+            raise ConfigurationError(
+                f"{app.service_bus_client!r} has no duplicate detection (duplicate_detection=0), which keeps one of "
+                "each tick that several workers publish. Make the queue with it, or run(schedules=False)."
+            )
+        self._app = app
+        self._window = datetime.timedelta(seconds=seconds)
+        self._pause = datetime.timedelta(seconds=min(TICKER_PAUSE, seconds / 8))
+        self._progress: dict[Schedule, Progress] = {}
+
+    async def run(self) -> None:
+        """Publish what is due soon, from time to time, until cancelled."""
+        pause = await self.publish()
+        await self._name_rare_ones()
+        while True:
+            await asyncio.sleep(pause)
+            pause = await self.publish()
+
+    async def publish(self) -> float:
+        """Publish what is due soon; the seconds until there is more. What fails is logged, and tried again."""
+        latest = look_at = _utc(time.time()) + self._pause
+        for schedule in list(self._app.schedules.values()):
+            now = _utc(time.time())
+            try:
+                progress = self._progress_of(schedule, now)
+                if progress.look_at <= now:
+                    ticks = ticks_to_publish(schedule.when, progress.published, now, self._window)
+                    await self._app.publish_ticks(schedule, ticks)
+                    published = ticks[-1] if ticks else max(progress.published, now)
+                    progress = next_progress(schedule.when, published, now, self._window)
+            except ServiceBusUnavailable as error:  # for the others too
+                logger.warning("Ticks of %s are not published, will try again: %s", schedule.name, error)
+                look_at = latest
+                break
+            except Exception as error:
+                logger.error("Ticks of %s cannot be published, will try again: %s", schedule.name, error)
+                continue
+            self._progress[schedule] = progress
+            look_at = min(look_at, progress.look_at)
+        pause = look_at - _utc(time.time())
+        return min(max(pause.total_seconds(), 0), self._pause.total_seconds())
+
+    def _progress_of(self, schedule: Schedule, now: datetime.datetime) -> Progress:
+        """Where this worker is; where the clock was set back so far that its future is another one: anew, from now on.
+
+        A smaller step changes nothing: what is published is, and the ids keep others from doing it again.
+        """
+        progress = self._progress.get(schedule) or first_progress(schedule.when, now, self._window)
+        if progress.published - now <= self._window:
+            return progress
+        logger.warning("The clock was set back: ticks of %s begin anew", schedule.name)
+        return Progress(now, now)
+
+    async def _name_rare_ones(self) -> None:
+        """Say which schedules end when no worker is there for long."""
+        rare, seconds = [], self._window.total_seconds()
+        for schedule in list(self._app.schedules.values()):
+            if schedule.is_rare(seconds):
+                rare.append(schedule.name)
+            await asyncio.sleep(0)
+        if rare:
+            logger.info(f"Schedules %s are {RARE}", ", ".join(rare), AHEAD * seconds)
+
+
+# ======================================================================================================================
+# 12. Worker: receive, run, settle, shut down
 # ======================================================================================================================
 
 MAX_WAIT = 1.0
@@ -5732,6 +6053,7 @@ class Worker:
         grace_period: float,
         max_renewal: float,
         max_deliveries: int | None,
+        schedules: bool,
     ) -> None:
         self._app = app
         self._bus = app.service_bus_client
@@ -5755,6 +6077,7 @@ class Worker:
         self._finished: list[Run] = []
         self._settling: set[asyncio.Future[None]] = set()
         self._kept: dict[Delivery, Run] = {}
+        self._schedules = schedules
         self._wake = asyncio.Event()
         self._dry = False
         self._signalled: float | None = None
@@ -5793,6 +6116,7 @@ class Worker:
         """Open, pump, end, close, in this order; what goes wrong is in the log too, since nobody may await the run."""
         cancelled, names, lifespan = False, self._app.task_names, self._app.lifespan
         try:
+            ticker = Ticker(self._app) if self._schedules and self._app.schedules else None
             self._receiver = await self._bus.open_receiver(self._lock_lost, self._max_renewal, self._suspect_from)
             try:
                 async with contextlib.nullcontext() if lifespan is None else lifespan(self._app) as state:
@@ -5802,12 +6126,20 @@ class Worker:
                     )
                     if not names:
                         logger.warning("No task is registered: import the modules that register some before app.run()")
+                    ticking: asyncio.Task[None] | None = None
                     with _watched(self):
                         try:
+                            if ticker is not None:
+                                if self._burst:
+                                    await ticker.publish()  # what is due now counts as there
+                                ticking = self.loop.create_task(ticker.run())
                             await self._pump()
                         except asyncio.CancelledError:  # by who cancels all tasks, as asyncio.run does at its end
                             cancelled = True
                             self._abandon()
+                        if ticking is not None:
+                            ticking.cancel()
+                            await self._wait([ticking], STOP_PATIENCE)
                         await self._end()
             finally:
                 await self._wait([self.loop.create_task(self._receiver.close())])
@@ -6396,7 +6728,7 @@ if hasattr(os, "register_at_fork"):
 
 
 # ======================================================================================================================
-# 12. Application: registering and publishing
+# 13. Application: registering and publishing
 # ======================================================================================================================
 
 
@@ -6451,6 +6783,7 @@ class Boilermaker:
         self.settled_listeners: list[SettledListener] = []
         self._registry: dict[str, Registration] = {}
         self._by_function: dict[Callable[..., Any], Registration] = {}
+        self._schedules: dict[str, Schedule] = {}
 
     async def __aenter__(self) -> Boilermaker:
         return self
@@ -6477,13 +6810,34 @@ class Boilermaker:
     def task(self, function: TaskCallable[P, R], /) -> TaskFunction[P, R]: ...
 
     @overload
-    def task(self, /, **options: Unpack[TaskOptions]) -> Callable[[TaskCallable[P, R]], TaskFunction[P, R]]: ...
+    def task(
+        self,
+        /,
+        *,
+        every: datetime.timedelta | None = None,
+        cron: str | None = None,
+        timezone: str = "UTC",
+        **options: Unpack[TaskOptions],
+    ) -> Callable[[TaskCallable[P, R]], TaskFunction[P, R]]: ...
 
-    def task(self, function: Any = None, /, **options: Unpack[TaskOptions]) -> Any:
+    def task(
+        self,
+        function: Any = None,
+        /,
+        *,
+        every: datetime.timedelta | None = None,
+        cron: str | None = None,
+        timezone: str = "UTC",
+        **options: Unpack[TaskOptions],
+    ) -> Any:
         """Register an `async def` as a task: `@app.task`, `@app.task()` or `@app.task(policy=...)`.
 
-        The options are those of TaskOptions: `name`, `policy`, `should_dead_letter`, `acks_late`, `timeout`, `expires`,
-        `retry_on`, `dont_retry_on`.
+        Args:
+            every: a timedelta: publish it periodically, as `schedule` does under the task's name; or else
+            cron: an expression of five fields, with
+            timezone: by whose clocks.
+            options: those of TaskOptions: `name`, `policy`, `should_dead_letter`, `acks_late`, `timeout`, `expires`,
+                `retry_on`, `dont_retry_on`.
 
         Raises:
             UsageError: the name is taken, the function is not `async def`, or an option is wrong.
@@ -6492,8 +6846,17 @@ class Boilermaker:
         if isinstance(function, str):
             raise UsageError(f"Options are given by keyword: @app.task(name={function!r}).")
 
+        when = when_of(cron, every, timezone)
+
         def decorate(function: TaskCallable[P, R]) -> TaskFunction[P, R]:
-            return TaskFunction(self, self._register(function, options))
+            registration = self._register(function, options)
+            task: TaskFunction[P, R] = TaskFunction(self, registration)
+            former = self._schedules.get(registration.name)
+            if when is not None:
+                self._add_schedule(registration.name, task, when, of_registration=True)
+            elif former is not None and former.of_registration:
+                del self._schedules[registration.name]
+            return task
 
         return decorate if function is None else decorate(function)
 
@@ -6530,9 +6893,9 @@ class Boilermaker:
         if former is function:
             raise UsageError(f"Function already registered: {name}, this very one. Leave out one of the two.")
         place, former_place = _place_of(function), _place_of(former)
-        if place is None or place[:2] != (former_place or ())[:2] or "<locals>" in place[1]:
+        if place is None or former_place is None or not _is_anew(former, function):
             raise UsageError(f"Function already registered: {name}. Give one of the two another name with name='...'.")
-        logger.warning("Registered anew: %s of %s replaces that of %s", name, place[2], (former_place or place)[2])
+        logger.warning("Registered anew: %s of %s replaces that of %s", name, place[2], former_place[2])
 
     def middleware(self, function: MiddlewareT) -> MiddlewareT:
         """Put an `async def m(task, state, call_next)` around every run of a worker, the first registered outermost.
@@ -6584,6 +6947,67 @@ class Boilermaker:
         if registration is not None and registration.function is function:
             return registration
         return self._by_function.get(function)
+
+    # -- scheduling
+
+    def schedule(
+        self,
+        workflow: TaskLike | TaskCallable[..., Any],
+        /,
+        *,
+        cron: str | None = None,
+        every: datetime.timedelta | None = None,
+        timezone: str = "UTC",
+        name: str | None = None,
+    ) -> Schedule:
+        """Publish a workflow periodically, once at each of its times, however many workers there are.
+
+        Workers do so that know the schedule when they start, see `run`; any worker that knows the functions runs it.
+
+        Args:
+            workflow: the head of a workflow, or a registered function that needs no arguments.
+            cron: five fields, minute, hour, day of the month, month, day of the week; needs the package cronsim.
+            timezone: by whose clocks `cron` goes, as "Europe/Berlin".
+            every: in place of `cron`, a timedelta of at least a second, counted from the Unix epoch.
+            name: tells it from others, and must not change while workers are replaced; the head's function if None.
+
+        Raises:
+            UsageError: neither or both of `cron` and `every` are given, or one that is wrong or never comes; the name
+                is taken; the workflow is not the head, needs arguments, or has a function that is not registered.
+            ConfigurationError: cronsim is missing.
+        """
+        when = when_of(cron, every, timezone)
+        if when is None:
+            raise UsageError("A schedule needs one of cron='0 4 * * *' and every=timedelta(minutes=5).")
+        return self._add_schedule(name, workflow, when)
+
+    @property
+    def schedules(self) -> Mapping[str, Schedule]:
+        """What is published periodically, by name, to be read only."""
+        return types.MappingProxyType(self._schedules)
+
+    def _add_schedule(self, name: str | None, workflow: Any, when: When, of_registration: bool = False) -> Schedule:
+        try:
+            is_plain = callable(workflow) and not isinstance(workflow, TaskFunction)
+            head = self.create_task(workflow) if is_plain else _as_task(workflow, "What is scheduled")
+        except InvalidArguments as error:
+            raise InvalidArguments(
+                f"{error} A schedule gives no arguments: app.schedule(fn.si(...), ...) binds them."
+            ) from None
+        _check_beginning(head)
+        name = head.function_name if name is None else name
+        if not isinstance(name, str) or not name:
+            raise UsageError(f"name={_short(name)} of a schedule must be a string that is not empty.")
+        schedule = Schedule(name, self.bound(head.copy()), when, of_registration)
+        _check_arguments(self.bound(schedule.tick(EPOCH)))
+        former = self._schedules.get(name)
+        if former is not None:
+            if not _is_anew(former.workflow._function, head._function):
+                raise UsageError(f"Schedule already there: {name}. Give one of the two another name with name='...'.")
+            logger.warning("Scheduled anew: %s, %s replaces %s", name, when, former.when)
+        self._schedules[name] = schedule
+        logger.info("Scheduled %s, %s", name, when)
+        return schedule
 
     # -- making tasks
 
@@ -6754,10 +7178,25 @@ class Boilermaker:
                 self.outgoing(head, head.task_id, _due_time(its.get("delay"), its.get("eta")), spans)
                 for head, its in zip(heads, said, strict=True)
             ]
+            if any(head._id_is_given for head in heads):
+                messages = [
+                    message._replace(given_id=head._id_is_given) for head, message in zip(heads, messages, strict=True)
+                ]
             numbers = await self._send(messages, max((its.get("publish_attempts") or 1 for its in said), default=1))
         for head, message, number in zip(heads, messages, numbers, strict=True):
             head.sequence_number, head.message_id = number, message.message_id
         return heads
+
+    async def publish_ticks(self, schedule: Schedule, times: Sequence[datetime.datetime]) -> None:
+        """Publish a schedule's ticks of some times, unless the bus remembers that somebody has."""
+        with contextlib.ExitStack() as spans:
+            messages = []
+            for when in times:
+                tick = self.bound(schedule.tick(when))
+                message = self.outgoing(tick, tick.task_id, when.timestamp(), spans)
+                messages.append(message._replace(given_id=True, numbered=False))
+            if messages:
+                await self._send(messages, 1)
 
     def bound(self, head: Task) -> Task:
         """A workflow as this application would publish it: complete, and all its functions known.
@@ -6872,6 +7311,7 @@ class Boilermaker:
         grace_period: float = 25,
         max_lock_renewal: float = 24 * 3600,
         max_deliveries: int | None = 9,
+        schedules: bool | None = None,
     ) -> None:
         """Receive and run tasks until SIGINT or SIGTERM, until `stop`, or until cancelled.
 
@@ -6889,6 +7329,7 @@ class Boilermaker:
             max_deliveries: after so many deliveries without a settlement a message is not run any more, since it has
                 ended its workers, but dead-lettered, and `on_failure` published. One less than the queue's own limit at
                 most, which would dead-letter it without. None: only that limit counts.
+            schedules: publish what is to be published periodically; None: unless it is a burst.
 
         Raises:
             ConfigurationError: at the start, the queue, the credential or the file is not right; says what to do. Or,
@@ -6903,6 +7344,9 @@ class Boilermaker:
         if max_deliveries is not None:
             _count("max_deliveries", max_deliveries)
             max_deliveries = max_deliveries if limit is None else max(min(max_deliveries, limit - 1), 1)
+        if schedules not in (None, True, False):
+            raise UsageError(f"schedules={_short(schedules)} must be True, False or None.")
+        on_dead_letters = self.service_bus_client.queue_name.endswith(DEAD_LETTER_SUFFIX)
         worker = Worker(
             self,
             concurrency=concurrency,
@@ -6910,6 +7354,7 @@ class Boilermaker:
             grace_period=grace_period,
             max_renewal=max_lock_renewal,
             max_deliveries=max_deliveries,
+            schedules=not (burst or on_dead_letters) if schedules is None else schedules,
         )
         await worker.run()
 
@@ -6938,6 +7383,18 @@ def _place_of(function: Any) -> tuple[str, str, str] | None:
     return function.__module__, function.__qualname__, f"{code.co_filename}:{code.co_firstlineno}"
 
 
+def _is_anew(former: Any, function: Any) -> bool:
+    """Whether a function is another's new version: of a notebook's cell that ran twice, of a module's reload."""
+    place, former_place = _place_of(function), _place_of(former)
+    return (
+        former is not function
+        and place is not None
+        and former_place is not None
+        and place[:2] == former_place[:2]
+        and "<locals>" not in place[1]
+    )
+
+
 def _unregistered(name: str) -> UsageError:
     return UsageError(
         f"Unregistered function: {name}. Decorate it with @app.task or use app.register_async({name}); "
@@ -6954,7 +7411,7 @@ _BUILT_IN = {"debug_task": Registration("debug_task", _debug_task, Options())}
 
 
 # ======================================================================================================================
-# 13. Old names: the modules of the multi-file original
+# 14. Old names: the modules of the multi-file original
 # ======================================================================================================================
 
 

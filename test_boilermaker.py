@@ -40,6 +40,7 @@ import uuid
 import venv
 import weakref
 import zipfile
+import zoneinfo
 from collections import Counter
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -2182,7 +2183,371 @@ def test_the_azure_bus_without_the_sdk_is_an_error_that_says_what_to_install():
 
 
 # ======================================================================================================================
-# 12. Application: registering
+# 11. Schedules
+# ======================================================================================================================
+
+SECOND, MINUTE, HOUR, DAY = (datetime.timedelta(**{unit: 1}) for unit in ("seconds", "minutes", "hours", "days"))
+WINDOW = 10 * MINUTE
+Cron, Every = boilermaker.Cron, boilermaker.Every
+
+
+def utc(text):
+    """A moment, as "2026-11-25 04:00", in UTC."""
+    return datetime.datetime.fromisoformat(text).replace(tzinfo=datetime.UTC)
+
+
+def next_of(when, moment, count=3):
+    return list(itertools.islice(when.after(utc(moment)), count))
+
+
+@pytest.mark.parametrize(
+    ("interval", "moment", "expected"),
+    [
+        (SECOND, "2026-11-25 04:00", ["04:00:01", "04:00:02", "04:00:03"]),
+        (SECOND, "2026-11-25 03:59:59.999999", ["04:00:00", "04:00:01", "04:00:02"]),
+        (5 * MINUTE, "2026-11-25 03:59:59", ["04:00:00", "04:05:00", "04:10:00"]),
+        (5 * MINUTE, "2026-11-25 04:00", ["04:05:00", "04:10:00", "04:15:00"]),
+        (1.5 * SECOND, "2026-11-25 04:00:01", ["04:00:01.500000", "04:00:03", "04:00:04.500000"]),
+        (7 * HOUR, "2026-11-25 00:00", ["03:00:00", "10:00:00", "17:00:00"]),
+    ],
+    ids=str,
+)
+def test_an_interval_is_counted_from_the_epoch_whoever_asks_when(interval, moment, expected):
+    assert next_of(Every(interval), moment) == [utc(f"2026-11-25 {time}") for time in expected]
+
+
+def test_an_interval_of_days_and_weeks_has_the_days_of_the_epoch():
+    assert next_of(Every(DAY), "2026-11-25 04:00", 1) == [utc("2026-11-26")]
+    assert next_of(Every(7 * DAY), "2026-11-25 04:00", 1) == [utc("2026-11-26")]  # 1970 began with a Thursday too
+
+
+@pytest.mark.parametrize(
+    ("expression", "zone", "moment", "expected"),
+    [
+        ("0 4 * * *", "UTC", "2026-11-25 03:59:59.5", ["2026-11-25 04:00", "2026-11-26 04:00", "2026-11-27 04:00"]),
+        ("0 4 * * *", "UTC", "2026-11-25 04:00", ["2026-11-26 04:00", "2026-11-27 04:00", "2026-11-28 04:00"]),
+        ("0 4 * * *", "Europe/Berlin", "2026-11-25 04:00", ["2026-11-26 03:00", "2026-11-27 03:00"]),
+        ("*/20 9-10 * * 1-5", "UTC", "2026-11-27 10:30", ["2026-11-27 10:40", "2026-11-30 09:00", "2026-11-30 09:20"]),
+        ("0 0 29 2 *", "UTC", "2026-01-01", ["2028-02-29 00:00", "2032-02-29 00:00"]),
+        ("0 0 1,15 * fri", "UTC", "2026-05-01", ["2026-05-08", "2026-05-15", "2026-05-22"]),  # either day
+        ("0 0 * jan,jul mon#1", "UTC", "2026-01-01", ["2026-01-05", "2026-07-06"]),
+    ],
+)
+def test_a_cron_expression_has_the_times_of_debians_cron(expression, zone, moment, expected):
+    assert next_of(Cron(expression, zone), moment, len(expected)) == [utc(text) for text in expected]
+
+
+CHANGES_OF_CLOCKS = {  # (zone, a day around the change, in UTC, the time that is skipped or shown twice)
+    "Berlin, forward": ("Europe/Berlin", "2026-03-28 12:00", (2, 30)),
+    "Berlin, back": ("Europe/Berlin", "2026-10-24 12:00", (2, 30)),
+    "New York, forward": ("America/New_York", "2026-03-07 18:00", (2, 30)),
+    "New York, back": ("America/New_York", "2026-10-31 18:00", (1, 30)),
+    "Lord Howe, forward": ("Australia/Lord_Howe", "2026-10-03 02:00", (2, 15)),  # by half an hour
+    "Lord Howe, back": ("Australia/Lord_Howe", "2026-04-04 02:00", (1, 45)),
+}
+
+
+def local_minutes(zone, start, days=2):
+    """What the clocks of a zone show, minute by minute, with the moments at which they do."""
+    for n in range(int(days * DAY / MINUTE)):
+        moment = utc(start) + n * MINUTE
+        yield moment.astimezone(zoneinfo.ZoneInfo(zone)), moment
+
+
+def daily(zone, start, hour, minute):
+    """The first moment of each day at which clocks show a time, or, where they skip it, the next that they show."""
+    found = {}
+    for local, moment in local_minutes(zone, start):
+        if (local.hour, local.minute) >= (hour, minute):
+            found.setdefault(local.date(), moment)
+    return [moment for moment in found.values() if moment > utc(start)]
+
+
+@pytest.mark.parametrize(("zone", "start", "time"), CHANGES_OF_CLOCKS.values(), ids=CHANGES_OF_CLOCKS)
+def test_the_days_of_the_table_have_a_change_of_clocks_at_that_time(zone, start, time):
+    shown = [local for local, _ in local_minutes(zone, start) if (local.hour, local.minute) == time]
+    days = {local.date() for local, _ in local_minutes(zone, start, 1.9)}
+    assert len(shown) != len(days) - (next(local_minutes(zone, start))[0].time() > datetime.time(*time))
+
+
+@pytest.mark.parametrize(("zone", "start", "time"), CHANGES_OF_CLOCKS.values(), ids=CHANGES_OF_CLOCKS)
+@pytest.mark.parametrize("at", ["2:30", "that", "hourly", "half-hourly", "half-hourly, by a step"])
+def test_at_a_change_of_clocks_each_time_comes_once_and_none_is_missed(zone, start, time, at):
+    if at in ("2:30", "that"):
+        hour, minute = (2, 30) if at == "2:30" else time
+        expression, expected = f"{minute} {hour} * * *", daily(zone, start, hour, minute)
+        assert len(expected) == 2
+    else:
+        minutes = {0} if at == "hourly" else {0, 30}
+        expression = {"hourly": "0 * * * *", "half-hourly": "0,30 * * * *"}.get(at, "*/30 * * * *")
+        expected = [moment for local, moment in local_minutes(zone, start) if local.minute in minutes]
+        expected = [moment for moment in expected if moment > utc(start)]
+    when, end = Cron(expression, zone), utc(start) + 2 * DAY - SECOND
+    assert list(itertools.takewhile(end.__ge__, when.after(utc(start)))) == expected
+    for minute in range(0, 2 * 24 * 60, 7):  # and to whoever asks at another moment
+        moment = utc(start) + minute * MINUTE
+        assert next(when.after(moment)) == next((tick for tick in expected if tick > moment), next(when.after(end)))
+
+
+WRONG_TIMES_OF_SCHEDULES = {
+    "both": ({"cron": "0 4 * * *", "every": HOUR}, "Both .* choose one"),
+    "four fields": ({"cron": "0 4 * *"}, "'0 4 \\* \\*' must have five fields"),
+    "six fields": ({"cron": "0 0 4 * * *"}, "five fields.*every=timedelta"),
+    "no field": ({"cron": ""}, "five fields"),
+    "no text": ({"cron": 4}, "cron=4 must have five fields"),
+    "a name": ({"cron": "@daily"}, "five fields"),
+    "minute 60": ({"cron": "60 4 * * *"}, "'60 4 .* is no cron expression.*minute"),
+    "an odd one": ({"cron": "* * * * 1#6"}, "is no cron expression.*day-of-week"),
+    "never, says one way": ({"cron": "0 0 30 2 *"}, "never comes"),
+    "never, says another": ({"cron": "* * */20 * 1L"}, "never comes"),
+    "no zone": ({"cron": "0 4 * * *", "timezone": "Europe/Colditz"}, "'Europe/Colditz' is not known.*tzdata"),
+    "a folder of zones": ({"cron": "0 4 * * *", "timezone": "Europe"}, "'Europe' is not known"),
+    "a path": ({"cron": "0 4 * * *", "timezone": "../zone"}, "'../zone' is not known"),
+    "no name of a zone": ({"cron": "0 4 * * *", "timezone": datetime.UTC}, "is not known here: give a name"),
+    "a zone for an interval": (
+        {"every": HOUR, "timezone": "Europe/Berlin"},
+        "timezone='Europe/Berlin' goes with cron=",
+    ),
+    "half a second": ({"every": SECOND / 2}, "at least a second"),
+    "backwards": ({"every": -HOUR}, "at least a second"),
+    "for ever": ({"every": datetime.timedelta.max}, "at most 2147483647"),
+    "a number": ({"every": 300}, "every=300 must be a timedelta"),
+}
+
+
+@pytest.mark.parametrize(("times", "says"), WRONG_TIMES_OF_SCHEDULES.values(), ids=WRONG_TIMES_OF_SCHEDULES)
+def test_times_that_make_no_sense_are_an_error_where_they_are_declared(times, says):
+    app = app_with_pages()
+    with pytest.raises(UsageError, match=says):
+        app.schedule(parse_page, **times)
+    with pytest.raises(UsageError, match=says):
+        app.task(**times)
+    assert dict(app.schedules) == {}
+
+
+def test_without_cronsim_an_expression_is_an_error_that_says_what_to_install_and_an_interval_none():
+    code = """
+        import datetime
+        from boilermaker import Boilermaker, ConfigurationError, LocalServiceBus
+        app = Boilermaker(None, LocalServiceBus())
+
+        @app.task(every=datetime.timedelta(hours=1))
+        async def tidy(state): ...
+
+        try:
+            app.schedule(tidy, cron="0 4 * * *", name="daily")
+        except ConfigurationError as error:
+            print(*app.schedules, error)
+    """
+    assert fresh_python(code, "-S") == "tidy cron='0 4 * * *' needs a package: pip install cronsim."
+
+
+def test_a_time_zone_without_time_zone_data_is_utc_or_an_error_that_says_what_to_install():
+    code = """
+        import zoneinfo
+        zoneinfo.reset_tzpath([])
+        from boilermaker import _time_zone
+        try:
+            print(_time_zone("UTC"), _time_zone("Europe/Berlin"))
+        except ValueError as error:
+            print(_time_zone("UTC"), error)
+    """
+    assert re.match(r"UTC timezone='Europe/Berlin' is not known .* pip install tzdata", fresh_python(code, "-S"))
+
+
+def test_a_schedule_tells_its_next_times_in_its_time_zone():
+    app = app_with_pages()
+    daily = app.schedule(parse_page, cron="0 4 * * *", timezone="Europe/Berlin")
+    hourly = app.schedule(store_rows, every=HOUR, name="hourly")
+    [first, second] = daily.next_times(2, utc("2026-10-24 12:00"))
+    assert [first.isoformat(), second.isoformat()] == ["2026-10-25T04:00:00+01:00", "2026-10-26T04:00:00+01:00"]
+    assert hourly.next_times(1, first) == [first.astimezone(datetime.UTC) + HOUR]
+    assert datetime.timedelta(0) < hourly.next_times(1)[0] - datetime.datetime.now(datetime.UTC) <= HOUR
+    assert {name: str(each.when) for name, each in app.schedules.items()} == {
+        "parse_page": "cron '0 4 * * *' Europe/Berlin",
+        "hourly": "every 1:00:00",
+    }
+
+
+def test_a_ticks_id_is_its_schedule_and_its_time_in_utc_whatever_the_zone():
+    berlin = utc("2026-11-25 03:00").astimezone(zoneinfo.ZoneInfo("Europe/Berlin"))
+    assert boilermaker.tick_id("daily", berlin) == "cron:daily:2026-11-25T03:00:00+00:00"
+
+
+@pytest.mark.parametrize("length", [96, 97, 98, 1000])
+def test_a_ticks_id_is_short_enough_however_long_its_schedules_name(length):
+    moment = utc("2026-11-25 03:00")
+    names = ["x" * length, "x" * (length - 1) + "y"]
+    ids = {boilermaker.tick_id(name, moment) for name in names} | {boilermaker.tick_id(names[0], moment + HOUR)}
+    assert len(ids) == 3
+    assert all(len(message_id) <= 128 and message_id.startswith("cron:") for message_id in ids)
+    assert all(message_id[-25:] in ("2026-11-25T03:00:00+00:00", "2026-11-25T04:00:00+00:00") for message_id in ids)
+    assert any("xxx" in message_id for message_id in ids) == (length < 98)
+
+
+def test_a_tick_is_the_workflow_as_new_work_under_the_ticks_own_id():
+    app = app_with_pages()
+    workflow = app.create_task(fetch_page, "x", policy=NoRetry()) | app.create_task(store_rows)
+    schedule = app.schedule(workflow, every=HOUR, name="pages")
+    first, again, next_one = (schedule.tick(utc(f"2026-11-25 0{hour}:00")) for hour in (3, 3, 4))
+    assert (first.task_id, again.task_id) == ("cron:pages:2026-11-25T03:00:00+00:00",) * 2
+    assert next_one.task_id == "cron:pages:2026-11-25T04:00:00+00:00"
+    assert names_along(first) == ["fetch_page", "store_rows"]
+    assert (first.args, first.policy) == (["x"], NoRetry())
+    assert len({task.on_success.task_id for task in (first, again, next_one, workflow)}) == 4
+    workflow.args.append("changed after that")
+    assert schedule.tick(utc("2026-11-25 03:00")).args == ["x"]
+
+
+NOW = "2026-11-25 04:00:30"
+
+
+@pytest.mark.parametrize(
+    ("when", "published", "expected"),
+    [  # the window is ten minutes: five ahead, two and a half behind
+        (Every(MINUTE), NOW, ["04:01", "04:02", "04:03", "04:04", "04:05"]),
+        (Every(MINUTE), "2026-11-25 04:03", ["04:04", "04:05"]),
+        (Every(MINUTE), "2026-11-25 04:05", []),
+        (Every(MINUTE), "2026-11-25 04:09", []),
+        (Every(MINUTE), "2026-11-25 03:58:00", ["03:59", "04:00", "04:01", "04:02", "04:03", "04:04", "04:05"]),
+        (Every(MINUTE), "2026-11-25 03:00", ["03:58", "03:59", "04:00", "04:01", "04:02", "04:03", "04:04", "04:05"]),
+        (Every(HOUR), NOW, []),
+        (Every(HOUR), "2026-11-25 03:00", ["04:00"]),
+        (Cron("0 4 * * *"), "2026-11-25 03:00", ["04:00"]),
+        (Cron("0 4 * * *"), "2026-11-25 04:00", []),
+        (Cron("*/2 * * * *"), NOW, ["04:02", "04:04"]),
+        (Every(SECOND), NOW, None),  # a hundred
+    ],
+    ids=str,
+)
+def test_ticks_are_published_half_a_window_ahead_and_those_that_were_not_a_quarter_back(when, published, expected):
+    ticks = boilermaker.ticks_to_publish(when, utc(published), utc(NOW), WINDOW)
+    if expected is None:
+        assert ticks == [utc(NOW) + n * SECOND for n in range(1, 101)]
+    else:
+        assert ticks == [utc(f"2026-11-25 {time}") for time in expected]
+
+
+def test_no_more_than_a_hundred_ticks_of_a_schedule_are_ahead_however_often_a_worker_looks():
+    now = published = utc(NOW)
+    for _ in range(50):
+        ticks = boilermaker.ticks_to_publish(Every(SECOND), published, now, WINDOW)
+        published = ticks[-1]
+        assert published - now == 100 * SECOND
+        now += 7 * SECOND
+
+
+def test_many_ticks_that_are_late_are_published_a_hundred_at_a_time():
+    now, published = utc(NOW), utc(NOW) - HOUR
+    found = []
+    for _ in range(4):
+        ticks = boilermaker.ticks_to_publish(Every(SECOND), published, now, WINDOW)
+        assert len(ticks) <= 100
+        found += ticks
+        published = found[-1]
+    assert found == [now + n * SECOND for n in range(-150, 101)]
+
+
+@pytest.mark.parametrize(
+    ("when", "now", "expected"),
+    [
+        (Every(MINUTE), "2026-11-25 04:00:30", "2026-11-25 04:00"),
+        (Every(MINUTE), "2026-11-25 04:00", "2026-11-25 04:00"),
+        (Every(SECOND), "2026-11-25 04:00:30.5", "2026-11-25 04:00:30"),
+        (Every(HOUR), "2026-11-25 04:02:30", "2026-11-25 04:00"),
+        (Every(HOUR), "2026-11-25 04:02:30.000001", None),
+        (Cron("0 4 * * *", "Europe/Berlin"), "2026-11-25 03:02", "2026-11-25 03:00"),
+        (Cron("0 4 * * *", "Europe/Berlin"), "2026-11-25 04:02", None),
+    ],
+    ids=str,
+)
+def test_a_worker_that_starts_makes_up_for_the_latest_tick_if_that_is_no_older_than_a_quarter(when, now, expected):
+    begun = boilermaker.first_progress(when, utc(now), WINDOW)
+    assert begun.look_at == utc(now)
+    late = [tick for tick in boilermaker.ticks_to_publish(when, begun.published, utc(now), WINDOW) if tick <= utc(now)]
+    assert late == ([] if expected is None else [utc(expected)])
+
+
+@pytest.mark.parametrize(
+    "when", [Every(SECOND), Every(MINUTE), Every(DAY), Cron("* * * * *"), Cron("0 4 * * *")], ids=str
+)
+def test_the_latest_tick_is_found_in_a_window_of_seven_days_too(when):
+    now = utc(NOW)
+    assert boilermaker.latest_tick(when, now - 7 * DAY / 4, now) == max(
+        itertools.takewhile(now.__ge__, when.after(now - DAY - SECOND))
+    )
+
+
+@pytest.mark.parametrize(
+    ("when", "published", "expected"),
+    [
+        (Every(MINUTE), "2026-11-25 04:05", "2026-11-25 04:02:45"),  # half of them are due: more at once
+        (Every(5 * MINUTE), "2026-11-25 04:05", "2026-11-25 04:05"),  # the next is near enough
+        (Every(4 * MINUTE), "2026-11-25 04:04", "2026-11-25 04:03"),
+        (Every(HOUR), NOW, "2026-11-25 04:55"),
+        (Cron("0 4 * * *"), NOW, "2026-11-26 03:55"),
+        (Every(SECOND), "2026-11-25 04:02:10", "2026-11-25 04:01:20"),
+    ],
+    ids=str,
+)
+def test_a_worker_looks_again_when_the_next_tick_is_near_enough_or_half_of_many_are_due(when, published, expected):
+    progress = boilermaker.next_progress(when, utc(published), utc(NOW), WINDOW)
+    assert progress == (utc(published), utc(expected))
+
+
+@pytest.mark.parametrize("interval", [SECOND, 7 * SECOND, MINUTE, 4 * MINUTE, 299 * SECOND, 5 * MINUTE], ids=str)
+def test_of_a_schedule_that_is_no_rarer_than_half_a_window_one_tick_is_ahead_at_all_times(interval):
+    now = utc(NOW)
+    progress = boilermaker.first_progress(Every(interval), now, WINDOW)
+    for _ in range(200):
+        ticks = boilermaker.ticks_to_publish(Every(interval), progress.published, now, WINDOW)
+        progress = boilermaker.next_progress(Every(interval), ticks[-1], now, WINDOW)
+        assert progress.published >= progress.look_at > now
+        now = progress.look_at
+
+
+@pytest.mark.parametrize("window", [20 * SECOND, WINDOW, 7 * DAY], ids=str)
+@pytest.mark.parametrize("when", [Every(SECOND), Every(MINUTE), Every(HOUR), Cron("0 4 * * *")], ids=str)
+def test_from_the_first_to_the_last_moment_that_anybody_sends_a_tick_a_quarter_of_the_window_is_left(when, window):
+    tick, step = utc("2026-11-25 04:00"), window / 400
+
+    def sent_at(now):
+        begun = boilermaker.first_progress(when, now, window)
+        behind_all = min(begun.published, now - DAY)  # of a worker that runs, and could not publish anything for long
+        return tick in boilermaker.ticks_to_publish(when, begun.published, now, window) or tick in (
+            boilermaker.ticks_to_publish(when, behind_all, now, window)
+        )
+
+    moments = [moment for n in range(-240, 140) if sent_at(moment := tick + n * step)]
+    assert tick in moments
+    assert moments[-1] - moments[0] <= 0.75 * window
+
+
+@pytest.mark.parametrize(
+    ("when", "expected"),
+    [
+        (Every(5 * MINUTE), False),
+        (Every(5 * MINUTE + SECOND), True),
+        (Every(SECOND), False),
+        (Cron("* * * * *"), False),
+        (Cron("*/5 * * * *", "Europe/Berlin"), False),
+        (Cron("*/6 * * * *"), True),
+        (Cron("0-30 * * * *"), True),  # half an hour without
+        (Cron("* 8-17 * * *"), True),  # nights
+        (Cron("* * * * 1-5"), True),  # weekends
+        (Cron("* * 1-28 * *"), True),  # the last days of the month
+        (Cron("0 4 * * *"), True),
+        (Cron("0 0 29 2 *"), True),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("now", ["2026-11-25 04:00:30", "2026-12-31 23:59:59", "2028-02-28 12:00"])
+def test_a_schedule_is_rare_if_somewhere_more_than_half_a_window_lies_between_its_ticks(when, expected, now):
+    assert boilermaker.is_rarer_than(when, WINDOW / 2, utc(now)) is expected
+
+
+# ======================================================================================================================
+# 13. Application: registering
 # ======================================================================================================================
 
 
@@ -2343,7 +2708,7 @@ def test_each_registration_is_logged(caplog):
 
 
 # ======================================================================================================================
-# 12. Application: publishing
+# 13. Application: publishing
 # ======================================================================================================================
 
 
@@ -2803,7 +3168,7 @@ async def test_a_task_for_a_queue_that_cannot_be_is_an_error_that_shows_it(queue
 
 
 # ======================================================================================================================
-# 13. Old names
+# 14. Old names
 # ======================================================================================================================
 
 OLD_IMPORTS = """\
@@ -2972,9 +3337,9 @@ async def working(app, **options):
         await asyncio.wait([worker])
 
 
-def moved_clock():
-    """A clock that stands still, and is moved by `tick(seconds)`; the event loop's goes on."""
-    return freezegun.freeze_time(datetime.datetime.now(datetime.UTC), real_asyncio=True)
+def moved_clock(at=None):
+    """A clock that stands still, now or at a moment, and is moved by `tick(seconds)`; the event loop's goes on."""
+    return freezegun.freeze_time(at or datetime.datetime.now(datetime.UTC), real_asyncio=True)
 
 
 # ======================================================================================================================
@@ -3393,6 +3758,31 @@ async def test_without_duplicate_detection_an_id_may_be_used_again(open_bus):
     assert await ids_of(bus) == ["a", "a"]
 
 
+@pytest.mark.parametrize(("window", "seconds"), [(None, 600), (60, 600), (3600, 3600)])
+@pytest.mark.parametrize("due", [None, 300, -100], ids=str)
+async def test_an_id_that_was_given_is_remembered_for_ten_minutes_or_the_window_from_the_sending_on(
+    open_bus, window, seconds, due
+):
+    with moved_clock() as clock:
+        bus = open_bus(duplicate_detection=window)
+        message = letter("a", due=None if due is None else time.time() + due)._replace(given_id=True)
+        [number] = await bus.send([message])
+        clock.tick(seconds - 1)
+        assert await bus.send([message, letter("b"), message, letter("b")]) == [
+            *(number, number + 1, number, number + (1 if window else 2)),
+        ]
+        clock.tick(2)
+        await bus.send([message])
+    assert await ids_of(bus) == (["a", "b", "a"] if window else ["a", "b", "b", "a"])
+
+
+async def test_a_given_id_is_compared_with_given_ids_of_its_queue(open_bus):
+    bus, other = open_bus(), open_bus("other")
+    given, given_elsewhere = (letter("a", queue=name)._replace(given_id=True) for name in ("tasks", "other"))
+    await bus.send([letter("a"), given, given_elsewhere, letter("a")])
+    assert (await ids_of(bus), await ids_of(other)) == (["a"] * 3, ["a"])
+
+
 # ======================================================================================================================
 # Local bus: operating a queue
 # ======================================================================================================================
@@ -3407,11 +3797,11 @@ async def dead_letters(bus, *bodies, reason="TaskFailed", description="It failed
     return numbers
 
 
-async def numbers_of(bus, dead_letter=False):
+async def numbers_in(bus, dead_letter=False):
     return [message.sequence_number for message in await bus.peek(1000, dead_letter=dead_letter)]
 
 
-async def test_messages_are_counted_by_their_state(open_bus):
+async def test_messages_of_a_file_are_counted_by_their_state(open_bus):
     with moved_clock() as clock:
         bus = open_bus(lock_duration=10)
         assert await bus.counts() == boilermaker.Counts(active=0, running=0, scheduled=0, dead_letter=0, oldest=None)
@@ -3432,7 +3822,7 @@ async def test_messages_are_counted_by_their_state(open_bus):
         assert counts.oldest == pytest.approx(31)
 
 
-async def test_messages_are_counted_by_task_with_the_last_error(open_bus):
+async def test_messages_of_a_file_are_counted_by_task_with_the_last_error(open_bus):
     app = Boilermaker(None, open_bus())
 
     @app.task
@@ -3487,7 +3877,7 @@ async def test_dead_letters_are_discarded_by_number(open_bus):
     bus = open_bus()
     numbers = await dead_letters(bus, "a", "b", "c")
     assert [message.body for message in await bus.discard([numbers[2], 99, numbers[0], 2**70])] == ["a", "c"]
-    assert await numbers_of(bus, dead_letter=True) == [numbers[1]]
+    assert await numbers_in(bus, dead_letter=True) == [numbers[1]]
 
 
 async def test_what_waits_or_is_scheduled_is_purged_and_what_runs_is_not(open_bus):
@@ -6926,6 +7316,513 @@ def test_what_is_called_after_a_settlement_is_a_plain_function(wrong):
 
 
 # ======================================================================================================================
+# Worker: periodic tasks
+# ======================================================================================================================
+
+
+def periodic(bus, ran=None, **schedules):
+    """An application with a task that notes its runs, published by schedules, as if in a process of its own."""
+    app = Boilermaker([] if ran is None else ran, bus)
+
+    @app.task
+    async def tick(state, name):
+        state.append(current_task().task_id)
+
+    for name, when in schedules.items():
+        times = {"cron": when.expression, "timezone": when.zone} if isinstance(when, Cron) else {"every": when.interval}
+        app.schedule(tick.si(name), name=name, **times)
+    return app
+
+
+def ticks_of(name, *moments):
+    return [boilermaker.tick_id(name, moment) for moment in moments]
+
+
+async def tick_along(ticker, clock, seconds, times):
+    """Let a worker publish that goes on working while the clock moves."""
+    for _ in range(times):
+        clock.tick(seconds)
+        await ticker.publish()
+
+
+@pytest.mark.parametrize(("zone", "start", "time"), CHANGES_OF_CLOCKS.values(), ids=CHANGES_OF_CLOCKS)
+async def test_over_a_change_of_clocks_each_tick_runs_once_whoever_publishes_it(open_bus, zone, start, time):
+    hour, minute = time
+    schedules = {"230": "30 2 * * *", "that": f"{minute} {hour} * * *", "hourly": "0 * * * *", "halves": "*/30 * * * *"}
+    expected = [*ticks_of("230", *daily(zone, start, 2, 30)), *ticks_of("that", *daily(zone, start, hour, minute))]
+    for local, moment in local_minutes(zone, start):
+        expected += ticks_of("hourly", moment) if local.minute == 0 else []
+        expected += ticks_of("halves", moment) if local.minute in (0, 30) else []
+    with moved_clock(utc(start)) as clock:
+        ran = []
+        apps = [periodic(open_bus(), ran, **{n: Cron(each, zone) for n, each in schedules.items()}) for _ in range(2)]
+        tickers = [boilermaker.Ticker(app) for app in apps]
+        for step in range(int(2 * DAY / (4 * MINUTE)) - 1):
+            for ticker in tickers:
+                await ticker.publish()
+            clock.tick(4 * MINUTE)
+            if step % 50 == 49:
+                tickers[step % 2] = boilermaker.Ticker(apps[step % 2])  # a deploy
+                await work_off(apps[0])
+        await work_off(apps[0])
+    last = boilermaker.tick_id("", utc(start) + 2 * DAY - 4 * MINUTE).removeprefix("cron::")
+    assert Counter(ran) == Counter(each for each in expected if each[-len(last) :] <= last)
+
+
+async def test_a_tick_runs_when_it_is_due_once_with_however_many_workers(open_bus):
+    apps = [periodic(open_bus(), every_second=Every(SECOND)) for _ in range(3)]
+    async with contextlib.AsyncExitStack() as stack:
+        for app in apps:
+            await stack.enter_async_context(working(app))
+        await until(lambda: sum(len(app.state) for app in apps) > 4)
+    ran = sorted(itertools.chain(*[app.state for app in apps]))
+    first = datetime.datetime.fromisoformat(ran[0].removeprefix("cron:every_second:"))
+    assert ran == ticks_of("every_second", *[first + n * SECOND for n in range(len(ran))])
+
+
+async def test_a_tick_is_a_message_that_is_due_then_with_the_options_of_its_registration(open_bus):
+    with moved_clock(utc("2026-11-25 04:00:10")) as clock:
+        app = Boilermaker([], open_bus())
+
+        @app.task(every=MINUTE, policy=NoRetry(), acks_late=False)
+        async def work(state):
+            task = current_task()
+            state.append((task.task_id, task.message_id, task.policy, task.acks_late))
+
+        await boilermaker.Ticker(app).publish()
+        late, *ahead = await app.service_bus_client.peek()
+        clock.tick(MINUTE)
+        await work_off(app)
+    ids = ticks_of("work", utc("2026-11-25 04:00"), utc("2026-11-25 04:01"))
+    assert app.state == [(each, each, NoRetry(), False) for each in ids]
+    assert late.scheduled_enqueue_time_utc == utc("2026-11-25 04:00")
+    assert [each.scheduled_enqueue_time_utc for each in ahead] == [utc(f"2026-11-25 04:0{n}") for n in range(1, 6)]
+    body = json.loads(late.body)
+    assert (body["policy_is_default"], body["default_options"]) == (True, ["should_dead_letter", "acks_late"])
+
+
+async def test_a_worker_that_knows_the_function_and_not_the_schedule_runs_its_ticks(open_bus):
+    with moved_clock(utc(NOW)):
+        await boilermaker.Ticker(periodic(open_bus(), second=Every(SECOND))).publish()
+        other = periodic(open_bus())
+        await work_off(other)
+    assert other.state == ticks_of("second", utc(NOW))
+
+
+async def test_a_tick_is_a_whole_workflow(open_bus):
+    with moved_clock(utc("2026-11-25 04:00")):
+        app = Boilermaker([], open_bus())
+
+        @app.task
+        async def count(state, region):
+            state.append(current_task().task_id)
+            return len(region)
+
+        @app.task
+        async def report(state, size):
+            state.append(size)
+
+        app.schedule(count.si("eu") | report.s(), every=HOUR, name="sync-eu")
+        app.schedule(app.chain(count.si("asia"), report.s()), cron="0 * * * *", name="sync-asia")
+        for _ in range(2):
+            await work_off(app, schedules=True)
+    assert Counter(app.state) == Counter(
+        [2, 4, *(f"cron:sync-{each}:2026-11-25T04:00:00+00:00" for each in ("eu", "asia"))]
+    )
+
+
+async def test_a_new_schedules_latest_tick_runs_at_the_first_start_and_at_no_other(open_bus):
+    with moved_clock(utc("2026-11-25 04:02")) as clock:
+        apps = [periodic(open_bus(), hourly=Every(HOUR), too_old=Cron("59 3 * * *")) for _ in range(3)]
+        for app in apps:
+            await work_off(app, schedules=True)
+            clock.tick(SECOND)
+    assert [app.state for app in apps] == [ticks_of("hourly", utc("2026-11-25 04:00")), [], []]
+
+
+@pytest.mark.parametrize("window", [None, 60, 3600], ids=str)
+async def test_a_tick_that_ran_does_not_run_again_as_long_as_anybody_makes_up_for_it(open_bus, window):
+    tick, longest = utc("2026-11-25 04:00"), max(window or 0, 600) * SECOND
+    with moved_clock(tick - longest / 2) as clock:
+        early, late, too_late = (periodic(open_bus(duplicate_detection=window), daily=Every(DAY / 6)) for _ in range(3))
+        await boilermaker.Ticker(early).publish()  # the earliest that there can be
+        assert await ids_of(early.service_bus_client) == ticks_of("daily", tick)
+        clock.move_to(tick)
+        await work_off(early)
+        clock.move_to(tick + longest / 4)
+        await work_off(late, schedules=True)  # the latest
+        clock.move_to(tick + longest)
+        await work_off(too_late, schedules=True)
+    assert (early.state, late.state, too_late.state) == (ticks_of("daily", tick), [], [])
+
+
+async def test_what_is_ahead_runs_when_workers_are_back_and_of_what_was_missed_the_latest(open_bus):
+    with moved_clock(utc(NOW)) as clock:
+        app = periodic(open_bus(), minutely=Every(MINUTE))
+        await work_off(app, schedules=True)
+        clock.tick(15 * MINUTE)  # nobody was there
+        await work_off(app, schedules=True)
+    moments = [utc("2026-11-25 04:00") + n * MINUTE for n in (0, 1, 2, 3, 4, 5, 15)]
+    assert sorted(app.state) == ticks_of("minutely", *moments)
+
+
+async def test_a_worker_publishes_each_tick_once_however_long_it_works(open_bus):
+    sent, begin, seconds = [], utc(NOW), 4000
+    with moved_clock(begin) as clock:
+        bus = open_bus()
+        send = bus.send
+        bus.send = lambda messages: sent.extend(messages) or send(messages)
+        app = periodic(bus, second=Every(SECOND), minute=Every(MINUTE), hour=Cron("0 * * * *"))
+        await tick_along(boilermaker.Ticker(app), clock, 10, seconds // 10)
+    for name, interval in (("second", SECOND), ("minute", MINUTE), ("hour", HOUR)):
+        due = [boilermaker._utc(message.due) for message in sent if message.message_id.startswith(f"cron:{name}:")]
+        every = list(itertools.takewhile(due[-1].__ge__, Every(interval).after(begin + 10 * SECOND - interval)))
+        assert due == every
+        assert due[-1] > begin + seconds * SECOND - (interval == HOUR) * HOUR
+
+
+async def test_a_worker_that_was_suspended_goes_on_with_what_is_not_too_old(open_bus):
+    with moved_clock(utc(NOW)) as clock:
+        app = periodic(open_bus(), minutely=Every(MINUTE), rare=Every(5 * HOUR))
+        ticker = boilermaker.Ticker(app)
+        await ticker.publish()
+        clock.tick(5 * HOUR)
+        assert await ticker.publish() > 0
+        assert await ticker.publish() > 0
+        await work_off(app)
+    behind = [utc("2026-11-25 04:00") + n * MINUTE for n in range(6)]
+    now = [utc("2026-11-25 09:00") + n * MINUTE for n in (-2, -1, 0)]
+    assert sorted(app.state) == ticks_of("minutely", *behind, *now)
+
+
+@pytest.mark.parametrize("step", [-3, -299, 100, 299])
+async def test_a_step_of_the_clock_by_less_than_half_the_window_neither_doubles_nor_loses_a_tick(open_bus, step):
+    with moved_clock(utc(NOW)) as clock:
+        app = periodic(open_bus(), minutely=Every(MINUTE))
+        ticker, other = boilermaker.Ticker(app), boilermaker.Ticker(app)
+        await ticker.publish()
+        clock.tick(step)
+        for _ in range(100):
+            await ticker.publish()
+            await other.publish()
+            clock.tick(6)
+        await work_off(app)
+    first, last = utc("2026-11-25 04:00"), utc(NOW) + (step + 594) * SECOND
+    moments = [first + n * MINUTE for n in range(30) if first + n * MINUTE <= last + 6 * SECOND]
+    if step == -299:  # a worker that starts makes up for what it takes for the latest
+        moments.insert(0, utc("2026-11-25 03:55"))
+        moments[1:1] = [utc(f"2026-11-25 03:5{n}") for n in range(6, 10)]
+    assert sorted(app.state) == ticks_of("minutely", *moments)
+
+
+async def test_when_the_clock_is_set_back_by_hours_ticks_begin_anew_and_the_log_says_so(open_bus, caplog):
+    with moved_clock(utc(NOW)) as clock:
+        app = periodic(open_bus(), minutely=Every(MINUTE))
+        ticker = boilermaker.Ticker(app)
+        await ticker.publish()
+        clock.tick(-5 * HOUR)
+        await ticker.publish()
+        clock.tick(MINUTE)
+        await work_off(app)
+    assert app.state == ticks_of("minutely", utc("2026-11-24 23:01"))
+    assert caplog.messages == ["The clock was set back: ticks of minutely begin anew"]
+
+
+async def test_a_bus_that_takes_nothing_for_a_while_costs_no_tick_and_no_worker(open_bus, caplog, monkeypatch):
+    monkeypatch.setattr(boilermaker, "TICKER_PAUSE", 0.01)
+    bus = open_bus()
+    app = periodic(bus, second=Every(SECOND), other=Every(SECOND))
+    attempts, send = [], bus.send
+
+    async def fail(messages):
+        attempts.append(messages)
+        raise ServiceBusUnavailable("the disk is full")
+
+    bus.send = fail
+    async with working(app):
+        await until(lambda: len(attempts) > 2)
+        assert app.state == []
+        bus.send = send
+        await until(lambda: len(app.state) > 4)
+    by_name = Counter(each.split(":")[1] for each in app.state)
+    assert set(by_name) == {"second", "other"}
+    assert max(Counter(app.state).values()) == 1
+    assert "Ticks of second are not published, will try again: Publishing failed: the disk is full" in caplog.messages
+    assert {message.message_id.split(":")[1] for messages in attempts for message in messages} == {"second"}
+
+
+async def test_a_schedule_that_cannot_be_published_keeps_no_other_from_it(open_bus, caplog):
+    with moved_clock(utc(NOW)):
+        app = periodic(open_bus(max_message_bytes=500))
+        [tick] = [app.registration("tick").function]
+        app.schedule(Task.si(tick, "x" * 500), every=SECOND, name="large")
+        app.schedule(Task.si(tick, "x"), every=SECOND, name="small")
+        await work_off(app, schedules=True)
+    assert app.state == ticks_of("small", utc(NOW))
+    assert {message[:37] for message in caplog.messages} == {"Ticks of large cannot be published, w"}
+    assert "message of" in caplog.text
+
+
+async def test_many_schedules_are_published_without_keeping_others_from_their_turn(open_bus):
+    with moved_clock(utc(NOW)):
+        app = periodic(open_bus(), **{f"s{n}": Every(SECOND) for n in range(20)})
+        publishing, turns = asyncio.create_task(boilermaker.Ticker(app).publish()), 0
+        while not publishing.done():
+            await asyncio.sleep(0)
+            turns += 1
+    assert turns > 20
+    assert len(await app.service_bus_client.peek(5000)) == 20 * 100
+
+
+@pytest.mark.parametrize(
+    ("options", "ticks"),
+    [
+        ({"burst": True}, False),
+        ({"burst": True, "schedules": False}, False),
+        ({"burst": True, "schedules": True}, True),
+        ({}, True),
+        ({"schedules": True}, True),
+        ({"schedules": False}, False),
+    ],
+    ids=str,
+)
+async def test_a_worker_publishes_ticks_unless_it_is_a_burst_or_told_otherwise(open_bus, options, ticks):
+    app = periodic(open_bus(), yearly=Cron("0 0 1 1 *"), second=Every(SECOND))
+    await app.send_task("tick", "to see that it works")
+    running = asyncio.create_task(app.run(**options))
+    await until(lambda: app.state)
+    await until(lambda: any(each.startswith("cron:") for each in app.state)) if ticks else await app.stop()
+    await app.stop()
+    await running
+    assert any(each.startswith("cron:") for each in await ids_of(app.service_bus_client)) is ticks
+
+
+@pytest.mark.parametrize("schedules", ["no", 1.5, []])
+async def test_a_choice_of_schedules_that_is_none_is_an_error_that_shows_it(open_bus, schedules):
+    with pytest.raises(UsageError, match=re.escape(f"schedules={schedules!r} must be True, False or None")):
+        await Boilermaker(None, open_bus()).run(schedules=schedules)
+
+
+async def test_a_worker_on_dead_letters_publishes_no_ticks(open_bus):
+    app = periodic(open_bus("tasks/$DeadLetterQueue"), second=Every(SECOND))
+    async with working(app):
+        await asyncio.sleep(0.1)
+    assert await ids_of(open_bus()) == []
+
+
+async def test_without_schedules_a_worker_has_nothing_that_ticks(open_bus, monkeypatch):
+    monkeypatch.setattr(boilermaker, "Ticker", None)
+    app = periodic(open_bus())
+    await app.send_task("tick", "x")
+    async with working(app):
+        await until(lambda: app.state)
+
+
+async def test_a_worker_that_ends_leaves_no_ticker_behind(open_bus):
+    app = periodic(open_bus(), second=Every(SECOND))
+    for end in (app.stop, lambda: None):
+        before = asyncio.all_tasks()
+        running = asyncio.create_task(app.run())
+        await until(lambda: app.state)
+        if (stopping := end()) is not None:
+            await stopping
+        running.cancel()
+        await asyncio.wait([running])
+        assert asyncio.all_tasks() == before
+        app.state.clear()
+
+
+async def test_a_worker_says_at_its_start_which_schedules_end_when_none_is_there(open_bus, caplog):
+    caplog.set_level(logging.INFO, "boilermaker.app")
+    bus = open_bus()
+    app = periodic(bus, second=Every(SECOND), daily=Cron("0 4 * * *"), hourly=Every(HOUR))
+    async with working(app):
+        await until(lambda: "rarer than" in caplog.text)
+    [line] = [each for each in caplog.messages if "rarer than" in each]
+    assert line.startswith("Schedules daily, hourly are rarer than every 300 s, half of the queue's window")
+    assert "duplicate_detection=" in line
+    assert "KEDA" in line
+    assert {name: each.is_rare(bus.id_window) for name, each in app.schedules.items()} == {
+        "second": False,
+        "daily": True,
+        "hourly": True,
+    }
+
+
+# -- declaring
+
+
+def test_a_schedule_is_called_by_its_function_or_otherwise():
+    app = app_with_pages()
+    assert app.schedule(parse_page, every=HOUR) is app.schedules["parse_page"]
+    assert app.schedule(app.create_task(fetch_page, "x"), every=HOUR) is app.schedules["fetch_page"]
+    assert app.schedule(app.task(name="tidy")(fetch_page).si("x"), every=HOUR, name="other").name == "other"
+
+    @app.task(every=HOUR, name="named")
+    async def work(state, of="x"): ...
+
+    assert list(app.schedules) == ["parse_page", "fetch_page", "other", "named"]
+    with pytest.raises(TypeError):
+        app.schedules["x"] = app.schedules["other"]
+
+
+@pytest.mark.parametrize(
+    ("workflow", "says"),
+    [
+        (
+            lambda app: fetch_page,
+            r"missing a required argument: 'url'\. A schedule gives no arguments.*fn\.si\(\.\.\.\)",
+        ),
+        (
+            lambda app: app.task(name="x")(fetch_page),
+            r"missing a required argument: 'url'.*A schedule gives no arguments",
+        ),
+        (lambda app: app.task(name="x")(fetch_page).s(), "made by .s()"),
+        (lambda app: app.create_task(parse_page) >> app.create_task(store_rows), "follows another task"),
+        (lambda app: define(), "Unregistered function: resize"),
+        (lambda app: Task.si(define()), "Unregistered function: resize"),
+        (lambda app: Task.si(parse_page) | Task.si(define()), "Unregistered function: resize"),
+        (lambda app: named("parse_page", args=[object()]), "JSON cannot carry argument 1"),
+        (lambda app: named("parse_page", args=3), "args=3"),
+        (lambda app: "parse_page", "What is scheduled must be a Task or a decorated function, not 'parse_page'"),
+        (lambda app: app.task(name="x")(parse_page).delay(), "si\\(\\) makes a task"),
+    ],
+)
+def test_what_cannot_be_published_without_more_is_an_error_where_it_is_declared(workflow, says):
+    app = app_with_pages()
+    with pytest.raises(UsageError, match=says):
+        app.schedule(workflow(app), every=HOUR)
+    assert dict(app.schedules) == {}
+
+
+def test_a_decorated_function_that_needs_arguments_is_an_error_where_it_is_declared():
+    with pytest.raises(InvalidArguments, match=r"fetch_page.*missing a required argument: 'url'\. A schedule gives no"):
+        app_with_pages().task(every=HOUR, name="x")(fetch_page)
+
+
+def test_a_schedule_without_times_or_name_is_an_error_that_says_what_to_give():
+    app = app_with_pages()
+    with pytest.raises(UsageError, match=r"one of cron='0 4 \* \* \*' and every=timedelta\(minutes=5\)"):
+        app.schedule(parse_page)
+    for name in ("", 3):
+        with pytest.raises(UsageError, match=f"name={name!r} of a schedule must be a string"):
+            app.schedule(parse_page, every=HOUR, name=name)
+    with pytest.raises(UsageError, match="text that can be encoded"):
+        app.schedule(parse_page, every=HOUR, name="\ud800")
+
+
+def test_a_schedules_name_that_is_taken_is_an_error_that_says_so():
+    app = app_with_pages()
+    first = app.schedule(app.create_task(fetch_page, "a"), every=HOUR)
+    with pytest.raises(UsageError, match=r"Schedule already there: fetch_page\. Give one of the two another name"):
+        app.schedule(app.create_task(fetch_page, "b"), every=HOUR)
+    with pytest.raises(UsageError, match="already there: fetch_page"):
+        app.schedule(parse_page, every=HOUR, name="fetch_page")
+    assert dict(app.schedules) == {"fetch_page": first}
+
+
+def test_a_function_that_is_registered_anew_brings_its_schedule_with_a_warning_or_takes_it_away(caplog):
+    app = Boilermaker(None, LocalServiceBus())
+    app.task(every=HOUR)(define())
+    app.schedule(app.registration("resize").function, every=DAY, name="daily")
+    app.task(every=MINUTE)(define())
+    assert {name: str(each.when) for name, each in app.schedules.items()} == {
+        "resize": "every 0:01:00",
+        "daily": "every 1 day, 0:00:00",
+    }
+    assert caplog.messages[-1] == "Scheduled anew: resize, every 0:01:00 replaces every 1:00:00"
+    app.schedule(app.registration("resize").function, every=HOUR, name="daily")
+    assert caplog.messages[-1].startswith("Scheduled anew: daily")
+    app.task(define())
+    assert list(app.schedules) == ["daily"]
+
+
+# -- several processes
+
+TICKING_PROGRAM = """
+import asyncio, datetime, json, logging, os, sys
+from boilermaker import AzureServiceBus, Boilermaker, LocalServiceBus, current_task
+
+address, queue, schedules = *sys.argv[1:3], json.loads(sys.argv[3])
+logging.basicConfig(level=logging.INFO)
+if address.startswith("Endpoint="):
+    bus = AzureServiceBus.from_connection_string(address, queue)
+else:
+    bus = LocalServiceBus(address, queue, lock_duration=1)
+app = Boilermaker(None, bus)
+journal = os.open("journal", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+
+@app.task
+async def tick(state):
+    task = current_task()
+    os.write(journal, f"{task.task_id} {task.sequence_number}\\n".encode())
+
+for name, seconds in schedules.items():
+    app.schedule(tick, every=datetime.timedelta(seconds=seconds), name=name)
+
+async def main():
+    async with app:
+        await app.run()
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize("where", ["local", "azure"])
+async def test_each_tick_is_one_message_while_workers_are_killed_restarted_and_replaced(
+    request, start_program, tmp_path, where
+):
+    address = tmp_path / "queue.db" if where == "local" else request.getfixturevalue("emulator").connection_string
+    queue = fresh_queue()
+
+    def start(**schedules):
+        return start_program(TICKING_PROGRAM, address, queue, json.dumps(schedules))
+
+    def runs():
+        with contextlib.suppress(FileNotFoundError):
+            return [line.split() for line in (tmp_path / "journal").read_text().splitlines()]
+        return []
+
+    async def ticks_of_another_second(count=1):
+        enough = len(runs()) + count
+        await until(lambda: len(runs()) >= enough, "\n".join(output.read_text() for _, output in workers))
+
+    workers = [start(first=1) for _ in range(3)]
+    await ticks_of_another_second(2)
+    for schedules in ({"first": 1}, {"first": 1, "second": 2}, {"second": 2, "first": 1}):
+        victim, _ = workers.pop(0)
+        victim.kill()
+        victim.wait()
+        workers.append(start(**schedules))
+        await ticks_of_another_second(2)
+    process, output = workers.pop(0)
+    process.terminate()
+    assert await exit_code((process, output)) == 0
+    for process, _ in workers:  # nobody is left
+        process.kill()
+        process.wait()
+    gone = time.time()
+    await until(lambda: time.time() > gone + 3)
+    workers = [start(second=2)]  # and who comes back does not even know the first schedule
+    await until(lambda: any(float_of(each) > gone + 3 for each, _ in runs() if each.startswith("cron:first:")))
+    process, output = workers.pop()
+    process.terminate()
+    assert await exit_code((process, output)) == 0
+
+    messages = {}
+    for tick, sequence_number in runs():
+        messages.setdefault(tick, set()).add(sequence_number)
+    assert {tick: found for tick, found in messages.items() if len(found) > 1} == {}
+    for name, seconds in (("first", 1), ("second", 2)):
+        moments = sorted(float_of(tick) for tick in messages if tick.startswith(f"cron:{name}:"))
+        assert [later - moment for moment, later in itertools.pairwise(moments)] == [seconds] * (len(moments) - 1)
+
+
+def float_of(tick_id):
+    return datetime.datetime.fromisoformat(tick_id.split(":", 2)[2]).timestamp()
+
+
+# ======================================================================================================================
 # What users of other task runners met with, and its kin
 # ======================================================================================================================
 
@@ -8579,6 +9476,32 @@ async def test_a_worker_that_stops_gives_its_messages_back(new_bus):
         await asyncio.wait_for(started.wait(), PATIENCE)
 
 
+async def test_an_id_that_was_given_is_enqueued_once(new_bus):
+    bus = new_bus()
+    first, later = (letter(name, queue=bus.queue_name)._replace(given_id=True) for name in ("first", "later"))
+    later = later._replace(due=time.time() + 60)
+    for _ in range(2):
+        await bus.send([first, later, later, letter("other", queue=bus.queue_name), first])
+    assert Counter(await ids_of(bus)) == {"first": 1, "later": 1, "other": 1}
+    assert bus.id_window == 600
+
+
+async def test_ticks_are_published_once_and_come_when_no_worker_is_left(new_bus):
+    bus = new_bus()
+    workers = [periodic(bus, second=Every(SECOND)), periodic(new_bus(bus.queue_name), second=Every(SECOND))]
+    async with working(workers[0]), working(workers[1]):
+        await until(lambda: sum(len(app.state) for app in workers) > 2)
+    ran = sorted(workers[0].state + workers[1].state)
+    ahead = await ids_of(bus)
+    assert len(ahead) > 90
+    first = datetime.datetime.fromisoformat(ran[0].removeprefix("cron:second:"))
+    assert sorted(ran + ahead) == ticks_of("second", *[first + n * SECOND for n in range(len(ran + ahead))])
+    async with receiving(bus) as receiver:  # as whoever wakes workers sees it
+        [delivery] = await receiver.receive(1, PATIENCE)
+    assert delivery.message_id in ahead
+    assert float_of(delivery.message_id) <= time.time()
+
+
 # ======================================================================================================================
 # Azure bus: over the wire, by the real SDK
 # ======================================================================================================================
@@ -8606,6 +9529,46 @@ async def test_application_properties_arrive_as_text(azure_bus):
     await receiver.close()
     assert peeked.application_properties == received.application_properties == properties
     assert (received.body, received.message_id, received.delivery_count) == (b"{}", "a", 0)
+
+
+async def test_messages_for_different_times_go_together_where_nobody_wants_their_numbers(azure_bus, caplog):
+    bus, now = azure_bus(), int(time.time())
+    messages = [letter(str(n), queue=bus.queue_name, due=now + n)._replace(numbered=False) for n in range(-50, 200)]
+    requests = []
+    send_some = boilermaker.AzureSender._send_some
+
+    async def counted(sender, waiting):
+        numbers = await send_some(sender, waiting)
+        requests.append(len(numbers))
+        return numbers
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(boilermaker.AzureSender, "_send_some", counted)
+        assert await bus.send(messages) == [None] * 250
+        assert requests == [250]
+        [number] = await bus.send([messages[-1]._replace(message_id="numbered", numbered=True)])
+    assert number > 0
+    peeked = {each.message_id: each.scheduled_enqueue_time_utc.timestamp() for each in await bus.peek(1000)}
+    assert peeked == {str(n): now + n for n in range(-50, 200)} | {"numbered": now + 199}
+    async with receiving(bus) as receiver:
+        [delivery] = await receiver.receive(1, PATIENCE)
+        assert await settle(receiver, delivery) is None
+    assert int(delivery.message_id) <= time.time() - now
+
+
+async def test_without_duplicate_detection_a_schedule_is_an_error_at_the_workers_start(emulator, impatient, caplog):
+    queue = fresh_queue()
+    bus = AzureServiceBus.from_connection_string(emulator.connection_string, queue, duplicate_detection=0)
+    app = periodic(bus, hourly=Every(HOUR))
+    with pytest.raises(ConfigurationError, match=r"Make the queue with it, or run\(schedules=False\)"):
+        await app.run()
+    assert "cannot start" in caplog.text
+    await app.send_task("tick", "x")
+    await work_off(app)
+    async with working(app, schedules=False):
+        await app.send_task("tick", "x")
+        await until(lambda: len(app.state) == 2)
+    await app.close()
 
 
 @pytest.mark.parametrize("size", [417, 423, 464])
@@ -9424,6 +10387,17 @@ async def test_no_step_is_published_twice_whatever_happens(azure_bus, emulator):
         await until(lambda: len(messages) == 100)
         await until(lambda: is_empty(app.service_bus_client))
     assert {len(numbers) for numbers in messages.values()} == {1}
+
+
+def test_ticks_run_once_each_while_their_workers_come_and_go():
+    ended = run_example("tick_runs", "short", "--seconds", "4")
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    heading, (name, *numbers) = [re.split(r"  +", line.strip()) for line in ended.stdout.splitlines()]
+    figures = dict(zip(heading, map(int, numbers), strict=True))
+    assert name == "short"
+    assert figures["never ran"] == figures["published twice"] == figures["ended"] == 0
+    assert figures["ticks"] > 15
+    assert figures["killed"] >= 3
 
 
 @pytest.mark.parametrize(("fault", "kills"), [("kill", 1), ("kill-local", 1), ("idle", 0)])
@@ -10868,7 +11842,9 @@ def test_the_azure_program_says_what_the_environment_lacks():
 # ======================================================================================================================
 
 CONSUMER = """\
-from MODULE import Boilermaker, LocalServiceBus, RetryPolicy, Task, TaskFailureResult, retries
+from datetime import timedelta
+
+from MODULE import Boilermaker, LocalServiceBus, RetryPolicy, Schedule, Task, TaskFailureResult, retries
 
 app = Boilermaker({"count": 0}, LocalServiceBus())
 
@@ -10889,6 +11865,25 @@ async def plain(state: dict[str, int]) -> None: ...
 app.register_async(plain, policy=retries.NoRetry())
 
 
+@app.task(policy=RetryPolicy(max_tries=3), every=timedelta(minutes=5))
+async def tidy(state: dict[str, int], of: int = 3) -> int:
+    return of
+
+
+@app.task(cron="0 4 * * *", timezone="Europe/Berlin")
+async def report(state: dict[str, int]) -> None: ...
+
+
+hourly: Schedule = app.schedule(resize.si("x") | send_mail.s(), every=timedelta(hours=1), name="hourly")
+app.schedule(plain, cron="0 5 * * *")
+names: list[str] = [name for name, each in app.schedules.items() if each.next_times(1)[0] < hourly.next_times(1)[0]]
+
+
+async def work() -> None:
+    await tidy.delay(of=4)
+    await app.run(schedules=False)
+
+
 async def publish() -> None:
     task: Task = await resize.delay("x", width=1)
     await app.publish_task(resize.si("x") | send_mail.s() | resize)
@@ -10905,6 +11900,8 @@ MISTAKES = {
     'resize.si("x", "y")': "a wrong type, positional",
     'await send_mail.delay("x", "y")': "too many arguments",
     "wrong: str = await resize({}, 'x')": "a wrong result",
+    "app.schedule(tidy, every=300)": "an interval that is none",
+    "await tidy.delay('x')": "a wrong type, of a task with a schedule",
 }
 
 
