@@ -38,6 +38,7 @@ a bus.
     12. Worker          receive, run, settle, shut down
     13. Application     registering and publishing
     14. Old names       the modules of the multi-file original
+    15. Command line    a worker, and what an operator asks of a queue
 
 The way of a message through a worker, from its lock to its end. A *run* is a message with its task and how that ended;
 a *settlement* is what to do with the message, and what is published before that.
@@ -69,6 +70,7 @@ import dataclasses
 import datetime
 import enum
 import functools
+import importlib
 import inspect
 import itertools
 import json
@@ -79,6 +81,7 @@ import os
 import random
 import re
 import reprlib
+import shutil
 import signal
 import sqlite3
 import sys
@@ -109,6 +112,8 @@ from typing import (
 )
 
 if TYPE_CHECKING:
+    import argparse
+
     from azure.servicebus import ServiceBusMessage, ServiceBusReceivedMessage
     from azure.servicebus.aio import ServiceBusClient
     from opentelemetry.trace import Span
@@ -2987,6 +2992,13 @@ class Walk:
             ORDER BY sequence_number
         """
         return _select(connection, condition, self.queue, self._place[2] + 1, self._last, time.time())
+
+
+def read_queues(connection: Connection) -> dict[str, QueueSettings]:
+    """The queues of a file, with their settings."""
+    sql = "SELECT name, max_delivery_count, duplicate_detection, time_to_live FROM queue ORDER BY name"
+    with _explained(connection.path), connection.mutex:
+        return {name: QueueSettings(*settings) for name, *settings in connection.sql.execute(sql)}
 
 
 LOCK_PATIENCE = 30
@@ -7431,3 +7443,705 @@ class retries:
 for _old in ("app", "config", "failure", "retries", "service_bus", "task"):
     sys.modules[f"{__name__}.{_old}"] = sys.modules[__name__]
     globals().setdefault(_old, sys.modules[__name__])
+
+
+# ======================================================================================================================
+# 15. Command line: a worker, and what an operator asks of a queue
+# ======================================================================================================================
+
+# A sub-command is a function of the parsed arguments that gives an exit code; `_parser` says which arguments it has.
+# What goes wrong in a way that a user can mend is a line on standard error, see `main`.
+
+DONE, WRONG, USAGE, UNREACHABLE, INTERRUPTED = 0, 1, 2, 3, 130
+"""Exit codes: all is well; something is wrong there; the command or the application is; no connection, or no access;
+by Ctrl-C, as shells have it."""
+
+RESTART_PAUSE, LONGEST_RESTART_PAUSE = 0.5, 30.0
+"""Seconds before a worker process that died is started again, at first and at most; it doubles each time."""
+
+PAGE = 1000
+"""Messages that are looked at by one peek."""
+
+
+class CommandError(Exception):
+    """What ends a command, in a line for its user."""
+
+    def __init__(self, text: str, exit_code: int = USAGE) -> None:
+        super().__init__(text)
+        self.exit_code = exit_code
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command `boilermaker`; its exit code.
+
+    Args:
+        arguments: those of the command line; the program's own if None.
+    """
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    args = _parser().parse_args(arguments)
+    try:
+        if (elsewhere := _home_of(args)) is not sys.modules[__name__]:
+            return int(elsewhere.main(arguments))  # of the copy that the application was made by
+        exit_code: int = args.command(args)
+        sys.stdout.flush()
+        return exit_code
+    except CommandError as error:
+        print(f"{args.program}: {error}", file=sys.stderr)
+        return error.exit_code
+    except (MessageNotFound, OperationStopped) as error:
+        print(f"{args.program}: {error}", file=sys.stderr)
+        return WRONG
+    except (ConfigurationError, ServiceBusUnavailable) as error:
+        print(f"{args.program}: {error}", file=sys.stderr)
+        return UNREACHABLE
+    except UsageError as error:
+        print(f"{args.program}: {error}", file=sys.stderr)
+        return USAGE
+    except KeyboardInterrupt:
+        print("\nInterrupted: what was done is done, the rest is as it was.", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # who reads has read enough; nothing is left to be written at exit either
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return DONE
+
+
+def _parser() -> argparse.ArgumentParser:
+    import argparse
+
+    program = __name__.rpartition(".")[2]
+    app_help = "the application, as module:attribute (attribute app if left out)"
+    bus_help = (
+        "an application (module:attribute); or, without its code, a queue file (tasks.db, tasks.db#queue), or azure or "
+        "azure:QUEUE, by the environment's SERVICE_BUS_NAMESPACE_URL or SERVICEBUS_CONNECTION_STRING"
+    )
+    parser = argparse.ArgumentParser(prog=program, description="Workers, and what an operator asks of a queue.")
+    parser.add_argument("--version", action="version", version=f"{program} {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    def seconds(text: str) -> float:
+        try:
+            return _positive("S", float(text), or_zero=True)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} must be seconds, 0 or more.") from None
+
+    def span(text: str) -> float:
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd])", text)
+        if match is None:
+            raise argparse.ArgumentTypeError(f"{text!r} must be a number with its unit: 90s, 30m, 2h or 7d.")
+        return float(match[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]]
+
+    def count(text: str) -> int:
+        if not text.isdecimal() or not int(text):
+            raise argparse.ArgumentTypeError(f"{text!r} must be a number over 0.")
+        return int(text)
+
+    def add(name: str, command: Callable[..., object], text: str, example: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(
+            name,
+            help=text,
+            description=f"{text[0].upper()}{text[1:]}.",
+            epilog=f"example: {program} {name} {example}",
+        )
+        added.set_defaults(command=command, program=f"{program} {name}")
+        return added
+
+    def add_filters(to: argparse.ArgumentParser, all_help: str) -> None:
+        to.add_argument("--task", metavar="NAME", help="only messages of this task")
+        to.add_argument("--all", action="store_true", help=all_help)
+        to.add_argument("--dry-run", action="store_true", help="say what would be done, and do nothing")
+        to.add_argument("-y", "--yes", action="store_true", help="do not ask")
+
+    worker = add("worker", _worker, "run an application's tasks", "myapp.tasks:app -c 20")
+    worker.add_argument("app", metavar="APP", help=app_help)
+    worker.add_argument("-c", "--concurrency", type=count, default=10, metavar="N", help="tasks at the same time (10)")
+    worker.add_argument("--burst", action="store_true", help="end when nothing is left to do")
+    worker.add_argument("--processes", type=count, default=1, metavar="N", help="worker processes (1)")
+    worker.add_argument("--reload", action="store_true", help="start again when a .py file changes, for development")
+    worker.add_argument("--grace-period", type=seconds, default=25, metavar="S", help="seconds for running tasks (25)")
+    worker.add_argument("--no-schedules", action="store_true", help="publish no periodic tasks")
+    levels = ("DEBUG", "INFO", "WARNING", "ERROR")
+    worker.add_argument("--log-level", type=str.upper, choices=levels, default="INFO", help="of what is logged (INFO)")
+
+    inspect_ = add("inspect", _command(_inspect), "count messages, by state and by task", "tasks.db --json")
+    inspect_.add_argument("bus", metavar="BUS", help=bus_help)
+    inspect_.add_argument("--task", metavar="NAME", help="only this task")
+    inspect_.add_argument("-n", type=count, default=20, metavar="N", help="tasks to list at most (20)")
+    inspect_.add_argument("--json", action="store_true", help="as one JSON object")
+    inspect_.add_argument("--fail-on-dead", action="store_true", help="exit with 1 if there are dead letters")
+
+    dead = add(
+        "dead", _command(_dead), "look at dead letters, run them again or delete them", "tasks.db list --since 2h"
+    )
+    dead.add_argument("bus", metavar="BUS", help=bus_help)
+    dead.add_argument("action", choices=("list", "show", "replay", "discard", "export"))
+    dead.add_argument("numbers", metavar="NUMBER", type=int, nargs="*", help="sequence numbers of dead letters")
+    dead.add_argument("--reason", metavar="R", help="only those of this reason, such as TaskFailed")
+    dead.add_argument("--error", metavar="TEXT", help="only those with this text in their description")
+    dead.add_argument("--since", type=span, metavar="2h", help="only those of the last 90s, 30m, 2h or 7d")
+    dead.add_argument("-n", type=count, default=20, metavar="N", help="dead letters to list at most (20)")
+    dead.add_argument("--json", action="store_true", help="one JSON object a line")
+    add_filters(dead, "all that match, not only those of the given numbers; list: with no limit")
+
+    publish = add("publish", _command(_publish), "publish a task", """myapp:app resize '["cat.png", 200]' --delay 60""")
+    publish.add_argument("bus", metavar="APP|BUS", help=bus_help)
+    publish.add_argument("name", metavar="NAME", help="the task's name")
+    publish.add_argument(
+        "arguments", metavar="ARGS_JSON", nargs="?", default="[]", help="a JSON array, or an object of keywords"
+    )
+    publish.add_argument("--delay", type=seconds, metavar="S", help="seconds from now")
+    publish.add_argument(
+        "--task-id", metavar="ID", help="an id of your own: a second publish of it is dropped for a while"
+    )
+
+    cancel = add("cancel", _command(_cancel), "take back messages that are scheduled, or wait", "tasks.db 17 18")
+    cancel.add_argument("bus", metavar="BUS", help=bus_help)
+    cancel.add_argument("numbers", metavar="NUMBER", type=int, nargs="+", help="their sequence numbers")
+
+    purge = add("purge", _command(_purge), "delete messages that wait or are scheduled", "tasks.db --task resize --all")
+    purge.add_argument("bus", metavar="BUS", help=bus_help)
+    purge.add_argument("--scheduled", action="store_true", help="only scheduled messages")
+    add_filters(purge, "needed, unless --dry-run")
+
+    schedules = add("schedules", _schedules, "show periodic tasks and their next times", "myapp:app -n 5")
+    schedules.add_argument("app", metavar="APP", help=app_help)
+    schedules.add_argument("-n", type=count, default=3, metavar="N", help="times of each (3)")
+    return parser
+
+
+# -- what a command is about
+
+
+def _home_of(args: argparse.Namespace) -> Any:
+    """The module that the application's class comes from, by whatever name it was vendored; this one where none is."""
+    args.application = None
+    target = args.app if "app" in args else args.bus
+    if "app" not in args and _is_no_application(target):
+        return sys.modules[__name__]
+    if args.command is _worker and args.reload:
+        return sys.modules[__name__]  # its process loads it, again and again
+    args.application = _load(target)
+    for base in type(args.application).__mro__:
+        home = sys.modules[base.__module__]
+        if base.__name__ == "Boilermaker" and hasattr(home, "main"):
+            return home
+    raise CommandError(f"{target} is {_short(args.application)}, and no Boilermaker application.")
+
+
+def _is_no_application(bus: str) -> bool:
+    path = bus.partition("#")[0]
+    looks_like_a_file = os.sep in path or path.endswith((".db", ".sqlite", ".sqlite3")) or "#" in bus
+    return bus.partition(":")[0] == "azure" or os.path.exists(path) or looks_like_a_file
+
+
+def _load(target: str) -> Any:
+    """An application, by `module:attribute`; what its own code raises is shown as if there were nothing of ours."""
+    module_name, _, attribute = target.partition(":")
+    if not re.fullmatch(r"[^\W\d]\w*(\.\w+)*(:\w+(\.\w+)*)?", target):
+        raise CommandError(f"{target!r} is no file that is there, and no application: that is module:attribute.")
+    try:
+        found: Any = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
+            raise _of_the_application(target, error) from error
+        raise CommandError(
+            f"there is no module {module_name!r}, in this folder or installed, nor a file of that name. An application "
+            "is given as module:attribute."
+        ) from error
+    except (Exception, SystemExit) as error:
+        raise _of_the_application(target, error) from error
+    for name in (attribute or "app").split("."):
+        if not hasattr(found, name):
+            raise CommandError(f"module {module_name!r} has no attribute {attribute or 'app'!r}.")
+        found = getattr(found, name)
+    return found
+
+
+def _of_the_application(target: str, error: BaseException) -> CommandError:
+    """The error of an application's own code, with its traceback from where its code begins."""
+    where = error.__traceback__
+    while where is not None and where.tb_frame.f_globals.get("__name__") in (__name__, "importlib", *_IMPORTING):
+        where = where.tb_next
+    traceback.print_exception(type(error), error.with_traceback(where), where, chain=True)
+    return CommandError(f"{target} cannot be imported.")
+
+
+_IMPORTING = ("importlib._bootstrap", "importlib._bootstrap_external")
+
+
+def _open(args: argparse.Namespace) -> ServiceBus:
+    """The bus that a command is about."""
+    if args.application is not None:
+        bus: ServiceBus = args.application.service_bus_client
+        return bus
+    kind, _, queue = args.bus.partition(":")
+    if kind == "azure":
+        return AzureServiceBus.from_config(Config(service_bus_queue_name=queue or None))
+    path, _, queue = args.bus.partition("#")
+    if not os.path.isfile(path):
+        raise CommandError(f"there is no file {path!r}: a queue's file is made by who publishes to it.")
+    connection = open_to_read(os.path.realpath(path))
+    if connection is None:
+        raise CommandError(f"{path!r} is empty, and no queue's file.")
+    with contextlib.closing(connection):
+        queues = read_queues(connection)
+    if (queue or "tasks") not in queues:
+        there = ", ".join(f"{path}#{name}" for name in queues if not name.endswith(DEAD_LETTER_SUFFIX)) or "none"
+        raise CommandError(f"{path!r} has no queue {queue or 'tasks'!r}. There are: {there}.")
+    return LocalServiceBus(
+        path, queue or "tasks", **queues[queue or "tasks"]._asdict()
+    )  # as it is: it keeps its settings
+
+
+def _command(command: Callable[[argparse.Namespace, ServiceBus], Coroutine[Any, Any, int]]) -> Callable[..., int]:
+    """A sub-command that opens a bus, and closes it."""
+
+    async def run(args: argparse.Namespace) -> int:
+        bus = _open(args)
+        try:
+            return await command(args, bus)
+        finally:
+            await bus.close()
+
+    return lambda args: asyncio.run(run(args))
+
+
+# -- looking
+
+
+async def _inspect(args: argparse.Namespace, bus: ServiceBus) -> int:
+    counts, by_task = await bus.counts(), dict(await bus.counts_by_task())
+    if args.task is not None:
+        by_task = {name: each for name, each in by_task.items() if name == args.task}
+    if args.json:
+        tasks = {name: dataclasses.asdict(each) for name, each in by_task.items()}
+        print(json.dumps({**dataclasses.asdict(counts), "tasks": tasks}))
+    else:
+        running = "unknown" if counts.running is None else f"{counts.running:,}"
+        oldest = "" if counts.oldest is None else f"; the oldest waits for {_span(counts.oldest)}"
+        about = "" if counts.exact else " (as far as peeking shows)"
+        print(
+            f"{args.bus}: {counts.active:,} waiting, {running} running, {counts.scheduled:,} scheduled, "
+            f"{counts.dead_letter:,} dead{about}{oldest}"
+        )
+        listed = sorted(by_task.items(), key=lambda item: (-item[1].dead_letter, -item[1].active, item[0]))
+        _print_table(
+            [("TASK", "WAITING", "RUNNING", "SCHEDULED", "DEAD", "OLDEST", "LAST ERROR")]
+            + [
+                (
+                    *(name or "(no task)", each.active, "-" if each.running is None else each.running),
+                    *(each.scheduled, each.dead_letter, "-" if each.oldest is None else _span(each.oldest)),
+                    each.last_error or "",
+                )
+                for name, each in listed[: args.n]
+            ],
+        )
+        if len(listed) > args.n:
+            print(f"... and {len(listed) - args.n:,} more tasks: -n {len(listed)}")
+    dead = counts.dead_letter if args.task is None else sum(each.dead_letter for each in by_task.values())
+    return WRONG if args.fail_on_dead and dead else DONE
+
+
+def _filter(args: argparse.Namespace) -> Callable[[Message], bool]:
+    """Whether a message is one of those that the options name."""
+    numbers, now = set(getattr(args, "numbers", ())), time.time()
+    since, reason, error = (getattr(args, name, None) for name in ("since", "reason", "error"))
+
+    def matches(message: Message) -> bool:
+        died = message.dead_lettered_time_utc or message.enqueued_time_utc
+        return (
+            (not numbers or message.sequence_number in numbers)
+            and (args.task is None or (message.task is not None and message.task.function_name == args.task))
+            and (reason is None or message.dead_letter_reason == reason)
+            and (error is None or error.lower() in (message.dead_letter_error_description or "").lower())
+            and (since is None or (died is not None and died.timestamp() >= now - since))
+            and (not getattr(args, "scheduled", False) or message.state is MessageState.SCHEDULED)
+        )
+
+    return matches
+
+
+async def _matching(bus: ServiceBus, matches: Callable[[Message], bool]) -> list[Message]:
+    """Dead letters, page by page."""
+    found: list[Message] = []
+    number = 0
+    while page := await bus.peek(PAGE, dead_letter=True, sequence_number=number):
+        found += filter(matches, page)
+        number = page[-1].sequence_number + 1
+    return found
+
+
+async def _dead(args: argparse.Namespace, bus: ServiceBus) -> int:
+    if args.action in ("replay", "discard"):
+        operation = bus.replay if args.action == "replay" else bus.discard
+        return await _change(args, operation, "dead letter", f"{args.action}ed")
+    if args.action == "show" and not args.numbers:
+        raise CommandError("show wants the number of a dead letter, or several; `list` has them.")
+    found = await _matching(bus, _filter(args))
+    if missing := set(args.numbers) - {message.sequence_number for message in found}:
+        print(f"No such dead letter, or none that matches: {', '.join(map(str, sorted(missing)))}", file=sys.stderr)
+    if args.action == "export" or args.json:
+        for message in found:
+            print(json.dumps(_document(message)))
+    elif args.action == "show":
+        for message in found:
+            print(_in_full(message))
+    else:
+        _list_dead(found, len(found) if args.all else args.n)
+    return WRONG if missing else DONE
+
+
+def _list_dead(found: Sequence[Message], count: int) -> None:
+    """Why they died, how many each, then the last of them."""
+    if not found:
+        print("No dead letter matches.")
+        return
+    causes: dict[tuple[str, ...], list[Message]] = {}
+    for message in found:
+        kind = (message.dead_letter_error_description or "").partition(":")[0]
+        causes.setdefault((_name_of(message), message.dead_letter_reason or "", kind), []).append(message)
+    _print_table(
+        [("DEAD", "TASK", "REASON", "LAST ERROR")]
+        + [
+            (len(members), name, reason, members[-1].dead_letter_error_description or "")
+            for (name, reason, _), members in sorted(causes.items(), key=lambda item: -len(item[1]))
+        ]
+    )
+    print()
+    _print_table(
+        [("NUMBER", "DIED", "TASK", "ARGUMENTS", "ERROR")]
+        + [
+            (
+                *(message.sequence_number, _moment(message.dead_lettered_time_utc), _name_of(message)),
+                *(_arguments_of(message), message.dead_letter_error_description or message.dead_letter_reason or ""),
+            )
+            for message in found[-count:]
+        ]
+    )
+    if len(found) > count:
+        print(f"These are the last {count:,} of {len(found):,}: --all shows all.")
+
+
+def _name_of(message: Message) -> str:
+    return message.task.function_name if message.task is not None else "(no task)"
+
+
+def _arguments_of(message: Message) -> str:
+    task = message.task
+    if task is None:
+        return message.body
+    words = [json.dumps(value) for value in task.args]
+    return ", ".join(words + [f"{name}={json.dumps(value)}" for name, value in task.kwargs.items()])
+
+
+def _document(message: Message) -> dict[str, Any]:
+    """A message for other programs."""
+    task = message.task
+    times = ("enqueued_time_utc", "scheduled_enqueue_time_utc", "locked_until_utc", "dead_lettered_time_utc")
+    moments = {name: getattr(message, name) for name in times}
+    return {
+        **{name: getattr(message, name) for name in ("sequence_number", "message_id", "state", "delivery_count")},
+        "task": None if task is None else task.function_name,
+        "task_id": None if task is None else task.task_id,
+        "args": None if task is None else task.args,
+        "kwargs": None if task is None else task.kwargs,
+        **{name: moment and moment.isoformat() for name, moment in moments.items()},
+        "dead_letter_reason": message.dead_letter_reason,
+        "dead_letter_error_description": message.dead_letter_error_description,
+        "dead_letter_traceback": message.dead_letter_traceback,
+        "body": message.body,
+    }
+
+
+def _in_full(message: Message) -> str:
+    """A dead letter for people."""
+    lines = [
+        f"{name}: {_printable(str(value))}"
+        for name, value in _document(message).items()
+        if value is not None and name not in ("args", "kwargs", "body", "dead_letter_traceback")
+    ]
+    if message.task is None:
+        lines.append(f"body: {_printable(message.body)}")
+    else:
+        arguments = [*enumerate(message.task.args, 1), *message.task.kwargs.items()]
+        lines += [f"argument {_printable(str(name))}: {json.dumps(value, indent=2)}" for name, value in arguments]
+    lines += [f"    {_printable(line)}" for line in (message.dead_letter_traceback or "").splitlines()]
+    return "\n".join([*lines, ""])
+
+
+def _moment(moment: datetime.datetime | None) -> str:
+    return "-" if moment is None else f"{moment:%Y-%m-%d %H:%M:%S}Z"
+
+
+def _span(seconds: float) -> str:
+    """A span of time for people, by its largest unit."""
+    for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
+        if seconds >= size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def _print_table(rows: Sequence[Sequence[object]]) -> None:
+    """Aligned columns, numbers to the right; on a terminal no line is longer than that is wide."""
+    texts = [
+        [f"{cell:,}" if type(cell) is int and place else _printable(str(cell)) for place, cell in enumerate(row)]
+        for row in rows
+    ]
+    widths = [min(max(map(len, column)), 40) for column in zip(*texts, strict=True)]
+    numeric = [all(type(row[place]) is int or row[place] == "-" for row in rows[1:]) for place in range(len(widths))]
+    room = shutil.get_terminal_size().columns if sys.stdout.isatty() else MAX_DESCRIPTION_LENGTH
+    for row in texts:
+        cells = [
+            cell.rjust(width) if number else (cell if len(cell) <= width else cell[: width - 3] + "...").ljust(width)
+            for cell, width, number in zip(row[:-1], widths, numeric, strict=False)
+        ]
+        line = "  ".join([*cells, row[-1]])
+        print((line if len(line) <= room else line[: room - 3] + "...").rstrip())
+
+
+# -- changing
+
+
+async def _change(
+    args: argparse.Namespace, operation: Callable[..., Coroutine[Any, Any, list[Message]]], thing: str, done: str
+) -> int:
+    """Do something about messages, after it was said which, and agreed to where that is more than a few numbers."""
+    numbers = set(getattr(args, "numbers", ()))
+    if not (numbers or args.all or args.dry_run):
+        raise CommandError(f"this is about every {thing} that matches: give --all, or their numbers, or --dry-run.")
+    found = await operation(_filter(args), dry_run=True)
+    if missing := numbers - {message.sequence_number for message in found}:
+        print(f"Not there, or not matching: {', '.join(map(str, sorted(missing)))}", file=sys.stderr)
+    if not found:
+        print(f"No {thing} matches: nothing was done.")
+        return WRONG if missing else DONE
+    if args.dry_run:
+        for name, count in collections.Counter(map(_name_of, found)).most_common():
+            print(f"{count:,} of {_printable(name)}")
+        print(f"{_some(len(found), thing)} would be {done}.")
+        return DONE
+    if not numbers and not args.yes:
+        if not sys.stdin.isatty():
+            raise CommandError(f"{_some(len(found), thing)} would be {done}: without a terminal to ask, give -y.")
+        if not _agreed(f"{_some(len(found), thing)} to be {done}. Go on? [y/N] "):
+            print("Nothing was done.")
+            return DONE
+    progress = _Progress(len(found))
+    try:
+        concerned = await operation([message.sequence_number for message in found], on_progress=progress.show)
+    finally:
+        progress.end()
+    print(f"{_some(len(concerned), thing)} {done}.")
+    return WRONG if missing else DONE
+
+
+def _some(count: int, thing: str) -> str:
+    return f"{count:,} {thing}{'' if count == 1 else 's'}"
+
+
+def _agreed(question: str) -> bool:
+    """Ask on the terminal; Ctrl-C, which asyncio would keep for later, ends it at once."""
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        return input(question).strip().lower() in ("y", "yes")
+    except EOFError:
+        return False
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+class _Progress:
+    """How far it is, on a terminal."""
+
+    def __init__(self, total: int) -> None:
+        self.total = total
+        self.shown = False
+
+    def show(self, done: int) -> None:
+        if sys.stderr.isatty():
+            self.shown = True
+            print(f"\r{done:,} of {self.total:,}", end="", file=sys.stderr, flush=True)
+
+    def end(self) -> None:
+        if self.shown:
+            print(file=sys.stderr)
+
+
+async def _purge(args: argparse.Namespace, bus: ServiceBus) -> int:
+    return await _change(args, bus.purge, "message", "deleted")
+
+
+async def _cancel(args: argparse.Namespace, bus: ServiceBus) -> int:
+    exit_code = DONE
+    for number in args.numbers:
+        try:
+            await bus.cancel(number)
+        except MessageNotFound as error:
+            print(error, file=sys.stderr)
+            exit_code = WRONG
+        else:
+            print(f"{number} cancelled.")
+    return exit_code
+
+
+async def _publish(args: argparse.Namespace, bus: ServiceBus) -> int:
+    try:
+        arguments = _from_json(args.arguments)
+    except ValueError as error:
+        raise CommandError(f"ARGS_JSON {args.arguments!r} is no JSON: {error}.") from None
+    if not isinstance(arguments, (list, dict)):
+        raise CommandError(f"ARGS_JSON {args.arguments!r} must be an array, or an object of keyword arguments.")
+    app = args.application or Boilermaker(None, bus)
+    payload = {"args": arguments} if isinstance(arguments, list) else {"kwargs": arguments}
+    task = Task.default(args.name, payload=payload)
+    if args.application is not None:
+        registration = app.registration(args.name)
+        if registration is None:
+            raise CommandError(
+                f"the application has no task {args.name!r}; it has {', '.join(app.task_names) or 'none'}."
+            )
+        task._function = registration.function
+    await app.publish_task(task, delay=args.delay, task_id=args.task_id)
+    number = "" if task.sequence_number is None else f" sequence_number={task.sequence_number}"
+    print(f"Published {_printable(args.name)} task_id={_printable(task.task_id)}{number}")
+    return DONE
+
+
+def _schedules(args: argparse.Namespace) -> int:
+    app = args.application
+    if not app.schedules:
+        print("The application has no periodic tasks.")
+    for name, schedule in app.schedules.items():
+        times = ", ".join(f"{moment:%Y-%m-%d %H:%M:%S %Z}" for moment in schedule.next_times(args.n))
+        print(f"{_printable(name)}: {schedule.when}: {times}")
+    return DONE
+
+
+# -- working
+
+
+def _worker(args: argparse.Namespace) -> int:
+    if args.reload and args.processes > 1:
+        raise CommandError("--reload is for one process: leave out --processes.")
+    logging.basicConfig(level=args.log_level, stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s")
+    logging.getLogger("azure").setLevel(logging.WARNING)
+    if args.reload:
+        return _reload(args)
+    if args.processes > 1:
+        return Supervisor(args).run()
+
+    async def work() -> None:
+        async with args.application as app:
+            await app.run(
+                args.concurrency,
+                args.burst,
+                grace_period=args.grace_period,
+                schedules=False if args.no_schedules else None,
+            )
+
+    asyncio.run(work())
+    return DONE
+
+
+def _arguments_of_child(args: argparse.Namespace) -> list[str]:
+    """The command line of one worker process."""
+    options = [
+        args.app,
+        f"-c{args.concurrency}",
+        f"--grace-period={args.grace_period}",
+        f"--log-level={args.log_level}",
+    ]
+    flags = {"--burst": args.burst, "--no-schedules": args.no_schedules}
+    return ["worker", *options, *(flag for flag, given in flags.items() if given)]
+
+
+def _child(arguments: Sequence[str]) -> None:
+    sys.exit(main(arguments))
+
+
+def _reload(args: argparse.Namespace) -> int:
+    """A worker process that is started again when a file changes; one that fails waits for the next change."""
+    try:
+        import watchfiles
+    except ImportError as error:
+        raise CommandError(f"--reload needs watchfiles: pip install watchfiles ({error}).") from None
+
+    def tell(changes: Iterable[tuple[object, str]]) -> None:
+        logger.info("Changed: %s; starting again", ", ".join(sorted(os.path.relpath(path) for _, path in changes)))
+
+    watchfiles.run_process(
+        os.getcwd(),
+        target=_child,
+        args=(_arguments_of_child(args),),
+        target_type="function",
+        callback=tell,
+        watch_filter=watchfiles.PythonFilter(),
+        sigint_timeout=math.ceil(args.grace_period) + 10,  # it has its own: see `Boilermaker.run`
+    )
+    return DONE
+
+
+class Supervisor:
+    """Keeps worker processes running: passes signals on, and starts anew what died, after a pause that grows."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        import multiprocessing.connection
+
+        self._start_process = multiprocessing.get_context("spawn").Process
+        self._wait = multiprocessing.connection.wait
+        self._arguments = _arguments_of_child(args)
+        self._count = args.processes
+        self._processes: dict[Any, float] = {}  # and when they were started
+        self._stopping = False
+        self._failures = 0
+        self._start_at = 0.0
+        self._exit_code = DONE
+
+    def run(self) -> int:
+        """Until all have ended, each by itself or by a signal; the exit code of one that could not begin."""
+        previous = {number: signal.signal(number, self._pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            self._start(self._count)
+            while self._processes or (self._count and not self._stopping):
+                self._wait([process.sentinel for process in self._processes], timeout=RESTART_PAUSE / 2)
+                for process in [each for each in self._processes if not each.is_alive()]:
+                    self._see_to(process, time.monotonic() - self._processes.pop(process))
+                if len(self._processes) < self._count and not self._stopping and time.monotonic() >= self._start_at:
+                    self._start(self._count - len(self._processes))
+            return self._exit_code
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    def _start(self, count: int) -> None:
+        for _ in range(count):
+            process = self._start_process(target=_child, args=(self._arguments,))
+            process.start()
+            self._processes[process] = time.monotonic()
+            logger.info("Worker process %d started", process.pid)
+
+    def _see_to(self, process: Any, lived: float) -> None:
+        """What one that has ended means for the others."""
+        if self._stopping:
+            return
+        if process.exitcode == DONE:  # a burst
+            self._count -= 1
+        elif process.exitcode == USAGE or (process.exitcode == UNREACHABLE and not self._failures):
+            self._exit_code = process.exitcode
+            self._pass_on(signal.SIGTERM)
+        else:
+            self._failures = 1 if lived > LONGEST_RESTART_PAUSE else self._failures + 1
+            pause = min(RESTART_PAUSE * 2 ** (self._failures - 1), LONGEST_RESTART_PAUSE)
+            self._start_at = time.monotonic() + pause
+            logger.error("Worker process %d died (exit code %s); another in %g s", process.pid, process.exitcode, pause)
+
+    def _pass_on(self, number: int, frame: object = None) -> None:
+        self._stopping = True
+        for process in self._processes:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process.pid, number)
+
+
+if __name__ == "__main__":  # the application imports the module by its name: that one, not this, has its class
+    sys.exit(importlib.import_module(__spec__.name if __spec__ else Path(__file__).stem).main())
