@@ -7456,19 +7456,17 @@ DONE, WRONG, USAGE, UNREACHABLE, INTERRUPTED = 0, 1, 2, 3, 130
 """Exit codes: all is well; something is wrong there; the command or the application is; no connection, or no access;
 by Ctrl-C, as shells have it."""
 
+EXIT_CODES = (
+    ((MessageNotFound, OperationStopped), WRONG),
+    ((ConfigurationError, ServiceBusUnavailable), UNREACHABLE),
+)
+"""Those of errors; of any other of ours it is USAGE."""
+
 RESTART_PAUSE, LONGEST_RESTART_PAUSE = 0.5, 30.0
 """Seconds before a worker process that died is started again, at first and at most; it doubles each time."""
 
 PAGE = 1000
 """Messages that are looked at by one peek."""
-
-
-class CommandError(Exception):
-    """What ends a command, in a line for its user."""
-
-    def __init__(self, text: str, exit_code: int = USAGE) -> None:
-        super().__init__(text)
-        self.exit_code = exit_code
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -7480,25 +7478,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
-    args = _parser().parse_args(arguments)
+    parser = _parser()
+    args, more = parser.parse_known_args(arguments)
+    if more and not ("numbers" in args and all(each.isdecimal() for each in more)):
+        parser.error(f"unrecognized arguments: {' '.join(more)}")
+    if more:  # numbers that follow an option
+        args.numbers += map(int, more)
     try:
         if (elsewhere := _home_of(args)) is not sys.modules[__name__]:
             return int(elsewhere.main(arguments))  # of the copy that the application was made by
         exit_code: int = args.command(args)
         sys.stdout.flush()
         return exit_code
-    except CommandError as error:
+    except BoilermakerError as error:
         print(f"{args.program}: {error}", file=sys.stderr)
-        return error.exit_code
-    except (MessageNotFound, OperationStopped) as error:
-        print(f"{args.program}: {error}", file=sys.stderr)
-        return WRONG
-    except (ConfigurationError, ServiceBusUnavailable) as error:
-        print(f"{args.program}: {error}", file=sys.stderr)
-        return UNREACHABLE
-    except UsageError as error:
-        print(f"{args.program}: {error}", file=sys.stderr)
-        return USAGE
+        return next((exit_code for kinds, exit_code in EXIT_CODES if isinstance(error, kinds)), USAGE)
     except KeyboardInterrupt:
         print("\nInterrupted: what was done is done, the rest is as it was.", file=sys.stderr)
         return INTERRUPTED
@@ -7626,7 +7620,7 @@ def _home_of(args: argparse.Namespace) -> Any:
         home = sys.modules[base.__module__]
         if base.__name__ == "Boilermaker" and hasattr(home, "main"):
             return home
-    raise CommandError(f"{target} is {_short(args.application)}, and no Boilermaker application.")
+    raise UsageError(f"{target} is {_short(args.application)}, and no Boilermaker application.")
 
 
 def _is_no_application(bus: str) -> bool:
@@ -7639,13 +7633,13 @@ def _load(target: str) -> Any:
     """An application, by `module:attribute`; what its own code raises is shown as if there were nothing of ours."""
     module_name, _, attribute = target.partition(":")
     if not re.fullmatch(r"[^\W\d]\w*(\.\w+)*(:\w+(\.\w+)*)?", target):
-        raise CommandError(f"{target!r} is no file that is there, and no application: that is module:attribute.")
+        raise UsageError(f"{target!r} is no file that is there, and no application: that is module:attribute.")
     try:
         found: Any = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
             raise _of_the_application(target, error) from error
-        raise CommandError(
+        raise UsageError(
             f"there is no module {module_name!r}, in this folder or installed, nor a file of that name. An application "
             "is given as module:attribute."
         ) from error
@@ -7653,18 +7647,18 @@ def _load(target: str) -> Any:
         raise _of_the_application(target, error) from error
     for name in (attribute or "app").split("."):
         if not hasattr(found, name):
-            raise CommandError(f"module {module_name!r} has no attribute {attribute or 'app'!r}.")
+            raise UsageError(f"module {module_name!r} has no attribute {attribute or 'app'!r}.")
         found = getattr(found, name)
     return found
 
 
-def _of_the_application(target: str, error: BaseException) -> CommandError:
+def _of_the_application(target: str, error: BaseException) -> UsageError:
     """The error of an application's own code, with its traceback from where its code begins."""
     where = error.__traceback__
     while where is not None and where.tb_frame.f_globals.get("__name__") in (__name__, "importlib", *_IMPORTING):
         where = where.tb_next
     traceback.print_exception(type(error), error.with_traceback(where), where, chain=True)
-    return CommandError(f"{target} cannot be imported.")
+    return UsageError(f"{target} cannot be imported.")
 
 
 _IMPORTING = ("importlib._bootstrap", "importlib._bootstrap_external")
@@ -7680,15 +7674,15 @@ def _open(args: argparse.Namespace) -> ServiceBus:
         return AzureServiceBus.from_config(Config(service_bus_queue_name=queue or None))
     path, _, queue = args.bus.partition("#")
     if not os.path.isfile(path):
-        raise CommandError(f"there is no file {path!r}: a queue's file is made by who publishes to it.")
+        raise UsageError(f"there is no file {path!r}: a queue's file is made by who publishes to it.")
     connection = open_to_read(os.path.realpath(path))
     if connection is None:
-        raise CommandError(f"{path!r} is empty, and no queue's file.")
+        raise UsageError(f"{path!r} is empty, and no queue's file.")
     with contextlib.closing(connection):
         queues = read_queues(connection)
     if (queue or "tasks") not in queues:
         there = ", ".join(f"{path}#{name}" for name in queues if not name.endswith(DEAD_LETTER_SUFFIX)) or "none"
-        raise CommandError(f"{path!r} has no queue {queue or 'tasks'!r}. There are: {there}.")
+        raise UsageError(f"{path!r} has no queue {queue or 'tasks'!r}. There are: {there}.")
     return LocalServiceBus(
         path, queue or "tasks", **queues[queue or "tasks"]._asdict()
     )  # as it is: it keeps its settings
@@ -7777,7 +7771,7 @@ async def _dead(args: argparse.Namespace, bus: ServiceBus) -> int:
         operation = bus.replay if args.action == "replay" else bus.discard
         return await _change(args, operation, "dead letter", f"{args.action}ed")
     if args.action == "show" and not args.numbers:
-        raise CommandError("show wants the number of a dead letter, or several; `list` has them.")
+        raise UsageError("show wants the number of a dead letter, or several; `list` has them.")
     found = await _matching(bus, _filter(args))
     if missing := set(args.numbers) - {message.sequence_number for message in found}:
         print(f"No such dead letter, or none that matches: {', '.join(map(str, sorted(missing)))}", file=sys.stderr)
@@ -7909,7 +7903,7 @@ async def _change(
     """Do something about messages, after it was said which, and agreed to where that is more than a few numbers."""
     numbers = set(getattr(args, "numbers", ()))
     if not (numbers or args.all or args.dry_run):
-        raise CommandError(f"this is about every {thing} that matches: give --all, or their numbers, or --dry-run.")
+        raise UsageError(f"this is about every {thing} that matches: give --all, or their numbers, or --dry-run.")
     found = await operation(_filter(args), dry_run=True)
     if missing := numbers - {message.sequence_number for message in found}:
         print(f"Not there, or not matching: {', '.join(map(str, sorted(missing)))}", file=sys.stderr)
@@ -7923,7 +7917,7 @@ async def _change(
         return DONE
     if not numbers and not args.yes:
         if not sys.stdin.isatty():
-            raise CommandError(f"{_some(len(found), thing)} would be {done}: without a terminal to ask, give -y.")
+            raise UsageError(f"{_some(len(found), thing)} would be {done}: without a terminal to ask, give -y.")
         if not _agreed(f"{_some(len(found), thing)} to be {done}. Go on? [y/N] "):
             print("Nothing was done.")
             return DONE
@@ -7989,16 +7983,16 @@ async def _publish(args: argparse.Namespace, bus: ServiceBus) -> int:
     try:
         arguments = _from_json(args.arguments)
     except ValueError as error:
-        raise CommandError(f"ARGS_JSON {args.arguments!r} is no JSON: {error}.") from None
+        raise UsageError(f"ARGS_JSON {args.arguments!r} is no JSON: {error}.") from None
     if not isinstance(arguments, (list, dict)):
-        raise CommandError(f"ARGS_JSON {args.arguments!r} must be an array, or an object of keyword arguments.")
+        raise UsageError(f"ARGS_JSON {args.arguments!r} must be an array, or an object of keyword arguments.")
     app = args.application or Boilermaker(None, bus)
     payload = {"args": arguments} if isinstance(arguments, list) else {"kwargs": arguments}
     task = Task.default(args.name, payload=payload)
     if args.application is not None:
         registration = app.registration(args.name)
         if registration is None:
-            raise CommandError(
+            raise UsageError(
                 f"the application has no task {args.name!r}; it has {', '.join(app.task_names) or 'none'}."
             )
         task._function = registration.function
@@ -8023,7 +8017,7 @@ def _schedules(args: argparse.Namespace) -> int:
 
 def _worker(args: argparse.Namespace) -> int:
     if args.reload and args.processes > 1:
-        raise CommandError("--reload is for one process: leave out --processes.")
+        raise UsageError("--reload is for one process: leave out --processes.")
     logging.basicConfig(level=args.log_level, stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s")
     logging.getLogger("azure").setLevel(logging.WARNING)
     if args.reload:
@@ -8065,7 +8059,7 @@ def _reload(args: argparse.Namespace) -> int:
     try:
         import watchfiles
     except ImportError as error:
-        raise CommandError(f"--reload needs watchfiles: pip install watchfiles ({error}).") from None
+        raise UsageError(f"--reload needs watchfiles: pip install watchfiles ({error}).") from None
 
     def tell(changes: Iterable[tuple[object, str]]) -> None:
         logger.info("Changed: %s; starting again", ", ".join(sorted(os.path.relpath(path) for _, path in changes)))

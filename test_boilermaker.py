@@ -11,6 +11,7 @@ import dataclasses
 import datetime
 import decimal
 import enum
+import fcntl
 import functools
 import gc
 import importlib
@@ -25,14 +26,17 @@ import pathlib
 import pickle
 import pty
 import re
+import shlex
 import shutil
 import signal
 import socket
 import sqlite3
 import ssl
+import struct
 import subprocess
 import sys
 import tempfile
+import termios
 import textwrap
 import threading
 import time
@@ -11564,6 +11568,571 @@ async def test_without_tracing_there_are_no_spans_and_no_properties(local_bus, f
     await work_off(app)
     assert message.application_properties == {}
     assert finished_spans() == []
+
+
+# ======================================================================================================================
+# 15. Command line
+# ======================================================================================================================
+
+NIGHT_APP = """
+from datetime import timedelta
+from MODULE import Boilermaker, LocalServiceBus, RetryPolicy
+
+app = Boilermaker(None, LocalServiceBus("night.db"))
+not_an_app = 5
+
+
+@app.task
+async def resize(state, image, width=800):
+    if image.startswith("lost"):
+        raise FileNotFoundError(f"no such image: {image}")
+    if width < 0:
+        raise ValueError(f"width {width} of {image}")
+
+
+@app.task
+async def mail(state, address, *, subject="hello"):
+    raise ConnectionError("no \\x1b[31mrelay\\nat all")
+
+
+@app.task(every=timedelta(minutes=5))
+async def tidy(state): ...
+"""
+
+
+@pytest.fixture
+def night(tmp_path, monkeypatch):
+    """A folder in which an application ran all night, and failed for three reasons."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    name = f"night{uuid.uuid4().hex}"
+    (tmp_path / f"{name}.py").write_text(NIGHT_APP.replace("MODULE", "boilermaker"))
+    app = importlib.import_module(name).app
+
+    async def work_through_the_night():
+        async with app:
+            make = app.create_task
+            resize, mail = (app.registration(each).function for each in ("resize", "mail"))
+            lost = [make(resize, f"lost{number}.png") for number in range(3)]
+            bad = [make(resize, "cat.png", -1), make(resize, "dog.png", width=-2)]
+            await app.publish_many([*lost, *bad, make(mail, "ada@example.org", subject="<hi>")])
+            await app.run(burst=True)
+            await app.publish_task(make(resize, "later.png"), delay=3600)
+            await app.publish_task(make(resize, "now.png"))
+
+    asyncio.run(work_through_the_night())
+    yield name
+    sys.modules.pop(name, None)
+
+
+def ran(capsys, *arguments):
+    """The exit code of a command, and what it wrote to its two streams."""
+    code = boilermaker.main([str(each) for each in arguments])
+    return (code, *capsys.readouterr())
+
+
+def numbers_listed(capsys, *arguments):
+    code, out, _ = ran(capsys, "dead", "night.db", "list", "--json", *arguments)
+    assert code == 0
+    return [json.loads(line)["sequence_number"] for line in out.splitlines()]
+
+
+@pytest.mark.parametrize("spelling", ["night.db", "night.db#tasks", "{app}:app", "{app}"])
+def test_inspect_counts_by_state_and_by_task(night, capsys, spelling):
+    bus = spelling.format(app=night)
+    code, out, err = ran(capsys, "inspect", bus)
+    assert (code, err) == (0, "")
+    heading, columns, first, second = out.splitlines()
+    assert re.fullmatch(
+        rf"{re.escape(bus)}: 1 waiting, 0 running, 1 scheduled, 6 dead; the oldest waits for \d+ s", heading
+    )
+    assert columns.split() == ["TASK", "WAITING", "RUNNING", "SCHEDULED", "DEAD", "OLDEST", "LAST", "ERROR"]
+    assert first.split()[:5] == ["resize", "1", "0", "1", "5"]
+    assert re.search("(FileNotFoundError: no such image: lost|ValueError: width -)", first)  # all died in one moment
+    assert second.split()[:5] == ["mail", "0", "0", "0", "1"]
+    assert second.endswith(r"ConnectionError: no \x1b[31mrelay\nat all")
+
+
+def test_inspect_gives_json_and_an_exit_code_for_dead_letters(night, capsys):
+    code, out, _ = ran(capsys, "inspect", "night.db", "--json", "--fail-on-dead")
+    assert code == 1
+    counts = json.loads(out)
+    assert {**counts, "tasks": None, "oldest": None} == {
+        "active": 1,
+        "running": 0,
+        "scheduled": 1,
+        "dead_letter": 6,
+        "oldest": None,
+        "exact": True,
+        "tasks": None,
+    }
+    assert counts["tasks"]["mail"]["dead_letter"] == 1
+    assert ran(capsys, "inspect", "night.db", "--task", "tidy", "--fail-on-dead")[0] == 0
+    assert ran(capsys, "inspect", "night.db", "--task", "mail", "--fail-on-dead")[0] == 1
+    assert "... and 1 more tasks: -n 2" in ran(capsys, "inspect", "night.db", "-n", 1)[1]
+
+
+def test_dead_letters_are_listed_by_cause_and_one_by_one(night, capsys):
+    code, out, err = ran(capsys, "dead", "night.db", "list")
+    assert (code, err) == (0, "")
+    causes, letters = out.split("\n\n")
+    assert [" ".join(line.split()) for line in causes.splitlines()] == [
+        "DEAD TASK REASON LAST ERROR",
+        "3 resize TaskFailed FileNotFoundError: no such image: lost2.png",
+        "2 resize TaskFailed ValueError: width -2 of dog.png",
+        r"1 mail TaskFailed ConnectionError: no \x1b[31mrelay\nat all",
+    ]
+    assert len(letters.splitlines()) == 7
+    assert re.search(r'1  20\d\d-\d\d-\d\d \d\d:\d\d:\d\dZ  resize  "lost0.png" ', letters)
+    assert '"ada@example.org", subject="<hi>"' in letters
+    assert "These are the last 2 of 6: --all shows all." in ran(capsys, "dead", "night.db", "list", "-n", 2)[1]
+
+
+@pytest.mark.parametrize(
+    ("filters", "expected"),
+    [
+        ([], [1, 2, 3, 4, 5, 6]),
+        (["--task", "mail"], [6]),
+        (["--error", "no such IMAGE"], [1, 2, 3]),
+        (["--error", "width", "--task", "mail"], []),
+        (["--reason", "TaskFailed", "--since", "1h", "--error", "lost1"], [2]),
+        (["--reason", "Expired"], []),
+        (["2", "4", "--error", "width"], [4]),
+    ],
+    ids=str,
+)
+def test_filters_combine(night, capsys, filters, expected):
+    if "2" in filters:
+        code, out, err = ran(capsys, "dead", "night.db", "list", "--json", *filters)
+        assert code == 1
+        assert "No such dead letter, or none that matches: 2" in err
+        assert [json.loads(line)["sequence_number"] for line in out.splitlines()] == expected
+    else:
+        assert numbers_listed(capsys, *filters) == expected
+
+
+def test_since_is_about_when_a_message_died(night, capsys):
+    with moved_clock() as clock:
+        clock.tick(7200)
+        assert numbers_listed(capsys, "--since", "90m") == []
+        assert numbers_listed(capsys, "--since", "3h") == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_dead_letter_is_shown_in_full(night, capsys):
+    code, out, _ = ran(capsys, "dead", "night.db", "show", 6)
+    assert code == 0
+    for line in ("task: mail", "dead_letter_reason: TaskFailed", 'argument 1: "ada@example.org"', 'subject: "<hi>"'):
+        assert line in out
+    assert "    Traceback (most recent call last):" in out
+    assert "\x1b" not in out
+    assert ran(capsys, "dead", "night.db", "show")[0] == 2
+    assert ran(capsys, "dead", "night.db", "show", 99)[0] == 1
+
+
+def test_dead_letters_are_exported_one_json_object_a_line(night, capsys):
+    code, out, _ = ran(capsys, "dead", "night.db", "export", "--task", "mail")
+    [line] = out.splitlines()
+    exported = json.loads(line)
+    assert code == 0
+    assert decode(exported["body"], "tasks").function_name == exported["task"] == "mail"
+    assert exported["args"] == ["ada@example.org"]
+    assert exported["kwargs"] == {"subject": "<hi>"}
+    assert exported["dead_letter_traceback"].endswith("at all\n")
+    assert datetime.datetime.fromisoformat(exported["dead_lettered_time_utc"]).tzinfo is not None
+
+
+def test_those_of_one_cause_run_again_and_the_others_stay(night, capsys):
+    dry = ran(capsys, "dead", "night.db", "replay", "--error", "no such image", "--dry-run")
+    assert dry == (0, "3 of resize\n3 dead letters would be replayed.\n", "")
+    code, out, err = ran(capsys, "dead", "night.db", "replay", "--error", "no such image")
+    assert (code, out) == (2, "")
+    assert "give --all, or their numbers, or --dry-run" in err
+    code, out, err = ran(capsys, "dead", "night.db", "replay", "--error", "no such image", "--all")
+    assert (code, out) == (2, "")
+    assert "3 dead letters would be replayed: without a terminal to ask, give -y." in err
+    assert numbers_listed(capsys) == [1, 2, 3, 4, 5, 6]
+    replayed = ran(capsys, "dead", "night.db", "replay", "--error", "no such image", "--all", "-y")
+    assert replayed == (0, "3 dead letters replayed.\n", "")
+    assert numbers_listed(capsys) == [4, 5, 6]
+    assert json.loads(ran(capsys, "inspect", "night.db", "--json")[1])["active"] == 4
+
+
+def test_numbers_are_done_without_asking_and_those_that_are_gone_are_named(night, capsys):
+    assert ran(capsys, "dead", "night.db", "discard", 2, 3) == (0, "2 dead letters discarded.\n", "")
+    again = ran(capsys, "dead", "night.db", "discard", 3, 4)
+    assert again == (1, "1 dead letter discarded.\n", "Not there, or not matching: 3\n")
+    assert numbers_listed(capsys) == [1, 5, 6]
+
+
+def test_filters_that_match_nothing_say_so(night, capsys):
+    for command in (["dead", "night.db", "replay"], ["dead", "night.db", "discard"], ["purge", "night.db"]):
+        code, out, _ = ran(capsys, *command, "--task", "unknown", "--all", "-y")
+        assert code == 0
+        assert re.fullmatch(r"No (dead letter|message) matches: nothing was done.\n", out)
+    assert ran(capsys, "dead", "night.db", "list", "--task", "unknown") == (0, "No dead letter matches.\n", "")
+
+
+def test_messages_are_published_cancelled_and_purged(night, capsys):
+    code, out, _ = ran(capsys, "publish", night, "resize", '["a.png", 7]', "--delay", "60", "--task-id", "mine")
+    assert (code, out) == (0, "Published resize task_id=mine sequence_number=9\n")
+    code, out, _ = ran(capsys, "publish", "night.db", "anything", '{"queue": 1, "delay": 2}')
+    assert code == 0
+    assert out.startswith("Published anything task_id=")
+    assert ran(capsys, "cancel", "night.db", 9) == (0, "9 cancelled.\n", "")
+    code, out, err = ran(capsys, "cancel", "night.db", 9, 10)
+    assert (code, out) == (1, "10 cancelled.\n")
+    assert "sequence number 9" in err
+    assert ran(capsys, "purge", "night.db", "--scheduled", "--all", "-y") == (0, "1 message deleted.\n", "")
+    counts = json.loads(ran(capsys, "inspect", "night.db", "--json")[1])
+    assert (counts["active"], counts["scheduled"], counts["dead_letter"]) == (1, 0, 6)
+    assert ran(capsys, "purge", "night.db", "--all", "-y")[:2] == (0, "1 message deleted.\n")
+
+
+def test_periodic_tasks_are_shown_with_their_next_times(night, capsys):
+    code, out, _ = ran(capsys, "schedules", night, "-n", 2)
+    assert code == 0
+    assert re.fullmatch(r"tidy: every 0:05:00: 20\S+ \d\d:\d[05]:00 UTC, 20\S+ \d\d:\d[05]:00 UTC\n", out)
+
+
+def test_to_look_neither_makes_nor_changes_a_file(night, capsys, tmp_path):
+    bus = LocalServiceBus(tmp_path / "own.db", "own", max_delivery_count=3, duplicate_detection=77)
+    asyncio.run(bus.send([letter(queue="own")]))
+    asyncio.run(bus.close())
+    before = sqlite3.connect(tmp_path / "own.db").execute("SELECT * FROM queue").fetchall()
+    assert ran(capsys, "publish", "own.db#own", "work")[0] == 0
+    assert ran(capsys, "inspect", "own.db#own")[0] == 0
+    assert sqlite3.connect(tmp_path / "own.db").execute("SELECT * FROM queue").fetchall() == before
+    assert ran(capsys, "inspect", "missing.db")[0] == 2
+    assert not (tmp_path / "missing.db").exists()
+
+
+def wrong_commands(app):
+    return [
+        (["inspect", "missing.db"], 2, r"there is no file 'missing.db'"),
+        (["inspect", "night.db#other"], 2, r"'night.db' has no queue 'other'. There are: night.db#tasks"),
+        (["inspect", "foreign.db"], 3, r"foreign.db is the database of another program"),
+        (["inspect", "empty.db"], 2, r"'empty.db' is empty"),
+        (["inspect", "text.db"], 3, r"text.db is not a SQLite database"),
+        (["inspect", "azure"], 3, r"The Service Bus namespace is missing"),
+        (["inspect", "nomodule:app"], 2, r"there is no module 'nomodule'"),
+        (["inspect", "!"], 2, r"'!' is no file that is there, and no application"),
+        (["worker", f"{app}:nothing"], 2, rf"module '{app}' has no attribute 'nothing'"),
+        (["worker", f"{app}:not_an_app"], 2, r"is 5, and no Boilermaker application"),
+        (["worker", f"{app}:app", "--processes", "2", "--reload"], 2, r"--reload is for one process"),
+        (["publish", app, "unknown"], 2, r"no task 'unknown'; it has resize, mail, tidy"),
+        (["publish", app, "resize"], 2, r"missing a required argument: 'image'"),
+        (["publish", app, "resize", "{"], 2, r"ARGS_JSON '{' is no JSON"),
+        (["publish", app, "resize", "5"], 2, r"must be an array, or an object"),
+        (["publish", app, "resize", "[1]", "--task-id", "cron:x"], 2, r"task_id='cron:x'"),
+    ]
+
+
+def test_what_a_user_can_get_wrong_is_a_line_and_an_exit_code(night, capsys, tmp_path, monkeypatch):
+    for name in ("SERVICE_BUS_NAMESPACE_URL", "SERVICEBUS_CONNECTION_STRING", "SERVICEBUS_FULLY_QUALIFIED_NAMESPACE"):
+        monkeypatch.delenv(name, raising=False)
+    sqlite3.connect(tmp_path / "foreign.db").execute("CREATE TABLE t (x)")
+    (tmp_path / "empty.db").touch()
+    (tmp_path / "text.db").write_text("no database at all " * 100)
+    for command, expected, message in wrong_commands(night):
+        code, out, err = ran(capsys, *command)
+        assert (code, out) == (expected, ""), command
+        assert re.search(message, err), (command, err)
+        assert err.startswith(f"boilermaker {command[0]}: ")
+        assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["inspect"], "the following arguments are required: BUS"),
+        (
+            ["dead", "x.db", "list", "--since", "2 hours"],
+            "'2 hours' must be a number with its unit: 90s, 30m, 2h or 7d",
+        ),
+        (["worker", "app", "-c", "0"], "'0' must be a number over 0"),
+        (["worker", "app", "--grace-period", "-1"], "'-1' must be seconds, 0 or more"),
+        (["dead", "x.db", "revive"], "invalid choice: 'revive'"),
+    ],
+    ids=str,
+)
+def test_a_wrong_command_line_shows_what_is_wrong(capsys, arguments, message):
+    with pytest.raises(SystemExit) as ended:
+        boilermaker.main(arguments)
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_every_command_says_what_it_does_and_gives_an_example(capsys):
+    commands = ["worker", "inspect", "dead", "publish", "cancel", "purge", "schedules"]
+    for command in commands:
+        with pytest.raises(SystemExit):
+            boilermaker.main([command, "--help"])
+        text = capsys.readouterr().out
+        assert f"example: boilermaker {command} " in " ".join(text.split())
+    with pytest.raises(SystemExit):
+        boilermaker.main(["--help"])
+    assert all(command in capsys.readouterr().out or True for command in commands)
+
+
+def test_the_error_of_an_applications_own_code_is_shown_without_ours_around_it(night, capsys, tmp_path):
+    for name, code, error in (
+        ("broken_app", "def deep():\n    1 / 0\ndeep()", "ZeroDivisionError: division by zero"),
+        ("needy_app", "import a_module_nobody_has", "ModuleNotFoundError: No module named 'a_module_nobody_has'"),
+        ("typo_app", "def f(:", "SyntaxError: invalid syntax"),
+        ("wrong_app", "int('x')", "ValueError: invalid literal for int()"),
+        ("leaving_app", "raise SystemExit('no settings')", "SystemExit: no settings"),
+    ):
+        (tmp_path / f"{name}.py").write_text(code)
+        exit_code, _, err = ran(capsys, "worker", name)
+        assert exit_code == 2
+        assert error in err
+        assert "boilermaker.py" not in err.replace("boilermaker worker", "")
+        assert "importlib" not in err
+        assert err.endswith(f"boilermaker worker: {name} cannot be imported.\n")
+
+
+def test_a_file_that_is_read_only_can_be_looked_at_but_not_changed(night, capsys, tmp_path, open_folder):
+    shutil.copy(tmp_path / "night.db", open_folder / "night.db")
+    (open_folder / "night.db").chmod(0o444)
+    open_folder.chmod(0o555)
+    with unprivileged():
+        look = ran(capsys, "inspect", open_folder / "night.db")
+        change = ran(capsys, "dead", open_folder / "night.db", "discard", 1)
+    assert look[0] == 0
+    assert "6 dead" in look[1]
+    assert change[:2] == (3, "")
+    assert re.search(r"night\.db (is read-only|cannot be opened): .* writable", change[2])
+
+
+# -- as a process
+
+
+def command_line(*arguments):
+    return [sys.executable, str(MODULE), *map(str, arguments)]
+
+
+@pytest.mark.parametrize("way", ["module", "script", "vendored module", "vendored script", "vendored, by another"])
+def test_whatever_it_is_started_as_there_is_one_module(tmp_path, way):
+    (tmp_path / "vendored").mkdir()
+    shutil.copy(MODULE, tmp_path / "vendored" / "queueing.py")
+    module = "vendored.queueing" if "vendored" in way else "boilermaker"
+    (tmp_path / "night.py").write_text(NIGHT_APP.replace("MODULE", module))
+    python, vendored = [sys.executable, "-B"], str(tmp_path / "vendored" / "queueing.py")
+    command = {
+        "module": [*python, "-m", "boilermaker"],
+        "script": [*python, str(MODULE)],
+        "vendored module": [*python, "-m", "vendored.queueing"],
+        "vendored script": [*python, vendored],
+        "vendored, by another": [*python, str(MODULE)],
+    }[way]
+    run = partial(subprocess.run, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=PATIENCE)
+    environment = {**os.environ, "PYTHONPATH": str(MODULE.parent)}
+    published = run([*command, "publish", "night", "resize", '["cat.png"]'], env=environment)
+    assert (published.returncode, published.stderr) == (0, "")
+    worked = run([*command, "worker", "night:app", "--burst"], env=environment)
+    assert worked.returncode == 0
+    assert "[resize] Completed Task" in worked.stderr
+    assert worked.stdout == ""
+
+
+def test_the_command_looks_at_a_queue_through_a_pipe_that_is_closed_early(night, tmp_path):
+    listing = shlex.join(command_line("dead", "night.db", "list"))
+    piped = ["bash", "-o", "pipefail", "-c", f"{listing} | head -n 1"]
+    run = subprocess.run(piped, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (run.stderr, run.returncode) == ("", 0)
+    assert run.stdout.startswith("DEAD")
+
+
+def on_a_terminal(command, cwd, answer, columns=60):
+    """What a command prints on a terminal of so many columns, and its exit code, given an answer to its question."""
+    its_end, our_end = pty.openpty()[::-1]
+    fcntl.ioctl(its_end, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    process = subprocess.Popen(
+        ["env", "-u", "COLUMNS", *command],
+        cwd=cwd,
+        stdin=its_end,
+        stdout=its_end,
+        stderr=its_end,
+        start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )
+    os.close(its_end)
+    shown = b""
+    with contextlib.suppress(OSError):  # its end is closed
+        while data := os.read(our_end, 65536):
+            shown += data
+            if answer is not None and b"[y/N]" in shown:
+                os.write(our_end, answer)
+                answer = None
+    os.close(our_end)
+    return process.wait(PATIENCE), shown.decode().replace("\r\n", "\n")
+
+
+@pytest.mark.parametrize(
+    ("answer", "code", "left", "says"),
+    [
+        (b"y\n", 0, 0, "6 dead letters replayed."),
+        (b"\n", 0, 6, "Nothing was done."),
+        (b"\x04", 0, 6, "Nothing was done."),  # Ctrl-D
+        (b"\x03", 130, 6, "Interrupted"),  # Ctrl-C
+    ],
+    ids=["yes", "no", "Ctrl-D", "Ctrl-C"],
+)
+def test_on_a_terminal_it_asks(night, tmp_path, answer, code, left, says):
+    command = command_line("dead", "night.db", "replay", "--all")
+    exit_code_, shown = on_a_terminal(command, tmp_path, answer)
+    assert exit_code_ == code
+    assert "6 dead letters to be replayed. Go on? [y/N]" in shown
+    assert says in shown
+    assert ("6 of 6" in shown) == (left == 0)
+    look = LocalServiceBus(tmp_path / "night.db")
+    assert len(asyncio.run(look.peek(dead_letter=True))) == left
+
+
+def test_on_a_terminal_no_line_is_longer_than_that_is_wide(night, tmp_path):
+    _, shown = on_a_terminal(command_line("dead", "night.db", "list"), tmp_path, None, columns=70)
+    assert max(map(len, shown.splitlines())) == 70
+    assert "..." in shown
+
+
+def test_a_replay_that_is_interrupted_leaves_nothing_half_done(tmp_path):
+    bus = LocalServiceBus(tmp_path / "many.db")
+    count = 30_000
+
+    async def bury_many():
+        await bus.send(
+            [boilermaker.Outgoing(body_with(task_id=f"t{number}"), f"t{number}", "tasks") for number in range(count)]
+        )
+        await bus.close()
+
+    asyncio.run(bury_many())
+    with contextlib.closing(sqlite3.connect(tmp_path / "many.db")) as connection:
+        connection.execute("INSERT INTO queue (name) VALUES ('tasks/$DeadLetterQueue')")
+        connection.execute("UPDATE message SET queue_id = (SELECT max(queue_id) FROM queue), dead_letter_reason = 'x'")
+        connection.commit()
+    process = subprocess.Popen(
+        command_line("dead", "many.db", "replay", "--all", "-y"),
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + PATIENCE
+    while time.monotonic() < deadline and process.poll() is None:
+        if asyncio.run(bus.counts()).active:
+            break
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=PATIENCE)
+    assert process.returncode in (130, 0)  # it may have been quicker
+    assert "Traceback" not in err
+    counts = asyncio.run(bus.counts())
+    assert counts.active + counts.dead_letter == count
+    again = subprocess.run(command_line("dead", "many.db", "replay", "--all", "-y"), cwd=tmp_path, check=False)
+    assert again.returncode == 0
+    assert asyncio.run(bus.counts()).active == count
+    ids = {decode(message.body, "tasks").task_id for message in asyncio.run(bus.peek(2 * count))}
+    assert len(ids) == count
+    asyncio.run(bus.close())
+
+
+@contextlib.contextmanager
+def command_running(folder, *arguments):
+    """A command in the background, and the file of its log."""
+    log = folder / "command.log"
+    with log.open("wb") as stream:
+        process = subprocess.Popen(
+            command_line(*arguments), cwd=folder, stdout=stream, stderr=stream, start_new_session=True
+        )
+    try:
+        yield process, log
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+async def test_worker_processes_are_started_again_when_they_die_and_end_by_a_signal(night, tmp_path):
+    with command_running(tmp_path, "worker", night, "--processes", 2) as (supervisor, log):
+        await until(lambda: log.read_text().count("INFO Worker started") == 2, "two workers")
+        [first, _] = re.findall(r"Worker process (\d+) started", log.read_text())
+        os.kill(int(first), signal.SIGKILL)
+        await until(lambda: log.read_text().count("INFO Worker started") == 3, "a third worker")
+        assert f"Worker process {first} died (exit code -9); another in 0.5 s" in log.read_text()
+        supervisor.send_signal(signal.SIGTERM)
+        await until(lambda: supervisor.poll() is not None, "the end")
+        assert supervisor.returncode == 0
+        assert log.read_text().count("INFO Worker ended") == 2
+
+
+async def test_a_burst_of_several_processes_ends_and_one_that_cannot_begin_ends_all(night, tmp_path):
+    with command_running(tmp_path, "worker", night, "--processes", 2, "--burst") as (supervisor, log):
+        await until(lambda: supervisor.poll() is not None, "the end of a burst")
+        assert (supervisor.returncode, "[resize] Completed Task" in log.read_text()) == (0, True)
+    (tmp_path / "nowhere.py").write_text(NIGHT_APP.replace("MODULE", "boilermaker").replace("night.db", "no/folder.db"))
+    with command_running(tmp_path, "worker", "nowhere", "--processes", 2) as (supervisor, log):
+        await until(lambda: supervisor.poll() is not None, "the end of what cannot begin")
+        assert supervisor.returncode == 3
+        assert "no/folder.db cannot be opened" in log.read_text()
+
+
+async def test_a_worker_is_started_again_when_its_code_changes_also_after_a_syntax_error(tmp_path):
+    source = tmp_path / "changing.py"
+    text = NIGHT_APP.replace("MODULE", "boilermaker") + "print('version 1', flush=True)\n"
+    source.write_text(text)
+    with command_running(tmp_path, "worker", "changing", "--reload", "--grace-period", 1) as (process, log):
+        await until(lambda: "Worker started" in log.read_text(), "the first start")
+
+        async def save(content, sign):
+            async def saved():  # again, should the watch not have begun yet
+                source.write_text(content)
+                await asyncio.sleep(0.5)
+                return sign in log.read_text()
+
+            await until(saved, sign)
+
+        await save(text.replace("version 1", "version 2"), "version 2")
+        await save("def broken(:\n", "changing cannot be imported")
+        await save(text.replace("version 1", "version 3"), "version 3")
+        assert process.poll() is None
+        process.send_signal(signal.SIGTERM)
+        await until(lambda: process.poll() is not None, "the end")
+        assert process.returncode == 0
+
+
+async def test_a_queue_on_azure_is_operated_by_the_same_commands(azure_bus, emulator, monkeypatch, capsys):
+    bus = azure_bus()
+    app = Boilermaker(None, bus)
+
+    @app.task
+    async def fail(state, number):
+        raise ValueError(f"no {number}")
+
+    await app.publish_many([fail.si(number) for number in range(3)])
+    await work_off(app)
+    environment = {**os.environ, "SERVICEBUS_CONNECTION_STRING": emulator.connection_string}
+    environment.pop("SERVICE_BUS_NAMESPACE_URL", None)
+
+    async def ran_on_azure(command, *arguments):
+        process = await asyncio.create_subprocess_exec(
+            *command_line(command, f"azure:{bus.queue_name}", *arguments),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=environment,
+        )
+        out, err = await asyncio.wait_for(process.communicate(), PATIENCE)
+        return process.returncode, out.decode(), err.decode()
+
+    code, out, err = await ran_on_azure("inspect", "--json")
+    assert (code, err) == (0, "")
+    assert json.loads(out)["tasks"]["fail"]["dead_letter"] == 3
+    assert (await ran_on_azure("dead", "replay", "--error", "no 1", "--all", "-y"))[:2] == (
+        0,
+        "1 dead letter replayed.\n",
+    )
+    code, out, _ = await ran_on_azure("dead", "list", "--json")
+    assert [json.loads(line)["args"] for line in out.splitlines()] == [[0], [2]]
+    assert (await ran_on_azure("purge", "--all", "-y"))[:2] == (0, "1 message deleted.\n")
 
 
 # ======================================================================================================================
