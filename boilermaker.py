@@ -7007,6 +7007,8 @@ class Boilermaker:
                 f"{error} A schedule gives no arguments: app.schedule(fn.si(...), ...) binds them."
             ) from None
         _check_beginning(head)
+        for task in _workflow(head):
+            _check_fields(task)
         name = head.function_name if name is None else name
         if not isinstance(name, str) or not name:
             raise UsageError(f"name={_short(name)} of a schedule must be a string that is not empty.")
