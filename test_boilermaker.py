@@ -12373,6 +12373,48 @@ async def test_the_web_application_publishes_what_its_worker_runs(tmp_path, monk
     assert printed == "resized cat.png to 200 pixels\n"
 
 
+async def test_the_web_application_shows_what_a_worker_in_its_own_process_has_stored(start_program):
+    import httpx
+
+    server, output = start_program(
+        """
+import os
+os.environ["WORKER"] = "1"
+import uvicorn
+from examples.web import api
+
+uvicorn.run(api, port=0)
+"""
+    )
+    address = await until(lambda: re.search(r"running on (http://\S+)", output.read_text()))
+    async with httpx.AsyncClient(base_url=address[1]) as client:
+        assert (await client.get("/images")).json() == {}
+        await client.post("/resize", params={"image": "cat.png", "width": 200})
+
+        async def stored():
+            return (await client.get("/images")).json()
+
+        assert await until(stored) == {"cat.png": 200}
+    server.terminate()
+    assert await exit_code((server, output)) in (0, -signal.SIGTERM)
+    assert "resized cat.png to 200 pixels\n" in output.read_text()
+    assert "Traceback" not in output.read_text()
+
+
+def test_the_periodic_workflow_runs_once_for_each_second_in_two_workers():
+    *ticks, end = output_of_example("periodic", flags=BARE).splitlines()
+    seconds = []
+    for tick in ticks:
+        line = r"(\d\d):(\d\d):(\d(\d)) measured (\d) degrees, (within|above) the limit"
+        hour, minute, second, last_digit, degrees, which = re.fullmatch(line, tick).groups()
+        assert (degrees, which) == (last_digit, "above" if int(degrees) > 6 else "within")
+        seconds.append(int(hour) * 3600 + int(minute) * 60 + int(second))
+    passed = sorted((each - seconds[0] + 43200) % 86400 for each in seconds)  # midnight may be among them
+    assert len(passed) >= 3
+    assert {later - earlier for earlier, later in itertools.pairwise(passed)} == {1}
+    assert end == f"{len(ticks)} ticks in 2 workers, each run once"
+
+
 def test_the_azure_program_publishes_and_works_over_the_wire():
     from examples.servicebus_emulator import ServiceBusEmulator
 
