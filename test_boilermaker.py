@@ -12630,6 +12630,64 @@ def test_a_program_of_the_readme_prints_what_it_shows(program, output, tmp_path)
     assert run.returncode == 0
 
 
+SHOP = """
+import asyncio, logging
+from boilermaker import Boilermaker, LocalServiceBus
+
+app = Boilermaker(None, LocalServiceBus("shop.db"))
+
+
+@app.task
+async def resize(state, image):
+    raise FileNotFoundError(f"no such image: {image}")
+
+
+@app.task
+async def mail(state, address):
+    raise ConnectionError("relay.example: connection refused")
+
+
+@app.task
+async def charge(state, order):
+    raise KeyError("currency")
+
+
+async def night():
+    for number in range(1, 31):
+        images = [resize.si(f"{number}-{side}.png") for side in ("front", "left", "right", "back", "top", "inside")]
+        await app.publish_many([*images, *[mail.si(f"{name}{number}@example.org") for name in ("ada", "bob", "eve")]])
+        await charge.delay(1000 + number)
+    await app.run(burst=True)
+    await app.publish_many([mail.si("ada@example.org"), resize.si("new.png")])
+    await app.apply_async(mail, "everybody@example.org", delay=3600)
+
+
+if __name__ == "__main__":
+    logging.disable()
+    asyncio.run(night())
+"""
+
+
+def test_the_operators_evening_of_the_readme_goes_as_it_shows(tmp_path):
+    [transcript] = re.findall(r"^```console\n(.*?)^```", (CHECKOUT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
+    (tmp_path / "shop.py").write_text(SHOP)
+    (tmp_path / "boilermaker").write_text(f'#!/bin/sh\nexec {sys.executable} {MODULE} "$@"\n')
+    (tmp_path / "boilermaker").chmod(0o755)
+    environment = {**os.environ, "PYTHONPATH": str(CHECKOUT), "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    subprocess.run([sys.executable, "shop.py"], cwd=tmp_path, env=environment, check=True)
+
+    def masked(text):
+        text = re.sub(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\dZ", "MOMENT", text)
+        return re.sub(r" +", " ", re.sub(r"\b\d+(\.\d+)? (s|min)\b", "SPAN", text))
+
+    steps = re.findall(r"^\$ (.*)\n((?:(?!\$ ).*\n)*)", transcript, re.MULTILINE)
+    assert len(steps) >= 6
+    for command, expected in steps:
+        run = subprocess.run(command, shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert masked(run.stdout).splitlines() == masked(expected).splitlines(), (command, run.stderr)
+        assert run.stderr == ""
+
+
 def test_the_readme_shows_the_program_of_the_docstring():
     program, _ = readme_programs()[0]
     assert 'LocalServiceBus("tasks.db")' in program
