@@ -9,12 +9,17 @@ The answer comes at once, when the task is on the disk:
 
     {"task_id":"01a1fd4d-d23f-74ef-b2da-1cd2b8fe21b0"}
 
-The worker prints the last line below; then `curl http://127.0.0.1:8000/images` shows what it has stored:
-`{"cat.png":200}`. Both open the same queue file, `web.db` unless the environment has another QUEUE_FILE, and beside it
-`images.db`. The order of starting them does not matter: tasks wait for a worker. With WORKER=1 in its environment the
-web application has a worker in its own process; when the server ends, what runs may end first:
+The worker prints
 
     resized cat.png to 200 pixels
+
+and `curl http://127.0.0.1:8000/images` shows what it has stored: `{"cat.png":200}`.
+
+Both open the same queue file, `web.db` unless the environment has another QUEUE_FILE, and `images.db` beside it. The
+order of starting them does not matter: tasks wait for a worker. Or the web application has a worker in its own process,
+whose tasks have a while to end when the server does:
+
+    WORKER=1 uvicorn examples.web:api
 """
 
 from __future__ import annotations
