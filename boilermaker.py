@@ -6396,7 +6396,7 @@ class Worker:
         if task.expires is not None and run.began - delivery.due > task.expires:
             late = run.began - delivery.due
             run.error = BoilermakerError(
-                f"It was to begin {late:.0f} s after it was due, and expires after {task.expires:g}."
+                f"It was to begin {late:.3g} s after it was due, and expires after {task.expires:g}."
             )
             return Outcome.EXPIRED
         if not may_run(task):
@@ -6807,10 +6807,12 @@ class Boilermaker:
         """End the workers of this event loop, as `stop` does, then close the bus.
 
         Raises:
-            UsageError: called by a task, whose worker cannot end before it.
+            UsageError: called by a task or a worker's lifespan, before which the worker cannot end.
         """
         if self._works_here():
-            raise UsageError("close() was called by a task, before its worker has ended: stop() asks that to end.")
+            raise UsageError(
+                "close() was called by a task, or a worker's lifespan, before that worker has ended: stop() asks it to."
+            )
         try:
             await self.stop()
         finally:
@@ -7384,9 +7386,9 @@ class Boilermaker:
             await asyncio.wait([worker.ended for worker in workers])
 
     def _works_here(self) -> bool:
-        """Whether it is a task of one of our workers that calls."""
-        task = _current_task.get(None)
-        return task is not None and task._worker in self.workers
+        """Whether it is a task of one of our workers, or its lifespan, that calls."""
+        task, caller = _current_task.get(None), asyncio.current_task()
+        return (task is not None and task._worker in self.workers) or caller in [each.ended for each in self.workers]
 
 
 def _place_of(function: Any) -> tuple[str, str, str] | None:

@@ -7107,6 +7107,16 @@ async def test_a_worker_that_is_stopped_while_it_enters_the_lifespan_receives_no
     assert ran == []
 
 
+async def test_a_lifespan_cannot_close_its_own_application(open_bus):
+    @contextlib.asynccontextmanager
+    async def lifespan(app):
+        async with app:
+            yield
+
+    with pytest.raises(UsageError, match=r"close\(\) was called by a task, or a worker's lifespan"):
+        await asyncio.wait_for(Boilermaker(None, open_bus(), lifespan=lifespan).run(burst=True), PATIENCE)
+
+
 @pytest.mark.parametrize("wrong", [5, an_async_predicate], ids=repr)
 def test_a_lifespan_that_is_no_function_of_a_context_manager_is_an_error(wrong):
     with pytest.raises(UsageError, match=r"lifespan=.* decorate it with @contextlib.asynccontextmanager"):
