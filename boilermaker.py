@@ -5979,27 +5979,24 @@ class Ticker:
 
     async def publish(self) -> float:
         """Publish what is due soon; the seconds until there is more. What fails is logged, and tried again."""
-        latest = look_at = _utc(time.time()) + self._pause
+        look_at, available = _utc(time.time()) + self._pause, True
         for schedule in list(self._app.schedules.values()):
             now = _utc(time.time())
             try:
-                progress = self._progress_of(schedule, now)
-                if progress.look_at <= now:
+                progress = self._progress[schedule] = self._progress_of(schedule, now)
+                if progress.look_at <= now and available:
                     ticks = ticks_to_publish(schedule.when, progress.published, now, self._window)
                     await self._app.publish_ticks(schedule, ticks)
                     published = ticks[-1] if ticks else max(progress.published, now)
-                    progress = next_progress(schedule.when, published, now, self._window)
-            except ServiceBusUnavailable as error:  # for the others too
+                    progress = self._progress[schedule] = next_progress(schedule.when, published, now, self._window)
+                look_at = min(look_at, progress.look_at)
+            except ServiceBusUnavailable as error:  # for the others too, which only begin
                 logger.warning("Ticks of %s are not published, will try again: %s", schedule.name, error)
-                look_at = latest
-                break
+                available = False
             except Exception as error:
                 logger.error("Ticks of %s cannot be published, will try again: %s", schedule.name, error)
-                continue
-            self._progress[schedule] = progress
-            look_at = min(look_at, progress.look_at)
-        pause = look_at - _utc(time.time())
-        return min(max(pause.total_seconds(), 0), self._pause.total_seconds())
+        pause = (look_at - _utc(time.time())).total_seconds() if available else self._pause.total_seconds()
+        return min(max(pause, 0), self._pause.total_seconds())
 
     def _progress_of(self, schedule: Schedule, now: datetime.datetime) -> Progress:
         """Where this worker is; where the clock was set back so far that its future is another one: anew, from now on.
@@ -7345,7 +7342,8 @@ class Boilermaker:
             max_deliveries: after so many deliveries without a settlement a message is not run any more, since it has
                 ended its workers, but dead-lettered, and `on_failure` published. One less than the queue's own limit at
                 most, which would dead-letter it without. None: only that limit counts.
-            schedules: publish what is to be published periodically; None: unless it is a burst.
+            schedules: publish what is to be published periodically; None: unless it is a burst, or works on dead
+                letters.
 
         Raises:
             ConfigurationError: at the start, the queue, the credential or the file is not right; says what to do. Or,

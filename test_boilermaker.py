@@ -7565,6 +7565,40 @@ async def test_a_bus_that_takes_nothing_for_a_while_costs_no_tick_and_no_worker(
     assert {message.message_id.split(":")[1] for messages in attempts for message in messages} == {"second"}
 
 
+async def test_what_is_due_while_the_bus_takes_nothing_is_published_later_from_the_workers_start_on(open_bus):
+    with moved_clock(utc(NOW)) as clock:
+        bus = open_bus()
+        app = periodic(bus, one=Every(MINUTE), other=Every(MINUTE))
+        ticker, send = boilermaker.Ticker(app), bus.send
+
+        async def fail(messages):
+            raise ServiceBusUnavailable("the disk is full")
+
+        bus.send = fail
+        assert await ticker.publish() == boilermaker.TICKER_PAUSE
+        clock.tick(2 * MINUTE)
+        assert await ticker.publish() == boilermaker.TICKER_PAUSE
+        bus.send = send
+        assert 0 < await ticker.publish() <= boilermaker.TICKER_PAUSE
+        await work_off(app)
+    moments = [utc("2026-11-25 04:00") + n * MINUTE for n in range(3)]
+    assert sorted(app.state) == ticks_of("one", *moments) + ticks_of("other", *moments)
+
+
+@pytest.mark.parametrize(("before", "pause"), [(600, 10), (11, 10), (10, 10), (7, 7), (1, 1)])
+async def test_a_worker_looks_when_the_next_tick_is_near_enough_and_now_and_then_at_the_clock(open_bus, before, pause):
+    with moved_clock(utc("2026-11-25 04:30")) as clock:
+        app = periodic(open_bus(), rare=Every(30 * DAY), hourly=Every(HOUR))
+        ticker = boilermaker.Ticker(app)
+        await ticker.publish()
+        clock.move_to(utc("2026-11-25 04:55") - before * SECOND)
+        assert [await ticker.publish() for _ in range(2)] == [pause] * 2
+        assert await ids_of(app.service_bus_client) == []
+        clock.tick(before)
+        assert await ticker.publish() == 10
+    assert await ids_of(app.service_bus_client) == ticks_of("hourly", utc("2026-11-25 05:00"))
+
+
 async def test_a_schedule_that_cannot_be_published_keeps_no_other_from_it(open_bus, caplog):
     with moved_clock(utc(NOW)):
         app = periodic(open_bus(max_message_bytes=500))
@@ -11521,6 +11555,23 @@ async def test_a_chain_with_a_retry_is_one_trace_from_its_publisher_on(new_bus, 
     assert [span.kind for span in spans] == [SpanKind.PRODUCER, SpanKind.CONSUMER] * 3
     assert ids == [span.context.span_id for span in spans if span.kind is SpanKind.CONSUMER]
     assert [event.name for event in spans[1].events] == ["exception"]
+
+
+async def test_a_tick_is_a_trace_from_the_worker_that_published_it_on(new_bus, finished_spans):
+    app = Boilermaker(None, new_bus(), enable_opentelemetry=True)
+
+    @app.task(every=SECOND)
+    async def work(state): ...
+
+    assert finished_spans() == []
+    await work_off(app, schedules=True)
+    processed = [span for span in finished_spans() if span.name == "process work"]
+    published = {span.context.span_id: span for span in finished_spans() if span.name == "publish work"}
+    assert processed
+    for span in processed:
+        [publishing] = line_of([published[span.parent.span_id], span])[:1]
+        assert publishing == ("publish", "work", 0)
+        assert span.attributes["messaging.message.id"].startswith("cron:work:")
 
 
 async def test_spans_have_the_attributes_for_messaging(new_bus, finished_spans):
