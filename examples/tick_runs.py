@@ -151,7 +151,9 @@ async def figures_of(run: Run, seconds: float) -> Figures:
     ticks = run.ticks()
     for name, interval in INTERVALS.items():
         missing = set(range(min(ticks[name]), max(ticks[name]), interval)) - set(ticks[name])
-        old = {due for due in missing if gone < due < back + START - interval}
+        # Published ahead were those of half the window; the first that ran since tells when somebody was there again.
+        back_again = min((due for due in ticks[name] if due >= back), default=back)
+        old = {due for due in missing if gone < due < back_again} if run.window / 2 < AWAY + START else set()
         skipped += len(old)
         never_ran += len(missing - old)
     messages = [numbers for name in INTERVALS for numbers in ticks[name].values()]
