@@ -4314,22 +4314,13 @@ class AzureServiceBus:
         holds counts as active.
         """
         queue = self.queue_name.removesuffix(DEAD_LETTER_SUFFIX)
-        told = await self._of_this_loop().administration.runtime_properties(queue)
-        if told is None:
+        counts = await self._of_this_loop().administration.counts(queue)
+        if counts is None:
             waiting, dead_letters = await self._peek_at_some()
             return _counted(waiting + dead_letters, exact=False)
-        active, scheduled, oldest = told.active_message_count, told.scheduled_message_count, None
         if queue != self.queue_name:
-            active = scheduled = 0
-        elif active:
-            oldest = await self._oldest()
-        return Counts(
-            active=active,
-            running=None,
-            scheduled=scheduled,
-            dead_letter=told.dead_letter_message_count,
-            oldest=oldest,
-        )
+            return dataclasses.replace(counts, active=0, scheduled=0)
+        return dataclasses.replace(counts, oldest=await self._oldest()) if counts.active else counts
 
     async def counts_by_task(self) -> dict[str, TaskCounts]:
         """The same by the tasks' function names, as peeking shows it; exact where there are no more messages than that.
@@ -4408,10 +4399,10 @@ class AzureServiceBus:
         which: Which,
         dry_run: bool,
         on_progress: Callable[[int], object] | None,
-        before: Callable[[Message], Sequence[Outgoing]],
+        outgoing_of: Callable[[Message], Sequence[Outgoing]],
     ) -> list[Message]:
         queue, selection = dead_letter_queue(self.queue_name), selection_of(which)
-        operation = AzureOperation(self, queue, before, on_progress)
+        operation = AzureOperation(self, queue, outgoing_of, on_progress)
         found = await operation.find(selection, dry_run)
         if dry_run or not found:
             return found
@@ -4541,14 +4532,15 @@ class AzureAdministration:
         self._credential = credential
         self._options = client_options
         self._client: Any = None
+        self._turn = threading.Lock()
         self._ask_from = -math.inf
         if client_options.get("custom_endpoint_address") or (
             connection_string and _connection_setting(connection_string, "UseDevelopmentEmulator") == "true"
         ):
             self._ask_from = math.inf  # there is none
 
-    async def runtime_properties(self, queue: str) -> Any:
-        """The SDK's `QueueRuntimeProperties`; None where they are not to be had."""
+    async def counts(self, queue: str) -> Counts | None:
+        """How many messages a queue has, and its dead-letter queue; None where that is not to be had."""
         if time.monotonic() < self._ask_from:
             return None
         try:
@@ -4559,10 +4551,18 @@ class AzureAdministration:
             logger.info("Exact counts of queue %r are not to be had: %s: %s", queue, type(error).__name__, error)
             return None
 
-    def _ask(self, queue: str, loop: asyncio.AbstractEventLoop) -> Any:
-        if self._client is None:
-            self._client = self._make_client(loop)
-        return self._client.get_queue_runtime_properties(queue)
+    def _ask(self, queue: str, loop: asyncio.AbstractEventLoop) -> Counts:
+        with self._turn:
+            if self._client is None:
+                self._client = self._make_client(loop)
+            told = self._client.get_queue_runtime_properties(queue)
+        return Counts(
+            active=int(told.active_message_count),
+            running=None,
+            scheduled=int(told.scheduled_message_count),
+            dead_letter=int(told.dead_letter_message_count),
+            oldest=None,
+        )
 
     def _make_client(self, loop: asyncio.AbstractEventLoop) -> Any:
         from azure.servicebus.management import ServiceBusAdministrationClient
@@ -4635,7 +4635,7 @@ def _azure_error(error: Exception, where: str) -> BoilermakerError:
 
 def _message_of_sdk(queue: str, raw: ServiceBusReceivedMessage) -> Message:
     body, properties = _body_of(raw), _properties_of(raw)
-    scheduled = raw.state == _import_azure().ServiceBusMessageState.SCHEDULED
+    scheduled = getattr(raw.state, "name", "") == "SCHEDULED"
     state = MessageState.SCHEDULED if scheduled else MessageState.ACTIVE
     return Message(
         queue_name=queue,
@@ -4787,8 +4787,7 @@ class AzureLink:
         self.heard = time.monotonic()
         return answer
 
-    # What the protocol has and the SDK does not offer. The last two leave a message as it was, delivery count included,
-    # and count as an abandoned delivery.
+    # -- what Service Bus has and the SDK does not offer
 
     async def dead_letter(self, raw: Any, reason: str, description: str, properties: Mapping[str, str]) -> None:
         """`dead_letter_message` with application properties besides, as the SDKs for other languages have it."""
@@ -4823,14 +4822,20 @@ class AzureLink:
         answer = await self.sdk._renew_locks(*tokens, timeout=timeout)
         return [_utc(milliseconds / 1000) for milliseconds in answer[b"expirations"]]
 
+    async def complete(self, raws: Sequence[Any]) -> None:
+        """`complete_message` for several at once, of any link; one that is lost is an error for all."""
+        await self.sdk._settle_message_via_mgmt_link("completed", [raw.lock_token for raw in raws])
+        for raw in raws:
+            raw._settled = True
+
+    async def stop(self) -> None:
+        """Ask for no more messages; some may be on their way."""
+        await self.sdk._handler._link.flow(link_credit=0)
+
     async def release(self, raw: Any) -> None:
-        """Give back a message of this link; the service's answer is not waited for."""
+        """Give back a message of this link as if it had not been received; no answer is waited for."""
         await self.sdk._handler.settle_messages_async(raw._delivery_id, raw._delivery_tag, "released")
         raw._settled = True
-
-    async def abandon(self, raws: Sequence[Any]) -> None:
-        """Give back messages of any link."""
-        await self.sdk._settle_message_via_mgmt_link("abandoned", [raw.lock_token for raw in raws])
 
     async def close(self) -> None:
         """Close it as soon as no call is under way, or CLOSE_TIMEOUT has passed."""
@@ -5058,7 +5063,7 @@ class AzureReceiver:
         on_lock_lost: Callable[[Delivery], None],
         max_renewal: float,
         queue: str | None = None,
-        batch_wait: float = BATCH_WAIT,
+        expects_many: bool = False,
     ) -> None:
         self._bus = bus
         self._queue = queue or bus.queue_name
@@ -5067,8 +5072,8 @@ class AzureReceiver:
         self._link: AzureLink
         self._connecting: asyncio.Task[None] | None = None
         self._failures = 0
-        self._batch_wait = batch_wait
-        self._busy = batch_wait > BATCH_WAIT
+        self._busy = expects_many
+        self._batch_wait = PATIENT_BATCH_WAIT if expects_many else BATCH_WAIT
         self._youngest = -math.inf  # how far ahead of this machine's clock a message's time of enqueueing was, at most
         self._warned_of_clock = False
         self._closing = False
@@ -5297,20 +5302,40 @@ class AzureReceiver:
         room -= len(f"{settlement.reason}{settlement.description}".encode("utf-8", "replace"))
         return encoded[-room:].decode("utf-8", "ignore") if room > 0 else ""
 
+    async def complete(self, settlements: Sequence[Settlement]) -> None:
+        """Delete many messages by one request, or, if that fails, each by itself; each notes its error."""
+        if not settlements:
+            return
+        try:
+            link = await self._working_link()
+            await link.request(link.complete, [settlement.delivery.raw for settlement in settlements])
+        except BoilermakerError:
+            for settlement in settlements:
+                settlement.messages = ()  # they are sent
+            await self.settle(settlements)
+        else:
+            for settlement in settlements:
+                self._locks.pop(settlement.delivery, None)
+
     async def release(self, deliveries: Collection[Delivery]) -> None:
-        """Give messages back as if they had not been received; those that another link brought, as abandoned ones."""
+        """Receive no more, and give messages back as if they had not been received; of another link, as abandoned."""
         for delivery in deliveries:
             self._locks.pop(delivery, None)
         link = self._link
-        foreign = [delivery.raw for delivery in deliveries if delivery.raw._receiver is not link.sdk]
         with contextlib.suppress(BoilermakerError):  # their locks will run out
+            # When anything has been answered, what was sent before it has come: so have messages that are on their way
+            # to nobody, which the SDK releases, and so have our releases, which closing would cut off.
+            answer = functools.partial(link.request, link.sdk.peek_messages, 1, timeout=ATTEMPT_TIMEOUT)
+            await link.call(link.stop)
+            await answer()
             for delivery in deliveries:
                 if delivery.raw._receiver is link.sdk:
                     await link.call(link.release, delivery.raw)
-            # An answer to anything shows that all this has arrived: closing would cut off what has not.
-            await link.request(link.sdk.peek_messages, 1, timeout=ATTEMPT_TIMEOUT)
-            for place in range(0, len(foreign), RENEWED_AT_ONCE):
-                await link.request(link.abandon, foreign[place : place + RENEWED_AT_ONCE])
+            await answer()
+            for delivery in deliveries:
+                if delivery.raw._receiver is not link.sdk:
+                    with contextlib.suppress(MessageLockLost):
+                        await self._dispose(Settlement(delivery, Action.ABANDON))
 
     # -- renewing
 
@@ -5414,21 +5439,22 @@ class AzureBrowser:
 
     async def page(self, sequence_number: int, count: int) -> list[Message]:
         """The messages from that number on that one request brings, up to `count`; none if there are no more."""
-        for pause in (*SEND_PAUSES, None):
-            fresh = self._link is None or not self._link.works
-            if self._link is None or not self._link.works:
+        pauses = iter(SEND_PAUSES)
+        while True:
+            link = self._link
+            if link is None or not link.works:
                 await self.__aexit__()
-                self._link = await self._bus.receiver_link(self._queue).__aenter__()
-            peek = functools.partial(self._link.request, self._link.sdk.peek_messages, timeout=ATTEMPT_TIMEOUT)
+                link = self._link = await self._bus.receiver_link(self._queue).__aenter__()
+                pauses = iter(())  # one that has just been opened is given no second try
+            peek = functools.partial(link.request, link.sdk.peek_messages, timeout=ATTEMPT_TIMEOUT)
             try:
                 some = await peek(min(count, PEEKED_AT_ONCE), sequence_number=max(sequence_number, 1))
                 return [_message_of_sdk(self._queue, raw) for raw in some]
             except ServiceBusUnavailable as error:
-                throttled = isinstance(error, Throttled)
-                if pause is None or (fresh and not throttled):
+                pause = next(pauses, None)
+                if pause is None:
                     raise
-                await asyncio.sleep(pause if throttled else 0)
-        raise AssertionError
+                await asyncio.sleep(pause if isinstance(error, Throttled) else 0)
 
     async def pages(self, sequence_number: int = 1, count: int = MAX_SECONDS) -> AsyncIterator[list[Message]]:
         """All pages from that number on, up to `count` messages."""
@@ -5449,12 +5475,12 @@ class AzureOperation:
         self,
         bus: AzureServiceBus,
         queue: str,
-        before: Callable[[Message], Sequence[Outgoing]],
+        outgoing_of: Callable[[Message], Sequence[Outgoing]],
         on_progress: Callable[[int], object] | None,
     ) -> None:
         self._bus = bus
         self._queue = queue
-        self._before = before  # what to publish before a message is deleted
+        self._outgoing_of = outgoing_of  # what is published before a message is deleted
         self._on_progress = on_progress or (lambda done: None)
         self.left: dict[int, Message] = {}
         self._done: list[Message] = []
@@ -5538,7 +5564,7 @@ class AzureOperation:
         if not self.left:
             return
         self._last = {number >> 48: number for number in sorted(self.left)}
-        receiver = AzureReceiver(self._bus, self._held.discard, MAX_SECONDS, self._queue, PATIENT_BATCH_WAIT)
+        receiver = AzureReceiver(self._bus, self._held.discard, MAX_SECONDS, self._queue, expects_many=True)
         with self._stopping():
             await receiver.open()
             try:
@@ -5563,7 +5589,7 @@ class AzureOperation:
         await self._answer_to(self._receiving, receiver)
         deliveries, self._receiving = self._receiving.result(), None
         settlements = [settlement for delivery in deliveries if (settlement := self._settlement_of(delivery))]
-        self._settling = receiver.settle(settlements)
+        self._settling = asyncio.ensure_future(self._settle(settlements, receiver))
         await self._answer_to(self._settling, receiver)
         errors = [error for settlement in settlements if (error := self._note(settlement)) is not None]
         if settlements:
@@ -5590,15 +5616,22 @@ class AzureOperation:
         if message is None:
             return None
         try:
-            before = self._before(message)
-            for outgoing in before:
+            messages = self._outgoing_of(message)
+            for outgoing in messages:
                 if (size := self._bus.size(outgoing)) > (limit := self._bus.max_message_bytes):
                     raise MessageTooLarge(f"it makes a message of {size} bytes, the limit is {limit}")
         except UsageError as error:
             self._refuse(message, error)
             return None
         self._held.discard(delivery)
-        return Settlement(delivery, Action.COMPLETE, messages=before)
+        return Settlement(delivery, Action.COMPLETE, messages=messages)
+
+    async def _settle(self, settlements: Sequence[Settlement], receiver: AzureReceiver) -> None:
+        """Publish what is to be published, then delete; each notes its error."""
+        sending = [self._bus.send(settlement.messages) for settlement in settlements]
+        for settlement, sent in zip(settlements, await asyncio.gather(*sending, return_exceptions=True), strict=True):
+            settlement.error = sent if isinstance(sent, Exception) else None
+        await receiver.complete([settlement for settlement in settlements if settlement.error is None])
 
     def _note(self, settlement: Settlement) -> Exception | None:
         """What became of a message; the error, if it is one for all."""

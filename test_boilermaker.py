@@ -11222,33 +11222,34 @@ REPLAY_AND_DIE = """
 import asyncio, os, signal, sys
 import boilermaker
 
-dispose, left = boilermaker.AzureReceiver._dispose, int(sys.argv[3])
+complete, left = boilermaker.AzureLink.complete, int(sys.argv[3])
 
-async def dispose_or_die(receiver, settlement):
+async def complete_and_die(link, raws):
     global left
     left -= 1
     if not left:
+        await complete(link, raws[: int(sys.argv[4])])
         os.kill(os.getpid(), signal.SIGKILL)
-    await dispose(receiver, settlement)
+    await complete(link, raws)
 
 async def main():
     bus = boilermaker.AzureServiceBus.from_connection_string(sys.argv[1], sys.argv[2])
     await bus.replay(lambda message: message.task.function_name == "a")
 
 boilermaker.TAKEN_AT_ONCE = 20
-boilermaker.AzureReceiver._dispose = dispose_or_die
+boilermaker.AzureLink.complete = complete_and_die
 asyncio.run(main())
 """
 
 
-@pytest.mark.parametrize("settled", [1, 31, 60])
+@pytest.mark.parametrize(("batch", "deleted"), [(1, 1), (2, 1), (3, 7), (4, 100)])
 async def test_a_replay_that_is_killed_between_publishing_and_deleting_goes_on_when_it_is_called_again(
-    azure_bus, emulator, start_program, settled
+    azure_bus, emulator, start_program, batch, deleted
 ):
     bus = azure_bus()
     await bury(bus, bodies_of(bus, *["a", "b"] * 60))
     dead = await bus.peek(1000, dead_letter=True)
-    program = start_program(REPLAY_AND_DIE, emulator.connection_string, bus.queue_name, settled)
+    program = start_program(REPLAY_AND_DIE, emulator.connection_string, bus.queue_name, batch, deleted)
     assert await exit_code(program) == -signal.SIGKILL
     assert 0 < len(await bus.peek(1000)) <= 60
     assert len(await bus.peek(1000, dead_letter=True)) > 60
