@@ -2263,6 +2263,9 @@ INSERT = """
 """
 """0 and '' stand for NULL, as sqlite3 takes ten times as long to pass on None."""
 
+BY_NUMBER = "message NOT INDEXED"
+"""The table, for SQLite to go to each number, where else it goes through all of the queue by its index."""
+
 BURIED_AT_ONCE = 500
 """Messages that one transaction dead-letters of a backlog that has expired, lest everybody else wait for it."""
 
@@ -2639,11 +2642,12 @@ class Store(Connection):
     def remove(self, queue: str, numbers: Iterable[int], now: float) -> set[int]:
         """Delete those of the messages that are still in the queue and that nobody holds; their numbers."""
         queue_id, _ = self._queue(queue)
-        free = f"sequence_number IN ({','.join(map(str, numbers))}) AND queue_id = ? AND (state != 0 OR due <= ?)"
-        removed = {
-            row[0] for row in self.sql.execute(f"SELECT sequence_number FROM message WHERE {free}", (queue_id, now))
-        }
-        self.sql.execute(f"DELETE FROM message WHERE {free}", (queue_id, now))
+        free = f"""
+            FROM  {BY_NUMBER}
+            WHERE sequence_number IN ({",".join(map(str, numbers))}) AND queue_id = ? AND (state != 0 OR due <= ?)
+        """
+        removed = {row[0] for row in self.sql.execute(f"SELECT sequence_number {free}", (queue_id, now))}
+        self.sql.execute(f"DELETE {free}", (queue_id, now))
         self.bytes_written += len(removed) * BYTES_OF_A_CHANGE
         return removed
 
@@ -2777,14 +2781,14 @@ def _version_of(connection: Connection) -> int:
     return version
 
 
-def _select(connection: Connection, condition: str, *parameters: Any) -> Iterator[tuple[Any, ...]]:
+def _select(connection: Connection, table: str, condition: str, *parameters: Any) -> Iterator[tuple[Any, ...]]:
     """Rows to make messages of, also from a file of version 1, which has not all the columns."""
     since_version_2 = "dead_lettered_time, dead_letter_traceback" if _version_of(connection) > 1 else "NULL, NULL"
     return connection.sql.execute(
         f"""
         SELECT sequence_number, delivery_count, message_id, body, application_properties, enqueued_time,
                scheduled_enqueue_time, dead_letter_reason, dead_letter_error_description, state, due, {since_version_2}
-        FROM   message
+        FROM   {table}
         WHERE  queue_id = (SELECT queue_id FROM queue WHERE name = ?) AND {condition}
         """,
         parameters,
@@ -2805,7 +2809,7 @@ def read_messages(connection: Connection, queue: str, max_message_count: int, se
     """
     # Held until all is read: a child that is forked in the middle of it could not close the connection.
     with _explained(connection.path), connection.mutex:
-        rows = list(_select(connection, condition, queue, queue, sequence_number, max_message_count))
+        rows = list(_select(connection, BY_NUMBER, condition, queue, queue, sequence_number, max_message_count))
     now = time.time()
     return [_message_of_row(queue, row, now) for row in rows]
 
@@ -2913,8 +2917,8 @@ READ_AT_ONCE = 500
 READ_BYTES = 1024 * 1024
 """Bytes of bodies after which it reads no more at once."""
 
-LONGEST_STEP = 0.005
-"""Seconds for which an operation on many messages looks at some, before who waits has its turn."""
+LONGEST_STEP = 0.05
+"""Seconds for which an operation on many messages looks at some, before it changes those that it found."""
 
 
 class Walk:
@@ -2946,6 +2950,7 @@ class Walk:
         while self._rows:
             message = _message_of_row(self.queue, self._rows.popleft(), now)
             if self._matches is None or self._does_match(message):
+                vars(message).pop("task", None)  # of many thousands, what was decoded would take a gigabyte
                 found.append(message)
             if time.monotonic() > latest:
                 break
@@ -2983,7 +2988,8 @@ class Walk:
             ORDER BY state, due, sequence_number
             LIMIT    ?
         """
-        return _select(connection, condition, self.queue, *self._place, time.time(), self._last, READ_AT_ONCE)
+        place = *self._place, time.time(), self._last
+        return _select(connection, "message", condition, self.queue, *place, READ_AT_ONCE)
 
     def _by_number(self, connection: Connection, numbers: Sequence[int]) -> Iterator[tuple[Any, ...]]:
         condition = f"""
@@ -2991,7 +2997,7 @@ class Walk:
             AND state < 2 AND NOT (state = 0 AND due > ?)
             ORDER BY sequence_number
         """
-        return _select(connection, condition, self.queue, self._place[2] + 1, self._last, time.time())
+        return _select(connection, BY_NUMBER, condition, self.queue, self._place[2] + 1, self._last, time.time())
 
 
 def read_queues(connection: Connection) -> dict[str, QueueSettings]:
@@ -3591,12 +3597,16 @@ class LocalServiceBus:
         Whatever ends it ends it between two steps.
         """
         walk, done = Walk(queue, selection_of(which)), dict[int, Message]()
+
+        def look() -> tuple[list[Message], dict[int, Outgoing]]:
+            found = walk.step(self._reading)
+            return found, {message.sequence_number: replay_of(message) for message in found} if not dry_run else {}
+
         try:
             while not walk.ended:
-                found = await asyncio.to_thread(walk.step, self._reading)
-                if found and not dry_run:
+                found, replays = await asyncio.to_thread(look)
+                if replays:
                     commit = await self.commit(keep_settings=False)
-                    replays = {message.sequence_number: replay_of(message) for message in found}
                     work = functools.partial(change, commit.file.store, queue, replays, time.time())
                     changed = await commit.do(work, durable=True)
                     found = [message for message in found if message.sequence_number in changed]

@@ -18,6 +18,10 @@ that all meet the same machine, and every measurement runs in new processes, on 
                default settings. Of boilermaker only, unless --kill: others take minutes, or never start it again.
     growth     Only with --growth: drain and publish with 1,000,000 messages waiting, 100,000 scheduled and 100,000
                dead-lettered, and with 1,000 waiting; the memory this takes, and the size of the file.
+    operating  With 300,000 dead letters, beside a worker that works and a publisher: how long `counts()` takes, how
+               many tasks a second `replay` puts back by a predicate that looks at the reason, and by one that looks at
+               the task, each in a process of its own, and the longest time for which the event loop of each stood
+               still. The same while the worker buries 100,000 messages that have expired. Of boilermaker only.
     azure      The Azure bus over examples.servicebus_emulator, 32 tasks at once, beside the loop that one would write
                with the SDK alone, and beside boilermaker-servicebus 1.4.1. A tenth of the tasks; half to publish.
 
@@ -540,6 +544,80 @@ def megabytes(folder: Path) -> float:
     return sum(path.stat().st_size for path in folder.glob("queue.db*")) / 1e6
 
 
+def operating(benchmark: Benchmark) -> list[Table]:
+    dead, expired = benchmark.options.dead, benchmark.options.dead // 3
+    predicates = [Contestant("Boilermaker", variant=f"by {what}") for what in ("reason", "task")]
+    figures = benchmark.figures("operating", predicates, functools.partial(operate_one, dead=dead))
+    burying = benchmark.figures("operating, burying", [OURS], functools.partial(bury_one, expired=expired))
+    return [
+        table(f"Operating: counts() of {dead:,} dead letters", "ms", figures, "counts"),
+        table(f"Operating: replaying {dead:,} dead letters by a predicate", "tasks/s", figures, "replay"),
+        table("Operating: the operator's peak memory", "MB", figures, "memory"),
+        table("Operating: longest gap in the worker's event loop during the replay", "ms", figures, "worker"),
+        table("Operating: longest gap in the publisher's event loop during the replay", "ms", figures, "publisher"),
+        table("Operating: longest gap in the operator's event loop during the replay", "ms", figures, "operator"),
+        table(f"Operating: burying {expired:,} expired messages", "messages/s", burying, "rate"),
+        table("Operating: longest gap in the worker's event loop during the burying", "ms", burying, "worker"),
+        table("Operating: longest gap in the publisher's event loop during the burying", "ms", burying, "publisher"),
+    ]
+
+
+@contextlib.contextmanager
+def bystander(contestant: Contestant, folder: Path, place: str, count: int, pace: float = 0) -> Iterator[Ledger]:
+    """A worker process, or a publisher of so many tasks a second: what it notes of its event loop."""
+    name = "publisher" if pace else "worker"
+    gaps = Ledger.create(str(folder / name), 1)
+    arguments = {"path": str(folder / "ledger"), "count": count, "gaps": str(folder / name), "pace": pace}
+    with (folder / "output").open("ab") as output:
+        line = command(contestant, "bystand", place, arguments)
+        process = subprocess.Popen(line, cwd=ROOT, stdout=output, stderr=output, start_new_session=True)
+    try:
+        until(lambda: gaps.first[0] > 0 or process.poll() is not None, f"the {name} did not begin")
+        yield gaps
+        if process.poll() is not None or b"database is locked" in (folder / "output").read_bytes():
+            raise Failed(f"{contestant.label}: the {name}: {(folder / 'output').read_text()[-500:]}")
+    finally:
+        kill(process)
+
+
+def operate_one(contestant: Contestant, dead: int) -> Figures:
+    with folder_for(contestant) as (folder, place):
+        call(contestant, "grow", place, waiting=0, scheduled=0, dead=dead)
+        times = Ledger.create(str(folder / "ledger"), dead + 1)
+        operator = Ledger.create(str(folder / "operator"), 1)
+        bystand = functools.partial(bystander, contestant, folder, place, dead + 1)
+        with bystand(pace=PACE) as publisher, bystand() as worker:
+            until(lambda: times.again[dead] > 0, f"{contestant.label}: what was published did not run")
+            publisher.first[0] = worker.first[0] = 0
+            by = contestant.variant.removeprefix("by ")
+            figures: Figures = call(contestant, "operate", place, gaps=str(folder / "operator"), by=by)
+            for name, gaps in (("worker", worker), ("publisher", publisher), ("operator", operator)):
+                figures[name] = 1000 * gaps.first[0]
+            if figures.pop("replayed") != dead:
+                raise Failed(f"{contestant.label}: not all dead letters were replayed")
+            until(lambda: min(times.first) > 0, f"{contestant.label}: not all replayed tasks ran")
+        if again := sum(1 for moment in times.again[:dead] if moment):
+            raise Failed(f"{contestant.label}: {again} replayed tasks of {dead} ran more than once")
+    return figures
+
+
+def bury_one(contestant: Contestant, expired: int) -> Figures:
+    """Start a worker on a queue of which all has expired; what is published meanwhile runs when that is buried."""
+    with folder_for(contestant) as (folder, place):
+        call(contestant, "grow", place, waiting=0, scheduled=0, dead=0, expired=expired)
+        times = Ledger.create(str(folder / "ledger"), expired + 1)
+        bystand = functools.partial(bystander, contestant, folder, place, expired + 1)
+        with bystand(pace=PACE) as publisher:
+            publisher.first[0] = 0
+            with bystand() as worker:
+                until(lambda: times.first[expired] > 0, f"{contestant.label}: what was published did not run")
+                seconds = times.first[expired] - worker.published[0]
+                gaps = {"worker": 1000 * worker.first[0], "publisher": 1000 * publisher.first[0]}
+        if any(times.first[:expired]):
+            raise Failed(f"{contestant.label}: an expired task ran")
+    return {"rate": expired / seconds, **gaps}
+
+
 def azure(benchmark: Benchmark) -> list[Table]:
     count = max(100, benchmark.options.tasks // 10)
     pythons = {name: path for names, path in benchmark.options.python for name in names.split(",")}
@@ -598,6 +676,7 @@ PARTS: dict[str, Callable[[Benchmark], list[Table]]] = {
     "import": imports,
     "kill": killed,
     "growth": growth,
+    "operating": operating,
     "azure": azure,
 }
 
@@ -720,6 +799,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--patience", type=float, default=700, help="seconds to wait for a task of a killed worker")
     parser.add_argument("--growth", action="store_true", help="measure a queue with many messages")
     parser.add_argument("--waiting", type=int, default=1_000_000, help="messages in it, and a tenth more of each kind")
+    parser.add_argument("--dead", type=int, default=300_000, help="dead letters to operate on, a third to expire")
     for server, url in (
         ("redis", "redis://localhost:6379/15"),
         ("postgres", "postgresql://postgres@localhost:5432/postgres"),

@@ -19,6 +19,7 @@ import json
 import logging
 import mmap
 import os
+import statistics
 import sys
 import time
 import types
@@ -31,6 +32,7 @@ BATCH = 100
 NAP = 0.1
 DOZE = 0.01
 FOREVER = 3600
+MOMENT = 0.001
 
 
 # -- the tasks
@@ -817,8 +819,8 @@ def work(peer: str, place: str, path: str, count: int, concurrency: int, at: flo
     runner.work(concurrency)
 
 
-def grow(peer: str, place: str, waiting: int, scheduled: int, dead: int) -> None:
-    """Fill boilermaker's file by SQL: messages that wait, are scheduled for tomorrow, and were dead-lettered."""
+def grow(peer: str, place: str, waiting: int, scheduled: int, dead: int, expired: int = 0) -> None:
+    """Fill boilermaker's file by SQL: messages that wait, are scheduled, were dead-lettered, and have expired."""
     import boilermaker
 
     asyncio.run(_fill(PEERS[peer](place), "noop", 0))
@@ -828,33 +830,96 @@ def grow(peer: str, place: str, waiting: int, scheduled: int, dead: int) -> None
     store.close()
     bare = Bare(place)
     bare.connect("NORMAL")
-    for queue_id, numbers, delay, reason in (
-        (1, range(waiting), 0, None),
-        (1, range(scheduled), 86400, None),
-        (2, range(dead), 0, "TaskFailed"),
+    for queue_id, numbers, delay, reason, expires in (
+        (1, range(waiting), 0, None, None),
+        (1, range(scheduled), 86400, None, None),
+        (2, range(dead), 0, "TaskFailed", None),
+        (1, range(expired), 0, None, time.time()),
     ):
         bare.connection.execute("BEGIN IMMEDIATE")
         bare.connection.executemany(
             """
             INSERT INTO message (queue_id, state, due, enqueued_time, scheduled_enqueue_time, message_id, body,
-                                 dead_letter_reason, dead_letter_error_description)
+                                 dead_letter_reason, dead_letter_error_description, expires)
             VALUES              (?,        1,     ?,   ?,             ?,                      ?,          ?,
-                                 ?,                  ?)
+                                 ?,                  ?,                             ?)
             """,
-            _rows(queue_id, numbers, delay, reason),
+            _rows(queue_id, numbers, delay, reason, expires),
         )
         bare.connection.execute("COMMIT")
     bare.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
 
-def _rows(queue_id: int, numbers: range, delay: float, reason: str | None) -> Iterator[tuple[Any, ...]]:
+def _rows(
+    queue_id: int, numbers: range, delay: float, reason: str | None, expires: float | None
+) -> Iterator[tuple[Any, ...]]:
     import boilermaker
 
     description = reason and "ValueError: a message such as errors have"
     for number in numbers:
         task, due = boilermaker.Task(function_name="noop", args=[number]), time.time() + delay
         body = boilermaker.encode(task, "tasks", "tasks")
-        yield queue_id, due, due, due if delay else None, task.task_id, body, reason, description
+        yield queue_id, due, due, due if delay else None, task.task_id, body, reason, description, expires
+
+
+def bystand(peer: str, place: str, path: str, count: int, gaps: str, pace: float) -> None:
+    """Work, or publish so many no-op tasks a second, until killed, and write down the longest gap in the event loop.
+
+    Args:
+        path: of the ledger for `count` tasks, of which the last is the one that is published again and again.
+        gaps: the path of another, for one; who reads it sets it to 0.
+        pace: 0 to work.
+    """
+    global ledger
+    ledger = Ledger(path, count)
+    asyncio.run(_bystand(Boilermaker(place), Ledger(gaps, 1), count - 1, pace))
+
+
+async def _bystand(peer: Boilermaker, gaps: Ledger, number: int, pace: float) -> None:
+    noting = asyncio.create_task(note_gaps(gaps))
+    if not pace:
+        await peer.app.run(concurrency=peer.concurrency)
+    while not noting.done():
+        await peer.publish("noop", number)
+        await asyncio.sleep(1 / pace)
+
+
+async def note_gaps(gaps: Ledger) -> None:
+    """Since when, and for how long at most, the event loop kept a coroutine that sleeps for a moment waiting."""
+    gaps.published[0] = time.monotonic()
+    while True:
+        before = time.monotonic()
+        await asyncio.sleep(MOMENT)
+        gaps.first[0] = max(gaps.first[0], time.monotonic() - before - MOMENT)
+
+
+def operate(peer: str, place: str, gaps: str, by: str) -> dict[str, float]:
+    """Count and replay all dead letters, as an operator's process does beside the others: what it takes."""
+    return asyncio.run(_operate(Boilermaker(place).bus(), Ledger(gaps, 1), PREDICATES[by]))
+
+
+PREDICATES: dict[str, Callable[[Any], bool]] = {
+    "reason": lambda message: message.dead_letter_reason == "TaskFailed",
+    "task": lambda message: message.task.function_name == "noop",
+}
+
+
+async def _operate(bus: Any, gaps: Ledger, which: Callable[[Any], bool]) -> dict[str, float]:
+    counting = []
+    noting = asyncio.create_task(note_gaps(gaps))
+    for _ in range(10):
+        started = time.perf_counter()
+        await bus.counts()
+        counting.append(time.perf_counter() - started)
+    started = time.perf_counter()
+    replayed = await bus.replay(which)
+    seconds = time.perf_counter() - started
+    await asyncio.sleep(2 * MOMENT)
+    noting.cancel()
+    figures = {"counts": statistics.median(counting) * 1000, "replayed": len(replayed)}
+    figures |= {"replay": len(replayed) / seconds, "memory": peak_memory("self")}
+    await bus.close()
+    return figures
 
 
 def memory(pid: int | str, field: str = "VmRSS") -> float:
@@ -871,7 +936,7 @@ def peak_memory(pid: int | str) -> float:
 
 
 ROLES: dict[str, Callable[..., Any]] = {
-    role.__name__: role for role in (check, remove, fill, publish, drip, work, grow)
+    role.__name__: role for role in (check, remove, fill, publish, drip, work, grow, bystand, operate)
 }
 
 
