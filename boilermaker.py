@@ -36,7 +36,7 @@ a bus.
     10. Tracing         OpenTelemetry, when asked for
     11. Schedules       when periodic tasks are due, and how each worker publishes them
     12. Worker          receive, run, settle, shut down
-    13. Application     registering and publishing
+    13. Application     registering, publishing, operating
     14. Old names       the modules of the multi-file original
     15. Command line    a worker, and what an operator asks of a queue
 
@@ -6780,7 +6780,7 @@ if hasattr(os, "register_at_fork"):
 
 
 # ======================================================================================================================
-# 13. Application: registering and publishing
+# 13. Application: registering, publishing, operating
 # ======================================================================================================================
 
 
@@ -6851,7 +6851,7 @@ class Boilermaker:
         """
         if self._works_here():
             raise UsageError(
-                "close() was called by a task, or a worker's lifespan, before that worker has ended: stop() asks it to."
+                "close() was called by a task, or a worker's lifespan, before that worker has ended: stop() asks that to end."
             )
         try:
             await self.stop()
