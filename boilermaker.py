@@ -2958,7 +2958,10 @@ class Walk:
 
     def _does_match(self, message: Message) -> bool:
         assert self._matches is not None
-        verdict = self._matches(message)
+        try:
+            verdict = self._matches(message)
+        except StopIteration as error:  # which no future can pass on: whoever waits for it would wait for ever
+            raise RuntimeError(f"which={_short(self._matches)} raised StopIteration") from error
         if inspect.iscoroutine(verdict):
             verdict.close()
             raise UsageError(f"which={_short(self._matches)} must be a plain function: it returned a coroutine.")
@@ -3594,7 +3597,8 @@ class LocalServiceBus:
     ) -> list[Message]:
         """Find messages in a thread, and change them, step by step, each in one transaction.
 
-        Whatever ends it ends it between two steps.
+        Whatever ends it ends it between two steps. In a file that replaced the one it began with, messages of the same
+        numbers are others: it stops.
         """
         walk, done = Walk(queue, selection_of(which)), dict[int, Message]()
 
@@ -3603,10 +3607,15 @@ class LocalServiceBus:
             return found, {message.sequence_number: replay_of(message) for message in found} if not dry_run else {}
 
         try:
+            if not os.path.isfile(self._real_path):  # it is made, or was deleted
+                (await self.commit(keep_settings=False)).file.check()
+            inode = None if self.path == ":memory:" else os.stat(self._real_path).st_ino
             while not walk.ended:
                 found, replays = await asyncio.to_thread(look)
                 if replays:
                     commit = await self.commit(keep_settings=False)
+                    if commit.file.store.inode != inode:
+                        raise ServiceBusUnavailable(f"{self.path} was replaced meanwhile.")
                     work = functools.partial(change, commit.file.store, queue, replays, time.time())
                     changed = await commit.do(work, durable=True)
                     found = [message for message in found if message.sequence_number in changed]
@@ -3615,7 +3624,7 @@ class LocalServiceBus:
                     on_progress(len(done))
         except ServiceBusUnavailable as error:
             raise OperationStopped(f"Stopped after {len(done)} messages: {error}", list(done.values())) from error
-        return sorted(done.values(), key=lambda message: message.sequence_number)
+        return [done[number] for number in sorted(done)]
 
     async def cancel(self, sequence_number: int) -> None:
         """Take back a message that is scheduled, or waits.

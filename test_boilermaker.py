@@ -3905,6 +3905,261 @@ async def test_which_messages_is_a_function_or_numbers_and_else_an_error_that_sa
             await operation(which)
 
 
+@pytest.mark.parametrize("operation", ["replay", "discard", "purge"])
+async def test_an_operation_on_a_file_that_is_not_there_yet_finds_nothing(open_bus, operation):
+    assert await getattr(open_bus(), operation)(lambda message: True) == []
+
+
+@pytest.mark.parametrize("operation", ["replay", "discard", "purge"])
+async def test_an_operation_on_a_file_that_was_deleted_says_so_and_the_next_goes_on_with_a_new_one(open_bus, operation):
+    bus = open_bus()
+    await dead_letters(bus, "a")
+    for ending in ("", "-wal", "-shm"):
+        Path(f"{bus.path}{ending}").unlink()
+    with pytest.raises(boilermaker.OperationStopped, match="was deleted or replaced"):
+        await getattr(bus, operation)(lambda message: True)
+    assert await getattr(bus, operation)(lambda message: True) == []
+
+
+@pytest.mark.parametrize("error", [StopIteration, RecursionError, ValueError])
+async def test_an_error_of_a_predicate_comes_out_and_what_was_done_before_is_whole(open_bus, monkeypatch, error):
+    monkeypatch.setattr(boilermaker, "READ_AT_ONCE", 2)
+    bus = open_bus()
+    await dead_letters(bus, *"abcde")
+
+    def which(message):
+        if message.body == "d":
+            raise error("no")
+        return True
+
+    with pytest.raises(RuntimeError if error is StopIteration else error):
+        await asyncio.wait_for(bus.replay(which), PATIENCE)
+    assert [message.body for message in await bus.peek()] == ["a", "b"]
+    assert [message.body for message in await bus.peek(dead_letter=True)] == ["c", "d", "e"]
+
+
+async def test_dead_letters_that_a_worker_holds_are_neither_replayed_nor_discarded(open_bus):
+    bus, numbers = open_bus(), []
+    numbers = await dead_letters(bus, *"abc")
+    async with receiving(open_bus("tasks" + boilermaker.DEAD_LETTER_SUFFIX)) as receiver:
+        [held] = await receiver.receive(1, PATIENCE)
+        assert [message.body for message in await bus.replay(numbers[:2])] == ["b"]
+        assert [message.body for message in await bus.discard(lambda message: True)] == ["c"]
+        assert await settle(receiver, held) is None
+    assert (await numbers_in(bus), await numbers_in(bus, dead_letter=True)) == ([4], [])
+
+
+async def test_what_a_worker_takes_while_a_predicate_looks_is_left_to_it(open_bus):
+    bus, taken = open_bus(), []
+    await dead_letters(bus, *"abc")
+
+    async def take():
+        other = LocalServiceBus(bus.path, "tasks" + boilermaker.DEAD_LETTER_SUFFIX)
+        taken.extend(await take_and_drop(other))
+        await other.close()
+
+    def which(message):
+        if message.body == "c":
+            asyncio.run(take())
+        return True
+
+    assert [message.body for message in await bus.replay(which)] == ["b", "c"]
+    assert [delivery.body for delivery in taken] == ["a"]
+    assert await ids_of(bus, dead_letter=True) == ["0 a"]
+
+
+@pytest.mark.parametrize("noticed", [False, True], ids=["unnoticed", "noticed"])
+@pytest.mark.parametrize("operation", ["replay", "discard"])
+async def test_messages_of_a_file_that_is_replaced_meanwhile_are_left_alone(open_bus, tmp_path, noticed, operation):
+    bus, other = open_bus(), open_bus(path=tmp_path / "other.db")
+    await dead_letters(bus, *"abc")
+    await dead_letters(other, *"xyz")
+    await other.close()
+
+    def which(message):
+        if message.body == "c":
+            for ending in ("-wal", "-shm"):
+                Path(f"{bus.path}{ending}").unlink()
+            os.replace(tmp_path / "other.db", bus.path)
+            if noticed:
+                with pytest.raises(ServiceBusUnavailable, match="replaced"):
+                    bus.open().check()
+        return True
+
+    with pytest.raises(boilermaker.OperationStopped, match=r"after 0 messages: .*replaced"):
+        await getattr(bus, operation)(which)
+    assert [message.body for message in await bus.peek(dead_letter=True)] == ["x", "y", "z"]
+    assert await bus.peek() == []
+
+
+@pytest.mark.parametrize("path", [None, ":memory:"])
+async def test_a_bus_that_is_closed_in_the_middle_of_an_operation_loses_nothing(open_bus, monkeypatch, path):
+    monkeypatch.setattr(boilermaker, "READ_AT_ONCE", 2)
+    bus, closing = open_bus(path=path), []
+    await dead_letters(bus, *"abcde")
+    done = await bus.replay(
+        lambda message: True, on_progress=lambda count: closing.append(asyncio.ensure_future(bus.close()))
+    )
+    await asyncio.gather(*closing)
+    if path is None:
+        assert [message.body for message in done] == [message.body for message in await bus.peek()] == [*"abcde"]
+        assert await bus.peek(dead_letter=True) == []
+
+
+@pytest.mark.parametrize("turns", range(12))
+async def test_an_operation_that_is_cancelled_anywhere_has_done_whole_steps(open_bus, monkeypatch, turns):
+    monkeypatch.setattr(boilermaker, "READ_AT_ONCE", 2)
+    bus = open_bus()
+    await dead_letters(bus, *"abcdefgh")
+    replaying, said = (
+        asyncio.create_task(bus.replay(lambda message: True, on_progress=lambda count: said.append(count))),
+        [],
+    )
+    if turns:
+        await until(lambda: len(said) * 3 >= turns // 2)
+    for _ in range(turns):
+        await asyncio.sleep(0)
+    replaying.cancel()
+    await asyncio.wait([replaying])
+    await bus.send([])  # after what was asked for
+    waiting, dead = await bus.peek(), await bus.peek(dead_letter=True)
+    assert [message.body for message in (*waiting, *dead)] == [*"abcdefgh"]
+    assert len(waiting) % 2 == 0
+    assert len(await bus.replay(lambda message: True)) == len(dead)
+    assert [message.body for message in await bus.peek()] == [*"abcdefgh"]
+
+
+@pytest.mark.parametrize("by", ["predicate", "numbers"])
+@pytest.mark.parametrize("operation", ["replay", "discard", "purge"])
+async def test_a_transaction_of_an_operation_has_no_more_than_so_many_rows_and_bytes(
+    open_bus, monkeypatch, by, operation
+):
+    monkeypatch.setattr(boilermaker, "READ_AT_ONCE", 10)
+    monkeypatch.setattr(boilermaker, "READ_BYTES", 5000)
+    bus, steps, remove = open_bus(), [], boilermaker.Store.remove
+
+    def counted(store, queue, numbers, now):
+        removed = remove(store, queue, numbers, now)
+        steps.append((len(removed), sum(len(bodies[number]) for number in removed)))
+        return removed
+
+    monkeypatch.setattr(boilermaker.Store, "remove", counted)
+    texts = [*["x"] * 35, *["y" * 2000] * 15]
+    sending = [letter(text, message_id=str(place)) for place, text in enumerate(texts)]
+    numbers = await (bus.send(sending) if operation == "purge" else dead_letters(bus, *texts))
+    bodies = dict(zip(numbers, texts, strict=True))
+    which = numbers if by == "numbers" else lambda message: True
+    assert len(await getattr(bus, operation)(which)) == 50
+    assert sum(rows for rows, _ in steps) == 50
+    assert max(rows for rows, _ in steps) <= 10
+    assert max(size for _, size in steps) <= 5000 + 2000
+
+
+@pytest.mark.parametrize("operation", ["replay", "discard"])
+async def test_to_find_messages_by_number_takes_no_longer_in_a_long_queue(open_bus, monkeypatch, operation):
+    """By the instructions of SQLite's machine, in hundreds."""
+    bus, counts, connect = open_bus(), [], boilermaker.connect
+
+    def counting(path, mode=None):
+        connection = connect(path, mode)
+        connection.set_progress_handler(lambda: counts.append(1), 100)
+        return connection
+
+    async def cost():
+        numbers = await dead_letters(bus, *"abcde")
+        counts.clear()
+        assert len(await getattr(bus, operation)(numbers)) == 5
+        spent = len(counts)
+        await bus.purge(lambda message: message.state == "active")
+        return spent
+
+    monkeypatch.setattr(boilermaker, "connect", counting)
+    short = await cost()
+    for _ in range(20):
+        await dead_letters(bus, *["x"] * 100)
+    await bus.send([letter(str(number), due=time.time() + 3600) for number in range(2000)])
+    assert await cost() <= short + 10
+
+
+REPLAYING_PROGRAM = """
+import asyncio, os, signal, sys
+import boilermaker
+
+left, when, boilermaker.READ_AT_ONCE = int(sys.argv[2]), sys.argv[3], 20
+
+def killing(owner, name):
+    original = getattr(owner, name)
+    def counted(*arguments):
+        global left
+        result = original(*arguments)
+        left -= 1
+        if not left:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+    setattr(owner, name, counted)
+
+if left:
+    killing(*((boilermaker.Store, "replay") if when == "within" else (boilermaker.QueueFile, "sync")))
+done = asyncio.run(boilermaker.LocalServiceBus(sys.argv[1]).replay(lambda message: int(message.body) % 2 == 0))
+print(len(done))
+"""
+
+
+@pytest.mark.parametrize("when", ["within", "after"])
+@pytest.mark.parametrize("step", [1, 3])
+async def test_a_replay_that_is_killed_loses_nothing_and_does_nothing_twice(open_bus, start_program, when, step):
+    """In a transaction, and after one, before it was answered."""
+    bus = open_bus()
+    await dead_letters(bus, *map(str, range(160)))
+    assert await exit_code(start_program(REPLAYING_PROGRAM, bus.path, step, when)) == -signal.SIGKILL
+    waiting = [int(message.body) for message in await bus.peek(1000)]
+    assert waiting == list(range(0, 2 * len(waiting), 2))
+    assert 0 <= len(waiting) <= 20 * step
+    dead = [int(message.body) for message in await bus.peek(1000, dead_letter=True)]
+    assert sorted(waiting + dead) == list(range(160))
+    assert await exit_code(program := start_program(REPLAYING_PROGRAM, bus.path, 0, when)) == 0
+    assert int(program[1].read_text()) == 80 - len(waiting)
+    assert [int(message.body) for message in await bus.peek(1000)] == list(range(0, 160, 2))
+    assert [int(message.body) for message in await bus.peek(1000, dead_letter=True)] == list(range(1, 160, 2))
+
+
+async def test_replays_of_two_processes_at_once_replay_each_dead_letter_once(open_bus, start_program):
+    bus = open_bus()
+    await dead_letters(bus, *map(str, range(400)))
+    programs = [start_program(REPLAYING_PROGRAM, bus.path, 0, "never") for _ in range(2)]
+    for program in programs:
+        assert await exit_code(program) == 0
+    assert sum(int(output.read_text()) for _, output in programs) == 200
+    assert sorted(int(message.body) for message in await bus.peek(1000)) == list(range(0, 400, 2))
+
+
+async def test_a_replay_by_another_process_wakes_a_worker(open_bus, start_program):
+    bus = open_bus()
+    await dead_letters(bus, "2")
+    async with receiving(bus) as receiver:
+        receive = asyncio.create_task(receiver.receive(1, 2 * PATIENCE))
+        assert await exit_code(start_program(REPLAYING_PROGRAM, bus.path, 0, "never")) == 0
+        [delivery] = await asyncio.wait_for(receive, PATIENCE)
+    assert delivery.body == "2"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+async def test_a_process_that_is_forked_while_a_predicate_looks_and_its_child_go_on(open_bus):
+    bus, children = open_bus(), []
+    await dead_letters(bus, *"abc")
+
+    def which(message):
+        if not children:
+            children.append(os.fork())
+            if not children[0]:
+                os._exit(0)
+        return True
+
+    assert len(await bus.replay(which)) == 3
+    assert os.waitpid(children[0], 0)[1] == 0
+    assert [message.body for message in await bus.peek()] == [*"abc"]
+
+
 # ======================================================================================================================
 # Local bus: queues, peeking, the file
 # ======================================================================================================================
@@ -9011,6 +9266,19 @@ async def test_a_file_of_version_1_is_read_as_it_is_and_migrated_by_who_sends(fi
     assert (version_of(file_of_version_1), number) == (boilermaker.SCHEMA_VERSION, 10)
     assert (await bus.peek())[:-1] == before[0]
     assert await bus.peek(dead_letter=True) == before[1]
+
+
+async def test_what_an_operation_would_do_in_a_file_of_version_1_is_told_and_leaves_it_so(file_of_version_1, open_bus):
+    bus = open_bus(path=file_of_version_1)
+    dead = await bus.peek(dead_letter=True)
+    assert await bus.replay(lambda message: True, dry_run=True) == dead
+    assert await bus.discard([message.sequence_number for message in dead], dry_run=True) == dead
+    assert (
+        (await bus.counts()).dead_letter == sum(each.dead_letter for each in (await bus.counts_by_task()).values()) == 3
+    )
+    assert version_of(file_of_version_1) == 1
+    assert len(await bus.replay(lambda message: True)) == 3
+    assert version_of(file_of_version_1) == boilermaker.SCHEMA_VERSION
 
 
 async def test_what_waits_in_a_file_of_version_1_runs(file_of_version_1, open_bus):
