@@ -2756,16 +2756,20 @@ def open_to_read(path: str) -> Connection | None:
 
     To look changes nothing: a file of an older version is read as it is, also in a folder that cannot be written to.
     """
-    with _explained(path):
+
+    def opened() -> Connection | None:
         try:
             connection = Connection(path, "mode=ro")
             version = check_version(path, connection.sql)
-        except sqlite3.OperationalError:  # SQLite would make the log's index beside it, and may not
-            if os.path.exists(path + "-wal") and os.path.getsize(path + "-wal"):
+        except sqlite3.OperationalError as error:  # SQLite would make the log's index beside it, and may not
+            if _is_locked(error) or (os.path.exists(path + "-wal") and os.path.getsize(path + "-wal")):
                 raise
             connection = Connection(path, "mode=ro&immutable=1")
             version = check_version(path, connection.sql)
         return connection if version else None
+
+    with _explained(path):
+        return _patiently(path, opened)  # who opens or closes the file as the first, or the last, locks it for a moment
 
 
 def _state_of(queue: str, state: int, due: float, now: float) -> MessageState:
@@ -6860,7 +6864,8 @@ class Boilermaker:
         """
         if self._works_here():
             raise UsageError(
-                "close() was called by a task, or a worker's lifespan, before that worker has ended: stop() asks that to end."
+                "close() was called by a task, or a worker's lifespan, before the worker has ended: stop() asks that "
+                "to end."
             )
         try:
             await self.stop()
