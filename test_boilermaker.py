@@ -11283,18 +11283,18 @@ async def test_more_than_it_may_hold_stops_an_operation_which_says_what_it_did(a
     assert names_of(await bus.replay(is_named("b"))) == ["b"]
 
 
-async def test_the_locks_of_what_is_held_are_renewed(quick_azure_bus, quick_emulator):
-    bus = quick_azure_bus()
+async def test_the_locks_of_what_is_held_are_renewed(azure_bus, emulator):
+    bus = azure_bus()
     await bury(bus, bodies_of(bus, *["a"] * 300, "b"))
     before = [message for message in await bus.peek(1000, dead_letter=True) if is_named("a")(message)]
-    quick_emulator.control("slow 5")  # that late is a settlement, longer than two locks last
+    emulator.control("slow 11")  # that late is a settlement, longer than two locks last
     try:
         discarding = asyncio.create_task(bus.discard(is_named("b")))
-        await until(lambda: quick_emulator.control("stats")["dead"] == 300)
-        quick_emulator.control("slow 0")
+        await until(lambda: emulator.control("stats")["dead"] == 300)
+        emulator.control("slow 0")
         assert names_of(await discarding) == ["b"]
     finally:
-        quick_emulator.control("slow 0")
+        emulator.control("slow 0")
     assert await bus.peek(1000, dead_letter=True) == before
 
 
