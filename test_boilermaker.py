@@ -12058,6 +12058,11 @@ def ran(capsys, *arguments):
     return (code, *capsys.readouterr())
 
 
+def rows_of(path, sql):
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        return connection.execute(sql).fetchall()
+
+
 def numbers_listed(capsys, *arguments):
     code, out, _ = ran(capsys, "dead", "night.db", "list", "--json", *arguments)
     assert code == 0
@@ -12225,10 +12230,10 @@ def test_to_look_neither_makes_nor_changes_a_file(night, capsys, tmp_path):
     bus = LocalServiceBus(tmp_path / "own.db", "own", max_delivery_count=3, duplicate_detection=77)
     asyncio.run(bus.send([letter(queue="own")]))
     asyncio.run(bus.close())
-    before = sqlite3.connect(tmp_path / "own.db").execute("SELECT * FROM queue").fetchall()
+    before = rows_of(tmp_path / "own.db", "SELECT * FROM queue")
     assert ran(capsys, "publish", "own.db#own", "work")[0] == 0
     assert ran(capsys, "inspect", "own.db#own")[0] == 0
-    assert sqlite3.connect(tmp_path / "own.db").execute("SELECT * FROM queue").fetchall() == before
+    assert rows_of(tmp_path / "own.db", "SELECT * FROM queue") == before
     assert ran(capsys, "inspect", "missing.db")[0] == 2
     assert not (tmp_path / "missing.db").exists()
 
@@ -12257,7 +12262,7 @@ def wrong_commands(app):
 def test_what_a_user_can_get_wrong_is_a_line_and_an_exit_code(night, capsys, tmp_path, monkeypatch):
     for name in ("SERVICE_BUS_NAMESPACE_URL", "SERVICEBUS_CONNECTION_STRING", "SERVICEBUS_FULLY_QUALIFIED_NAMESPACE"):
         monkeypatch.delenv(name, raising=False)
-    sqlite3.connect(tmp_path / "foreign.db").execute("CREATE TABLE t (x)")
+    rows_of(tmp_path / "foreign.db", "CREATE TABLE t (x)")
     (tmp_path / "empty.db").touch()
     (tmp_path / "text.db").write_text("no database at all " * 100)
     for command, expected, message in wrong_commands(night):
