@@ -1692,8 +1692,9 @@ class MessageState(enum.StrEnum):
 class Message:
     """A message as `peek` shows it, without a lock; names and meanings are those of the Azure SDK.
 
-    `state` is one of MessageState, `task` the task in the body, None if there is none. `locked_until_utc`,
-    `dead_lettered_time_utc` and `dead_letter_traceback` are None where the bus does not tell.
+    `body` is its text; `raw_body` is the body as it is, where that is not UTF-8 and so no text. `state` is one of
+    MessageState, `task` the task in the body, None if there is none. `locked_until_utc`, `dead_lettered_time_utc` and
+    `dead_letter_traceback` are None where the bus does not tell.
     """
 
     body: str
@@ -1710,13 +1711,25 @@ class Message:
     locked_until_utc: datetime.datetime | None = None
     dead_lettered_time_utc: datetime.datetime | None = None
     dead_letter_traceback: str | None = None
+    raw_body: bytes | None = field(default=None, repr=False)
 
     @functools.cached_property
     def task(self) -> Task | None:
         try:
-            return decode(self.body, self.queue_name.removesuffix(DEAD_LETTER_SUFFIX))
+            body = self.body if self.raw_body is None else self.raw_body
+            return decode(body, self.queue_name.removesuffix(DEAD_LETTER_SUFFIX))
         except InvalidTaskFormat:
             return None
+
+
+def text_of(body: str | bytes) -> tuple[str, bytes | None]:
+    """A message's `body` and `raw_body`."""
+    if isinstance(body, str):
+        return body, None
+    try:
+        return body.decode("utf-8"), None
+    except UnicodeDecodeError:
+        return body.decode("utf-8", "replace"), body
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -2139,16 +2152,21 @@ def replay_of(dead_letter: Message) -> Outgoing:
     """The message that runs a dead letter's task again, with the whole workflow behind it and all its tries.
 
     Its id is made of the dead letter's, so that a replay which is repeated after a crash enqueues no second one where
-    duplicate detection is on. What is no task goes back as it is, for a worker that can read it.
+    duplicate detection is on. Only what counts the tries is changed in the body; what is no task goes back as it is,
+    for a worker that can read it.
     """
-    body, queue = dead_letter.body, dead_letter.queue_name.removesuffix(DEAD_LETTER_SUFFIX)
-    name = None
-    with contextlib.suppress(InvalidTaskFormat):
-        task = decode(body, queue)
-        task.attempts, task.root, task.retry_policy = RetryAttempts.default(), None, None
-        name, body = task.function_name, encode(task, queue, queue)
+    queue, task = dead_letter.queue_name.removesuffix(DEAD_LETTER_SUFFIX), dead_letter.task
+    body: str | bytes = dead_letter.body if dead_letter.raw_body is None else dead_letter.raw_body
+    if task is not None and (task.attempts.attempts or task.root or task.retry_policy):
+        document = _from_json(dead_letter.body)
+        document["attempts"] = _from_json(_write_attempts(RetryAttempts.default()))
+        document.pop("root", None)
+        if "scheduled_policy" in document:
+            document["policy"] = document.pop("scheduled_policy")
+        body = _to_json(document)
     number = dead_letter.sequence_number
     message_id = str(uuid.uuid5(_ID_NAMESPACE, f"replay\n{queue}\n{number}\n{dead_letter.message_id}"))
+    name = None if task is None else task.function_name
     return Outgoing(body, message_id, queue, None, dead_letter.application_properties, name)
 
 
@@ -2639,29 +2657,28 @@ class Store(Connection):
 
     # -- for operators
 
-    def remove(self, queue: str, numbers: Iterable[int], now: float) -> set[int]:
-        """Delete those of the messages that are still in the queue and that nobody holds; their numbers."""
+    def replace(self, queue: str, successors: Mapping[int, Outgoing | None], now: float) -> set[int]:
+        """Delete messages that are still in the queue and that nobody holds; their numbers.
+
+        Args:
+            successors: by sequence number, what is to be enqueued in a message's place.
+        """
         queue_id, _ = self._queue(queue)
         free = f"""
             FROM  {BY_NUMBER}
-            WHERE sequence_number IN ({",".join(map(str, numbers))}) AND queue_id = ? AND (state != 0 OR due <= ?)
+            WHERE sequence_number IN ({",".join(map(str, successors))}) AND queue_id = ? AND (state != 0 OR due <= ?)
         """
         removed = {row[0] for row in self.sql.execute(f"SELECT sequence_number {free}", (queue_id, now))}
         self.sql.execute(f"DELETE {free}", (queue_id, now))
         self.bytes_written += len(removed) * BYTES_OF_A_CHANGE
-        return removed
-
-    def replay(self, queue: str, replays: Mapping[int, Outgoing], now: float) -> set[int]:
-        """Enqueue messages in place of the dead letters of these numbers; the numbers of those that were there."""
-        removed = self.remove(queue, replays, now)
-        self.insert([replay for number, replay in replays.items() if number in removed], now)
+        self.insert([each for number in successors if number in removed and (each := successors[number])], now)
         return removed
 
     def cancel(self, queue: str, sequence_number: int, now: float) -> MessageState | None:
         """Delete a message that is scheduled or waits; where it was, or, of another, is; None if it is gone."""
         fate = self._fate_of(queue, sequence_number, now)
         if fate in (MessageState.SCHEDULED, MessageState.ACTIVE):
-            self.remove(queue, [sequence_number], now)
+            self.replace(queue, {sequence_number: None}, now)
         return fate
 
     def _fate_of(self, queue: str, sequence_number: int, now: float) -> MessageState | None:
@@ -2820,9 +2837,11 @@ def read_messages(connection: Connection, queue: str, max_message_count: int, se
 
 def _message_of_row(queue: str, row: tuple[Any, ...], now: float) -> Message:
     number, count, message_id, body, properties, enqueued, scheduled, reason, description, state, due, died, trace = row
+    text, raw_body = text_of(body)
     return Message(
         queue_name=queue,
-        body=body if isinstance(body, str) else body.decode("utf-8", "replace"),
+        body=text,
+        raw_body=raw_body,
         message_id=message_id,
         sequence_number=number,
         delivery_count=count,
@@ -2954,7 +2973,6 @@ class Walk:
         while self._rows:
             message = _message_of_row(self.queue, self._rows.popleft(), now)
             if self._matches is None or self._does_match(message):
-                vars(message).pop("task", None)  # of many thousands, what was decoded would take a gigabyte
                 found.append(message)
             if time.monotonic() > latest:
                 break
@@ -3575,52 +3593,68 @@ class LocalServiceBus:
     async def replay(
         self, which: Which, dry_run: bool = False, on_progress: Callable[[int], object] | None = None
     ) -> list[Message]:
+        """Run dead letters again, as `replay_of` says; those that it did, or, for `dry_run`, would do.
+
+        Some are replaced in each transaction, so that nobody has to wait for long; what a worker holds stays.
+
+        Args:
+            which: a function `Message -> bool`, which is called in a thread, or sequence numbers.
+            on_progress: called in the event loop with the number of messages done so far.
+
+        Raises:
+            OperationStopped: it cannot go on for now; `messages` are those done. Called again, it goes on from there.
+        """
         queue = dead_letter_queue(self.queue_name)
-        return await self._operate(queue, Store.replay, which, dry_run, on_progress)
+        return await self._operate(queue, replay_of, which, dry_run, on_progress)
 
     async def discard(
         self, which: Which, dry_run: bool = False, on_progress: Callable[[int], object] | None = None
     ) -> list[Message]:
+        """Delete dead letters; else as `replay`."""
         queue = dead_letter_queue(self.queue_name)
-        return await self._operate(queue, Store.remove, which, dry_run, on_progress)
+        return await self._operate(queue, lambda message: None, which, dry_run, on_progress)
 
     async def purge(
         self, which: Which, dry_run: bool = False, on_progress: Callable[[int], object] | None = None
     ) -> list[Message]:
+        """Delete messages that wait or are scheduled; else as `replay`."""
         if self.queue_name.endswith(DEAD_LETTER_SUFFIX):
             raise UsageError(f"{self.queue_name} has dead letters only: discard() deletes these.")
-        return await self._operate(self.queue_name, Store.remove, which, dry_run, on_progress)
+        return await self._operate(self.queue_name, lambda message: None, which, dry_run, on_progress)
 
     async def _operate(
         self,
         queue: str,
-        change: Callable[[Store, str, Mapping[int, Outgoing], float], set[int]],
+        successor_of: Callable[[Message], Outgoing | None],
         which: Which,
         dry_run: bool,
         on_progress: Callable[[int], object] | None,
     ) -> list[Message]:
-        """Find messages in a thread, and change them, step by step, each in one transaction.
+        """Find messages in a thread, and put others, or none, in their places: step by step, each in one transaction.
 
         Whatever ends it ends it between two steps. In a file that replaced the one it began with, messages of the same
         numbers are others: it stops.
         """
         walk, done = Walk(queue, selection_of(which)), dict[int, Message]()
 
-        def look() -> tuple[list[Message], dict[int, Outgoing]]:
+        def look() -> tuple[list[Message], dict[int, Outgoing | None]]:
             found = walk.step(self._reading)
-            return found, {message.sequence_number: replay_of(message) for message in found} if not dry_run else {}
+            successors = {message.sequence_number: successor_of(message) for message in found}
+            for message in found:
+                vars(message).pop("task", None)  # of many thousands, what was decoded would take a gigabyte
+            return found, successors
 
         try:
             if not os.path.isfile(self._real_path):  # it is made, or was deleted
                 (await self.commit(keep_settings=False)).file.check()
             inode = None if self.path == ":memory:" else os.stat(self._real_path).st_ino
             while not walk.ended:
-                found, replays = await asyncio.to_thread(look)
-                if replays:
+                found, successors = await asyncio.to_thread(look)
+                if found and not dry_run:
                     commit = await self.commit(keep_settings=False)
                     if commit.file.store.inode != inode:
                         raise ServiceBusUnavailable(f"{self.path} was replaced meanwhile.")
-                    work = functools.partial(change, commit.file.store, queue, replays, time.time())
+                    work = functools.partial(commit.file.store.replace, queue, successors, time.time())
                     changed = await commit.do(work, durable=True)
                     found = [message for message in found if message.sequence_number in changed]
                 done |= {message.sequence_number: message for message in found}
@@ -4657,12 +4691,13 @@ def _azure_error(error: Exception, where: str) -> BoilermakerError:
 
 
 def _message_of_sdk(queue: str, raw: ServiceBusReceivedMessage) -> Message:
-    body, properties = _body_of(raw), _properties_of(raw)
+    (body, raw_body), properties = text_of(_body_of(raw)), _properties_of(raw)
     scheduled = getattr(raw.state, "name", "") == "SCHEDULED"
     state = MessageState.SCHEDULED if scheduled else MessageState.ACTIVE
     return Message(
         queue_name=queue,
-        body=body if isinstance(body, str) else body.decode("utf-8", "replace"),
+        body=body,
+        raw_body=raw_body,
         message_id=_message_id_of(raw),
         sequence_number=raw.sequence_number or 0,
         delivery_count=raw.delivery_count or 0,
@@ -5640,6 +5675,8 @@ class AzureOperation:
             return None
         try:
             messages = self._outgoing_of(message)
+            if messages and delivery.raw.body_type.value != "data":
+                raise RequestRefused(f"its body is an AMQP {delivery.raw.body_type.value}, and would go back as text")
             for outgoing in messages:
                 if (size := self._bus.size(outgoing)) > (limit := self._bus.max_message_bytes):
                     raise MessageTooLarge(f"it makes a message of {size} bytes, the limit is {limit}")
