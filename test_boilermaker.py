@@ -4060,9 +4060,10 @@ async def test_a_bus_that_is_closed_in_the_middle_of_an_operation_loses_nothing(
     monkeypatch.setattr(boilermaker, "READ_AT_ONCE", 2)
     bus, closing = open_bus(path=path), []
     await dead_letters(bus, *"abcde")
-    done = await bus.replay(
-        lambda message: True, on_progress=lambda count: closing.append(asyncio.ensure_future(bus.close()))
-    )
+    with contextlib.suppress(boilermaker.OperationStopped) if path else contextlib.nullcontext():  # all went with it
+        done = await bus.replay(
+            lambda message: True, on_progress=lambda count: closing.append(asyncio.ensure_future(bus.close()))
+        )
     await asyncio.gather(*closing)
     if path is None:
         assert [message.body for message in done] == [message.body for message in await bus.peek()] == [*"abcde"]
@@ -12401,7 +12402,8 @@ def test_every_command_says_what_it_does_and_gives_an_example(capsys):
         assert f"example: boilermaker {command} " in " ".join(text.split())
     with pytest.raises(SystemExit):
         boilermaker.main(["--help"])
-    assert all(command in capsys.readouterr().out or True for command in commands)
+    listed = re.findall(r"^    (\w+)\s+\S", capsys.readouterr().out, re.MULTILINE)
+    assert listed == commands
 
 
 def test_the_error_of_an_applications_own_code_is_shown_without_ours_around_it(night, capsys, tmp_path):
