@@ -743,8 +743,12 @@ class _Bound:
     """What was said of its publishing before that: `delay`, `eta`, `publish_attempts`."""
     _id_is_given: bool = False
     """The caller chose the id, so that a second publish of it is dropped."""
-    eta: datetime.datetime | None = None
-    """When the message was due; in a task that was received."""
+    _due: float | None = None
+
+    @property
+    def eta(self) -> datetime.datetime | None:
+        """When the message was due; in a task that was received."""
+        return None if self._due is None else _utc(self._due)
 
 
 @dataclass(eq=False, repr=False, kw_only=True)
@@ -1035,7 +1039,7 @@ def _checked_policy(name: str, policy: RetryPolicy | None) -> RetryPolicy | None
 
 
 def _merged_options(said: PublishOptions, options: PublishOptions, name: str) -> PublishOptions:
-    """Options on top of others, without what is None, and checked.
+    """Options on top of others, without what is None; checked, and `expires` in seconds.
 
     Raises:
         UsageError: names the option that is wrong.
@@ -1058,16 +1062,16 @@ def _merged_options(said: PublishOptions, options: PublishOptions, name: str) ->
             f"task_id={_short(task_id)} must be a string of 1 to {MAX_MESSAGE_ID_LENGTH} characters that does not "
             "begin with 'cron:', as the ids of periodic tasks do."
         )
-    _time_limit("expires", merged.get("expires"))
+    if "expires" in merged:
+        merged["expires"] = _time_limit("expires", merged["expires"])
     options_of_now: PublishOptions = merged
     return options_of_now
 
 
 def _set_options(task: Task, options: PublishOptions) -> None:
     """Set the fields that options are about, checked as they are; the others are for the bus."""
-    task.policy, expires = options.get("policy", task.policy), options.get("expires")
-    if expires is not None:
-        task.expires = _time_limit("expires", expires)
+    expires: Any = options.get("expires", task.expires)  # in seconds by now
+    task.policy, task.expires = options.get("policy", task.policy), expires
     if (task_id := options.get("task_id")) is not None:
         task.task_id, task._id_is_given = task_id, True
 
@@ -1763,7 +1767,20 @@ class Selection(NamedTuple):
     """What `which` says: the numbers, None for all messages, and the function, None for all of these."""
 
     numbers: frozenset[int] | None
-    matches: Callable[[Message], object] | None
+    function: Callable[[Message], object] | None
+
+    def has(self, message: Message) -> bool:
+        """Whether a message is one of them."""
+        if self.function is None:
+            return self.numbers is None or message.sequence_number in self.numbers
+        try:
+            verdict = self.function(message)
+        except StopIteration as error:  # which no future can pass on: whoever waits for it would wait for ever
+            raise RuntimeError(f"which={_short(self.function)} raised StopIteration") from error
+        if inspect.iscoroutine(verdict):
+            verdict.close()
+            raise UsageError(f"which={_short(self.function)} must be a plain function: it returned a coroutine.")
+        return bool(verdict)
 
 
 def selection_of(which: Which) -> Selection:
@@ -2860,7 +2877,6 @@ def _message_of_row(queue: str, row: tuple[Any, ...], now: float) -> Message:
 def count_messages(connection: Connection, queue: str, now: float) -> Counts:
     """How many messages there are, by an index alone; of a dead-letter queue, all are dead letters."""
     sql = """
-        WITH ours AS (SELECT state, due, enqueued_time FROM message WHERE queue_id = :ours)
         SELECT (SELECT count(*) FROM message WHERE queue_id = :ours AND state = 1 AND due <= :now),
                (SELECT count(*) FROM message WHERE queue_id = :ours AND state = 0 AND due <= :now),
                (SELECT count(*) FROM message WHERE queue_id = :ours AND state = 0 AND due > :now),
@@ -2953,7 +2969,7 @@ class Walk:
 
     def __init__(self, queue: str, which: Selection) -> None:
         self.queue = queue
-        self._matches = which.matches
+        self._which = which
         self._numbers = None if which.numbers is None else sorted(which.numbers)
         self._rows: collections.deque[tuple[Any, ...]] = collections.deque()
         self._read_all = self._numbers == []
@@ -2972,22 +2988,11 @@ class Walk:
         found, now, latest = [], time.time(), time.monotonic() + LONGEST_STEP
         while self._rows:
             message = _message_of_row(self.queue, self._rows.popleft(), now)
-            if self._matches is None or self._does_match(message):
+            if self._which.has(message):
                 found.append(message)
             if time.monotonic() > latest:
                 break
         return found
-
-    def _does_match(self, message: Message) -> bool:
-        assert self._matches is not None
-        try:
-            verdict = self._matches(message)
-        except StopIteration as error:  # which no future can pass on: whoever waits for it would wait for ever
-            raise RuntimeError(f"which={_short(self._matches)} raised StopIteration") from error
-        if inspect.iscoroutine(verdict):
-            verdict.close()
-            raise UsageError(f"which={_short(self._matches)} must be a plain function: it returned a coroutine.")
-        return bool(verdict)
 
     def _read(self, connection: Connection) -> None:
         if self._last is None:
@@ -3565,10 +3570,10 @@ class LocalServiceBus:
         """List messages by sequence number, from that one on, without locking them or delaying anybody."""
         _count("max_message_count", max_message_count)
         _check_sequence_number(sequence_number)
-        if not _is_64_bit(sequence_number):
+        if sequence_number >= 2**63:
             return []
         queue = dead_letter_queue(self.queue_name) if dead_letter else self.queue_name
-        return await self._look(read_messages, queue, max_message_count, sequence_number)
+        return await self._look(read_messages, queue, max_message_count, max(sequence_number, 0))
 
     async def _look(self, look: Callable[Concatenate[Connection, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Read in a thread; only where there is no file yet, it is made."""
@@ -4417,7 +4422,7 @@ class AzureServiceBus:
         """List messages by sequence number, from that one on, without locking them: locked and scheduled ones too."""
         _count("max_message_count", max_message_count)
         _check_sequence_number(sequence_number)
-        if not _is_64_bit(sequence_number):
+        if sequence_number >= 2**63:
             return []
         queue = dead_letter_queue(self.queue_name) if dead_letter else self.queue_name
         async with AzureBrowser(self, queue) as browser:
@@ -4734,16 +4739,6 @@ def _properties_of(raw: ServiceBusReceivedMessage) -> Mapping[str, str]:
         text(key) if isinstance(key, bytes) else key: text(value) if isinstance(value, bytes) else str(value)
         for key, value in (raw.application_properties or {}).items()
     }
-
-
-def _is_asked_for(message: Message, which: Selection) -> bool:
-    if which.matches is None:
-        return which.numbers is None or message.sequence_number in which.numbers
-    verdict = which.matches(message)
-    if inspect.iscoroutine(verdict):
-        verdict.close()
-        raise UsageError(f"which={_short(which.matches)} must be a plain function: it returned a coroutine.")
-    return bool(verdict)
 
 
 def _counted(messages: Sequence[Message], exact: bool) -> Counts:
@@ -5579,7 +5574,7 @@ class AzureOperation:
                     page = await browser.page(number if numbers is None else numbers[-1], count)
                     if not page:
                         break
-                    found += [message for message in page if _is_asked_for(message, which)]
+                    found += filter(which.has, page)
                     number = page[-1].sequence_number + 1
                     while numbers and numbers[-1] < number:
                         numbers.pop()
@@ -6215,34 +6210,16 @@ class Worker:
         self.ended.result()
 
     async def _work(self) -> None:
-        """Open, pump, end, close, in this order; what goes wrong is in the log too, since nobody may await the run."""
-        cancelled, names, lifespan = False, self._app.task_names, self._app.lifespan
+        """Open, work within the lifespan, close; what goes wrong is in the log too, since nobody may await the run."""
+        lifespan = self._app.lifespan
         try:
             ticker = Ticker(self._app) if self._schedules and self._app.schedules else None
             self._receiver = await self._bus.open_receiver(self._lock_lost, self._max_renewal, self._suspect_from)
             try:
                 async with contextlib.nullcontext() if lifespan is None else lifespan(self._app) as state:
-                    self.state, self.started = self._app.state if state is None else state, True
-                    logger.info(
-                        "Worker started: %r, concurrency=%d, tasks: %s", self._bus, self._concurrency, ", ".join(names)
-                    )
-                    if not names:
-                        logger.warning("No task is registered: import the modules that register some before app.run()")
-                    ticking: asyncio.Task[None] | None = None
+                    self.state = self._app.state if state is None else state
                     with _watched(self):
-                        try:
-                            if ticker is not None:
-                                if self._burst:
-                                    await ticker.publish()  # what is due now counts as there
-                                ticking = self.loop.create_task(ticker.run())
-                            await self._pump()
-                        except asyncio.CancelledError:  # by who cancels all tasks, as asyncio.run does at its end
-                            cancelled = True
-                            self._abandon()
-                        if ticking is not None:
-                            ticking.cancel()
-                            await self._wait([ticking], STOP_PATIENCE)
-                        await self._end()
+                        cancelled = await self._serve(ticker)
             finally:
                 await self._wait([self.loop.create_task(self._receiver.close())])
                 for settling in list(self._settling):
@@ -6258,6 +6235,28 @@ class Worker:
             raise self._failure
         if cancelled:
             raise asyncio.CancelledError
+
+    async def _serve(self, ticker: Ticker | None) -> bool:
+        """Pump and tick, until told to end; whether by who cancels all tasks, as asyncio.run does at its end."""
+        names, ticking, cancelled = self._app.task_names, None, False
+        self.started = True
+        logger.info("Worker started: %r, concurrency=%d, tasks: %s", self._bus, self._concurrency, ", ".join(names))
+        if not names:
+            logger.warning("No task is registered: import the modules that register some before app.run()")
+        try:
+            if ticker is not None:
+                if self._burst:
+                    await ticker.publish()  # what is due now counts as there
+                ticking = self.loop.create_task(ticker.run())
+            await self._pump()
+        except asyncio.CancelledError:
+            cancelled = True
+            self._abandon()
+        if ticking is not None:
+            ticking.cancel()
+            await self._wait([ticking], STOP_PATIENCE)
+        await self._end()
+        return cancelled
 
     @property
     def running(self) -> int:
@@ -6402,7 +6401,7 @@ class Worker:
                 run.outcome, run.error = Outcome.UNDECODABLE, error
             else:
                 run.task.sequence_number, run.task.message_id = delivery.sequence_number, delivery.message_id
-                run.task._app, run.task._worker, run.task.eta = self._app, self, _utc(delivery.due)
+                run.task._app, run.task._worker, run.task._due = self._app, self, delivery.due
                 run.registration = self._app.registration(run.task.function_name)
                 _current_task.set(run.task)
                 if self._app.tracing is not None:
@@ -7277,9 +7276,13 @@ class Boilermaker:
     async def _publish(self, tasks: Sequence[TaskLike], options: PublishOptions) -> list[Task]:
         """Check all, send all, and note what the bus says of each."""
         heads = [_as_task(task, "What is published") for task in tasks]
-        said = [_merged_options(head._publishing, options, head.function_name) for head in heads]
+        name = heads[0].function_name if heads else ""
+        checked = _merged_options({}, options, name)
+        said = [_merged_options(head._publishing, checked, name) if head._publishing else checked for head in heads]
         for head, its in zip(heads, said, strict=True):
-            _set_options(self.bound(head), its)
+            self.bound(head)
+            if its:
+                _set_options(head, its)
         with contextlib.ExitStack() as spans:
             messages = [
                 self.outgoing(head, head.task_id, _due_time(its.get("delay"), its.get("eta")), spans)
