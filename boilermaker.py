@@ -147,6 +147,7 @@ __all__ = [
     "Schedule",
     "ServiceBusUnavailable",
     "Task",
+    "TaskFailed",
     "TaskFailureResult",
     "TaskFunction",
     "UsageError",
@@ -157,6 +158,12 @@ __all__ = [
 P = ParamSpec("P")
 R = TypeVar("R")
 T = TypeVar("T")
+if TYPE_CHECKING:  # which knows defaults of type variables; Python does from 3.13 on
+    from typing_extensions import TypeVar as TypeVarWithDefault
+
+    R_co = TypeVarWithDefault("R_co", covariant=True, default=Any)
+else:
+    R_co = TypeVar("R_co", covariant=True)
 
 # ======================================================================================================================
 # 1. Vocabulary: errors, limits, checks, clocks
@@ -226,6 +233,32 @@ class BoilermakerAppException(ServiceBusUnavailable):
     def __init__(self, message: str, errors: Sequence[Exception] = ()) -> None:
         super().__init__(f"{message}: {'; '.join(map(str, errors))}" if errors else message)
         self.errors = list(errors)
+
+
+class TaskFailed(BoilermakerError):
+    """A task whose result was awaited has failed for good.
+
+    Its attributes are what an `on_failure` callback receives: `task_id` and `function_name` of the step that failed,
+    `error` (the name of the exception's type, or the reason of an ending without one, such as `Expired` or
+    `Cancelled`), `message`, `traceback`, `attempts`. The traceback is its note, too.
+
+    Args:
+        failure: these, by name.
+    """
+
+    def __init__(self, failure: Mapping[str, Any]) -> None:
+        super().__init__(failure)
+        self.task_id: str = failure.get("task_id", "")
+        self.function_name: str = failure.get("function_name", "")
+        self.error: str = failure.get("error", "")
+        self.message: str = failure.get("message", "")
+        self.traceback: str = failure.get("traceback", "")
+        self.attempts: int = failure.get("attempts", 0)
+        if self.traceback:
+            self.add_note(self.traceback)
+
+    def __str__(self) -> str:
+        return f"{self.function_name} {self.task_id}: {self.error}{': ' if self.message else ''}{self.message}"
 
 
 class TaskFailureResultType:
@@ -602,6 +635,8 @@ class TaskOptions(TypedDict, total=False):
             reason `Expired`. A retry counts anew. None: never.
         retry_on: the errors that count as a RetryException.
         dont_retry_on: the types of those that do not, whatever `retry_on` says.
+        result_ttl: seconds, or a timedelta, for which the outcome is kept, from when it is there, for those who await
+            its `result`. None: it is not kept.
     """
 
     name: str | None
@@ -612,6 +647,7 @@ class TaskOptions(TypedDict, total=False):
     expires: float | datetime.timedelta | None
     retry_on: RetryOn | None
     dont_retry_on: type[Exception] | tuple[type[Exception], ...]
+    result_ttl: float | datetime.timedelta | None
 
 
 class _KeywordOptions(TypedDict, total=False):
@@ -621,6 +657,7 @@ class _KeywordOptions(TypedDict, total=False):
     policy: RetryPolicy | None
     expires: float | datetime.timedelta | None
     task_id: str | None
+    result_ttl: float | datetime.timedelta | None
 
 
 class PublishOptions(_KeywordOptions, total=False):
@@ -635,6 +672,8 @@ class PublishOptions(_KeywordOptions, total=False):
         expires: seconds, or a timedelta, after it was due when it is not begun any more.
         task_id: the caller's own id, of 1 to 128 characters. A second publish of one id within the window of duplicate
             detection (on the local bus without one: 600 s) is not enqueued, and is no error.
+        result_ttl: seconds, or a timedelta, for which the workflow's outcome is kept; if None, the longest that is
+            registered for a step of its chain.
     """
 
     delay: float | datetime.timedelta | None
@@ -652,6 +691,7 @@ class Registration:
     expires: float | None = None
     retry_on: RetryOn | None = None
     dont_retry_on: tuple[type[Exception], ...] = ()
+    result_ttl: float | None = None
 
     @classmethod
     def of(cls, function: Callable[..., Any], given: TaskOptions) -> Registration:
@@ -687,6 +727,7 @@ class Registration:
             _time_limit(f"{name}: expires", given.get("expires")),
             retry_on,
             dont_retry_on if isinstance(dont_retry_on, tuple) else (dont_retry_on,),
+            _time_limit(f"{name}: result_ttl", given.get("result_ttl")),
         )
 
     def fill_in(self, task: Task) -> None:
@@ -730,6 +771,22 @@ def _are_exceptions(types: object) -> bool:
     return all(isinstance(member, type) and issubclass(member, Exception) for member in members)
 
 
+class Address(NamedTuple):
+    """Who is told how a workflow ends: those who await the result of a task.
+
+    It travels with all that continues the workflow: retries, `on_success`, tasks that take over.
+    """
+
+    id: str
+    """The task that the outcome is awaited of: the head of the workflow, as it was published."""
+    ttl: float
+    """Seconds for which the outcome is kept, from when it is there."""
+    queue: str | None = None
+    """Where outcomes are sent; None where the bus keeps them in its file."""
+    session: str | None = None
+    """The session, in that queue, of the process that awaits."""
+
+
 class _Bound:
     """What a task knows besides its fields; it is not compared or pickled with them."""
 
@@ -740,7 +797,7 @@ class _Bound:
     _published: Options = Options()
     """The options of the registration where the task was published: on the wire they stand for what was not given."""
     _publishing: PublishOptions = {}  # noqa: RUF012 (it is replaced, never changed)
-    """What was said of its publishing before that: `delay`, `eta`, `publish_attempts`."""
+    """What was said of its publishing before that: `delay`, `eta`, `publish_attempts`, `result_ttl`."""
     _id_is_given: bool = False
     """The caller chose the id, so that a second publish of it is dropped."""
     _due: float | None = None
@@ -752,8 +809,8 @@ class _Bound:
 
 
 @dataclass(eq=False, repr=False, kw_only=True)
-class Task(_Bound):
-    """A call of a registered function, to be run by a worker.
+class Task(_Bound, Generic[R_co]):
+    """A call of a registered function, to be run by a worker; generic in the type of its workflow's result.
 
     Make one with `fn.si(...)`, `Task.si(fn, ...)` or `app.create_task(fn, ...)`; until it is published, every field may
     be set. `sequence_number` and `message_id` are set by publishing, and by receiving. An option that is None was not
@@ -776,6 +833,7 @@ class Task(_Bound):
         queue: the queue it belongs on; None for that of the application that publishes it.
         takes_result: made by `.s()`: its parent's result, or failure, becomes the first argument.
         root: in a retry, what the ids of all that follows the task are made of.
+        outcome_to: who is told how the workflow ends; set by publishing.
     """
 
     function_name: str
@@ -794,6 +852,7 @@ class Task(_Bound):
     queue: str | None = None
     takes_result: bool = False
     root: str | None = None
+    outcome_to: Address | None = None
     sequence_number: int | None = field(default=None, init=False)
     message_id: str | None = field(default=None, init=False)
 
@@ -804,7 +863,7 @@ class Task(_Bound):
         return {each.name: getattr(self, each.name) for each in dataclasses.fields(self)}
 
     @classmethod
-    def default(cls, function_name: str, *, payload: Mapping[str, Any] | None = None, **fields: Any) -> Task:
+    def default(cls, function_name: str, *, payload: Mapping[str, Any] | None = None, **fields: Any) -> Task[Any]:
         """A task by name, with `payload={"args": [...], "kwargs": {...}}` and any other field."""
         payload = payload or {}
         return cls(
@@ -817,14 +876,14 @@ class Task(_Bound):
     @classmethod
     def si(
         cls,
-        fn: TaskFunction[..., Any] | TaskCallable[..., Any],
+        fn: TaskFunction[..., T] | TaskCallable[..., T],
         /,
         *args: Any,
         policy: RetryPolicy | None = None,
         should_dead_letter: bool | None = None,
         acks_late: bool | None = None,
         **kwargs: Any,
-    ) -> Task:
+    ) -> Task[T]:
         """An immutable signature: a call of `fn` with these arguments and no others, not yet published.
 
         Args:
@@ -841,14 +900,14 @@ class Task(_Bound):
     @classmethod
     def s(
         cls,
-        fn: TaskFunction[..., Any] | TaskCallable[..., Any],
+        fn: TaskFunction[..., T] | TaskCallable[..., T],
         /,
         *args: Any,
         policy: RetryPolicy | None = None,
         should_dead_letter: bool | None = None,
         acks_late: bool | None = None,
         **kwargs: Any,
-    ) -> Task:
+    ) -> Task[T]:
         """As `si`, with room for the parent's result as the first argument after `state`.
 
         As an `on_failure` callback it receives a dict of the failure: `task_id`, `function_name`, `error` (the type's
@@ -864,34 +923,53 @@ class Task(_Bound):
         """The arguments as they stand in the message."""
         return {"args": self.args, "kwargs": self.kwargs}
 
-    def copy(self) -> Task:
+    def copy(self) -> Task[R_co]:
         """The same work as new work: this task and its callbacks with fresh ids, unpublished."""
         twin = _replica(self)
         for task in _workflow(twin):
             task.task_id, task._id_is_given, task.attempts = new_task_id(), False, RetryAttempts.default()
-            task.root = task.retry_policy = None
+            task.root = task.retry_policy = task.outcome_to = None
         return twin
 
-    async def publish(self, **options: Unpack[PublishOptions]) -> Task:
+    async def publish(self, **options: Unpack[PublishOptions]) -> Task[R_co]:
         """`app.publish_task(self, ...)` of the application the task was made by; options as PublishOptions says."""
         if self._app is None:
             raise UsageError(f"{self!r} belongs to no application: use `await app.publish_task(task)`.")
         [published] = await self._app._publish([self], options)
         return published
 
-    def __rshift__(self, other: TaskLike) -> Task:
-        """`a >> b` runs b when a has returned, and gives b, so that `a >> b >> c` reads on. Publish a."""
+    async def result(self, timeout: float | datetime.timedelta | None) -> R_co:
+        """What the task returned, or the last step of the workflow that it is the head of; see `app.result`.
+
+        Raises:
+            UsageError: it is not published, or its result is not kept.
+        """
+        if self._app is None or self.message_id is None:
+            raise UsageError(f"{self!r} is not published yet: what publishing gives has the result.")
+        if self.outcome_to is None or self.outcome_to.id != self.task_id:
+            raise UsageError(
+                f"The result of {self!r} is not kept: @app.task(result_ttl=600) above {self.function_name}, or "
+                "publish(result_ttl=600), keeps it for ten minutes."
+            )
+        result: R_co = await self._app._result(self.outcome_to, timeout)
+        return result
+
+    def __rshift__(self, other: Task[T] | TaskFunction[..., T]) -> Task[T]:
+        """`a >> b` runs b when a has returned, and gives b, so that `a >> b >> c` reads on. Publish a.
+
+        It changes a, whose type goes on to say what a alone returns; that of `a | b` says what b does.
+        """
         following = _as_task(other)
         self.on_success, following._predecessor = following, self
         return following
 
-    def __lshift__(self, other: TaskLike) -> Task:
+    def __lshift__(self, other: TaskLike) -> Task[R_co]:
         """`a << b` runs a when b has returned, and gives a. Publish b."""
         preceding = _as_task(other)
         preceding.on_success, self._predecessor = self, preceding
         return self
 
-    def __or__(self, other: TaskLike) -> Task:
+    def __or__(self, other: Task[T] | TaskFunction[..., T]) -> Task[T]:
         """`a | b`: a new workflow, copies with fresh ids, b at the end of a's chain. Publish the whole."""
         following = _as_task(other)
         _check_beginning(self)
@@ -901,7 +979,7 @@ class Task(_Bound):
                 raise UsageError(
                     f"{task!r}: a | b makes copies with fresh ids; give the whole one: publish(task_id=...)."
                 )
-        head = self.copy()
+        head: Task[Any] = self.copy()
         _chain_of(head)[-1].on_success = following.copy()
         return head
 
@@ -934,13 +1012,25 @@ class TaskFunction(functools.partial[Coroutine[Any, Any, R]], Generic[P, R]):
     def __reduce__(self) -> str:
         return str(vars(self).get("__qualname__", self.registration.name))  # by name, as a function
 
-    def si(self, /, *args: P.args, **kwargs: P.kwargs) -> Task:
-        """An immutable signature, see `Task.si`."""
+    @overload
+    def si(self: TaskFunction[P, Task[T]], /, *args: P.args, **kwargs: P.kwargs) -> Task[T]: ...
+
+    @overload
+    def si(self, /, *args: P.args, **kwargs: P.kwargs) -> Task[R]: ...
+
+    def si(self, /, *args: P.args, **kwargs: P.kwargs) -> Task[Any]:
+        """An immutable signature, see `Task.si`; typed by what the function returns, or the task that it returns."""
         task = self._call(args, kwargs)
         _check_arguments(task)
         return task
 
-    def s(self, /, *args: Any, **kwargs: Any) -> Task:
+    @overload
+    def s(self: TaskFunction[P, Task[T]], /, *args: Any, **kwargs: Any) -> Task[T]: ...
+
+    @overload
+    def s(self, /, *args: Any, **kwargs: Any) -> Task[R]: ...
+
+    def s(self, /, *args: Any, **kwargs: Any) -> Task[Any]:
         """A signature with room for the parent's result, see `Task.s`."""
         task = self._call(args, kwargs)
         task.takes_result = True
@@ -959,7 +1049,13 @@ class TaskFunction(functools.partial[Coroutine[Any, Any, R]], Generic[P, R]):
         twin._publishing = _merged_options(self._publishing, options, self.registration.name)
         return twin
 
-    async def delay(self, /, *args: P.args, **kwargs: P.kwargs) -> Task:
+    @overload
+    async def delay(self: TaskFunction[P, Task[T]], /, *args: P.args, **kwargs: P.kwargs) -> Task[T]: ...
+
+    @overload
+    async def delay(self, /, *args: P.args, **kwargs: P.kwargs) -> Task[R]: ...
+
+    async def delay(self, /, *args: P.args, **kwargs: P.kwargs) -> Task[Any]:
         """Publish a call of this function, to run as soon as a worker is free; the published `Task`.
 
         Raises:
@@ -969,23 +1065,23 @@ class TaskFunction(functools.partial[Coroutine[Any, Any, R]], Generic[P, R]):
         """
         return await self.app.publish_task(self._call(args, kwargs))
 
-    def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Task:
-        task = Task(function_name=self.registration.name, args=list(args), kwargs=kwargs)
+    def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Task[Any]:
+        task: Task[Any] = Task(function_name=self.registration.name, args=list(args), kwargs=kwargs)
         task._app, task._function = self.app, self.function
         if self._publishing:
             _set_options(task, self._publishing)
-            sending = ("delay", "eta", "publish_attempts")
+            sending = ("delay", "eta", "publish_attempts", "result_ttl")
             about_sending: Any = {name: value for name, value in self._publishing.items() if name in sending}
             task._publishing = about_sending
         return task
 
-    def __rshift__(self, other: TaskLike) -> Task:
+    def __rshift__(self, other: Task[T] | TaskFunction[..., T]) -> Task[T]:
         return self._call((), {}) >> other
 
-    def __lshift__(self, other: TaskLike) -> Task:
+    def __lshift__(self, other: TaskLike) -> Task[R]:
         return self._call((), {}) << other
 
-    def __or__(self, other: TaskLike) -> Task:
+    def __or__(self, other: Task[T] | TaskFunction[..., T]) -> Task[T]:
         return self._call((), {}) | other
 
 
@@ -1039,7 +1135,7 @@ def _checked_policy(name: str, policy: RetryPolicy | None) -> RetryPolicy | None
 
 
 def _merged_options(said: PublishOptions, options: PublishOptions, name: str) -> PublishOptions:
-    """Options on top of others, without what is None; checked, and `expires` in seconds.
+    """Options on top of others, without what is None; checked, and spans of time that are kept in seconds.
 
     Raises:
         UsageError: names the option that is wrong.
@@ -1062,8 +1158,9 @@ def _merged_options(said: PublishOptions, options: PublishOptions, name: str) ->
             f"task_id={_short(task_id)} must be a string of 1 to {MAX_MESSAGE_ID_LENGTH} characters that does not "
             "begin with 'cron:', as the ids of periodic tasks do."
         )
-    if "expires" in merged:
-        merged["expires"] = _time_limit("expires", merged["expires"])
+    for name in ("expires", "result_ttl"):
+        if name in merged:
+            merged[name] = _time_limit(name, merged[name])
     options_of_now: PublishOptions = merged
     return options_of_now
 
@@ -1364,6 +1461,18 @@ def _read_queue(queue: str, name: str, where: str) -> str:
         raise InvalidTaskFormat(f"{name} of {where}: {error}") from error
 
 
+def _write_address(address: Address) -> str:
+    return _to_json({name: value for name, value in address._asdict().items() if value is not None})
+
+
+def _read_address(document: dict[str, Any], name: str, where: str) -> Address:
+    address = Address(document.get("id", ""), document.get("ttl", 0), document.get("queue"), document.get("session"))
+    texts = address.id, address.queue or "", address.session or ""
+    if not all(isinstance(text, str) for text in texts) or type(address.ttl) not in (int, float):
+        raise InvalidTaskFormat(f"{name} of {where}: {_short(document)} does not say whom to tell.")
+    return address
+
+
 def _read_expires(seconds: float, name: str, where: str) -> float:
     try:
         return _time_limit(name, seconds) or 0
@@ -1397,6 +1506,7 @@ WRITTEN_WHERE_SET = (  # where they are neither None nor False, that is
     Field("takes_result", (bool,), bool),
     Field("root", (str, _NONE), str),
     Field("expires", (float, int, _NONE), float, read=_read_expires),
+    Field("outcome_to", (Address, _NONE), dict, _write_address, _read_address),
 )
 WRITTEN_WITH_OTHERS = (  # in the payload; the options together, see below; the queue where it is another
     Field("args", (list, tuple), None),
@@ -1620,8 +1730,13 @@ class Outgoing(NamedTuple):
     """The task's, for those who count a queue by task; the body is what counts."""
     given_id: bool = False
     """The id stands for what is meant, a caller's or a tick's: a second one within the bus's `id_window` is dropped."""
+    outcome_id: str | None = None
+    """Of a task that is to run anew: under this id there may be an outcome, to be forgotten."""
     numbered: bool = True
     """Who sends it, scheduled, wants to know its sequence number, which on Azure costs a request for each time."""
+    session: str | None = None
+    time_to_live: float | None = None
+    """Seconds; these two are for Azure alone, and for what tells an outcome."""
 
 
 @dataclass(slots=True, eq=False)
@@ -1654,6 +1769,16 @@ class Action(enum.Enum):
     """Nothing yet: it stays locked until its worker ends."""
 
 
+class Answer(NamedTuple):
+    """What is told to who waits for the outcome of a workflow: its last value, or, where it failed, how; as JSON."""
+
+    to: Address
+    failed: bool
+    value: str
+    message_id: str = ""
+    """Where it is sent: one for all endings of a task, as that of what follows it."""
+
+
 class FollowUp(NamedTuple):
     """A task to publish, under which message id, and in how many seconds."""
 
@@ -1664,21 +1789,28 @@ class FollowUp(NamedTuple):
 
 @dataclass(slots=True, eq=False)
 class Settlement:
-    """What to do with a message, and what to publish before that, or together with it.
+    """What to do with a message, and what to publish, and to tell, before that, or together with it.
 
-    The follow-ups are tasks, the messages the same ready to be sent. The bus notes what went wrong: the error for which
-    it was not settled, and the ids of messages that were dropped as duplicates.
+    The follow-ups are tasks, the messages the same ready to be sent, and the answer too where it is sent. The bus notes
+    what went wrong: the error for which it was not settled, and the ids of messages that were dropped as duplicates.
     """
 
     delivery: Delivery
     action: Action
+    task: Task | None = None
     reason: str = ""
     description: str = ""
     traceback: str = ""
     follow_ups: Sequence[FollowUp] = ()
+    answer: Answer | None = None
     messages: Sequence[Outgoing] = ()
     error: Exception | None = None
     dropped: Sequence[str] = ()
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the message is to be deleted, and that is all."""
+        return self.action is Action.COMPLETE and not self.messages and self.answer is None
 
 
 class MessageState(enum.StrEnum):
@@ -1860,6 +1992,30 @@ class ServiceBus(Protocol):
         """Raise UsageError where nothing can be sent to that queue from here."""
         ...
 
+    def address(self, task_id: str, ttl: float) -> Address:
+        """Where this process and event loop would be told the outcome of a task."""
+        ...
+
+    async def expect(self, addresses: Sequence[Address]) -> None:
+        """Be ready to be told, before what is told of is published; ConfigurationError where that cannot be."""
+        ...
+
+    def reply(self, answer: Answer) -> Outgoing | None:
+        """The message that tells an outcome; None where it is told in settling. MessageTooLarge if it is."""
+        ...
+
+    async def outcome(self, address: Address, timeout: float | None) -> Answer:
+        """What was told, or is within so many seconds: None for without end, 0 for what is there.
+
+        Raises:
+            TimeoutError: nothing was.
+        """
+        ...
+
+    def address_of(self, task_id: str) -> Address:
+        """Where the outcome of a task that is known by its id alone is told; UsageError where it cannot be known."""
+        ...
+
     async def open_receiver(
         self, on_lock_lost: Callable[[Delivery], None], max_renewal: float, suspect_from: int
     ) -> Receiver:
@@ -1990,6 +2146,9 @@ MAX_DESCRIPTION_LENGTH = 4096
 
 FOLLOW_UP_REJECTED = "FollowUpRejected"
 
+CANCELLED, DISCARDED = "Cancelled", "Discarded"
+"""The names of what ends the outcome of a message that an operator has removed: one that waited, a dead letter."""
+
 
 def decide(run: Run, queue: str) -> Settlement:
     """What happens to a message after its run.
@@ -1999,7 +2158,7 @@ def decide(run: Run, queue: str) -> Settlement:
     """
     task, outcome = run.task, run.outcome
     assert outcome is not None
-    settlement = Settlement(run.delivery, outcome.action)
+    settlement = Settlement(run.delivery, outcome.action, task)
 
     # The table has it, but for the task's own wishes; and a dead letter stays what it is.
     if task is not None and outcome.ran and not task.acks_late:
@@ -2016,6 +2175,7 @@ def decide(run: Run, queue: str) -> Settlement:
         return settlement  # what follows a failure followed when it died
     try:
         settlement.follow_ups = _follow_ups(run, queue)
+        settlement.answer = _answer(run, queue, goes_on=bool(settlement.follow_ups))
     except Exception as error:  # the function has returned: whatever it left behind, it does not run again
         return rejected(settlement, error, queue)
     return settlement
@@ -2023,10 +2183,14 @@ def decide(run: Run, queue: str) -> Settlement:
 
 def rejected(settlement: Settlement, error: Exception, queue: str) -> Settlement:
     """The settlement in place of one whose follow-up can never be published; a dead letter stays what it is."""
-    action = settlement.action
+    action, task = settlement.action, settlement.task
     if action is Action.COMPLETE:
         action = Action.KEEP if queue.endswith(DEAD_LETTER_SUFFIX) else Action.DEAD_LETTER
-    return Settlement(settlement.delivery, action, FOLLOW_UP_REJECTED, describe(error), _traceback_of(error))
+    instead = Settlement(settlement.delivery, action, task, FOLLOW_UP_REJECTED, describe(error), _traceback_of(error))
+    if task is not None and task.outcome_to is not None and action is not Action.KEEP:
+        failure = failure_of(task, type(error).__name__, error, task.attempts.attempts + 1)
+        instead.answer = _answer_of(task, settlement.delivery, queue, failure)
+    return instead
 
 
 def _follow_ups(run: Run, queue: str) -> list[FollowUp]:
@@ -2037,18 +2201,59 @@ def _follow_ups(run: Run, queue: str) -> list[FollowUp]:
     if task is None or outcome is None:
         return []
 
-    root = task.root if task.root and not queue.endswith(DEAD_LETTER_SUFFIX) else root_of(run.delivery, queue)
+    root = _root(task, run.delivery, queue)
     if outcome is Outcome.RETRY:
         return [_retry_of(run, queue, root)]
     following: Task | None = None
     if outcome.follow_up == "on_success":
         following = _successor(task, run.result)
     elif outcome.follow_up == "on_failure" and task.on_failure is not None:
-        following = _given(_as_task(task.on_failure, f"on_failure of {task!r}"), lambda: failure_of(run))
+        following = _given(_as_task(task.on_failure, f"on_failure of {task!r}"), lambda: _failure_in(run))
     if following is None:
         return []
     due = _due_time(following._publishing.get("delay"), following._publishing.get("eta"))
     return [FollowUp(following, root, max(0.0, due - time.time()) if due is not None else 0)]
+
+
+def _answer(run: Run, queue: str, goes_on: bool) -> Answer | None:
+    """What is told when a run has ended its workflow: nothing is of a try that is retried, of a step that goes on."""
+    task, outcome = run.task, run.outcome
+    if task is None or task.outcome_to is None or outcome is None:
+        return None
+    if outcome.reason:
+        return _answer_of(task, run.delivery, queue, _failure_in(run))
+    if outcome is not Outcome.RETURNED or goes_on:
+        return None
+    try:
+        return _answer_of(task, run.delivery, queue, None, run.result)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InvalidArguments(
+            f"{task.function_name} returned {_short(run.result)}, which is to be kept and JSON cannot carry: {error}. "
+            "Return numbers, strings, lists and dicts."
+        ) from error
+
+
+def _answer_of(
+    task: Task, delivery: Delivery, queue: str, failure: Mapping[str, Any] | None, result: object = None
+) -> Answer:
+    assert task.outcome_to is not None
+    value = _to_json(result if failure is None else failure)
+    return Answer(task.outcome_to, failure is not None, value, f"{_root(task, delivery, queue)}:outcome")
+
+
+def ended_by(body: str | bytes, queue: str, reason: str, message: str) -> Answer | None:
+    """What is told where a message ends without a run; None if nobody waits for its outcome, or it is no task."""
+    mark = "outcome_to"
+    if (mark not in body) if isinstance(body, str) else (mark.encode() not in body):
+        return None
+    try:
+        task = decode(body, queue)
+    except InvalidTaskFormat:
+        return None
+    if task.outcome_to is None:
+        return None
+    failure = failure_of(task, reason, None, task.attempts.attempts)
+    return Answer(task.outcome_to, True, _to_json(failure | {"message": message}))
 
 
 def outcome_of(task: Task, error: BaseException, registration: Registration | None = None) -> Outcome:
@@ -2093,10 +2298,13 @@ def _successor(task: Task, result: Any) -> Task | None:
         for step in steps:
             step.on_failure = step.on_failure or task.on_failure
         steps[-1].on_success = task.on_success
+        head.outcome_to = task.outcome_to
         return head
     if task.on_success is None:
         return None
-    return _given(_as_task(task.on_success, f"on_success of {task!r}"), lambda: result)
+    following = _given(_as_task(task.on_success, f"on_success of {task!r}"), lambda: result)
+    following.outcome_to = task.outcome_to
+    return following
 
 
 def _given(callback: Task, value: Callable[[], Any]) -> Task:
@@ -2108,19 +2316,23 @@ def _given(callback: Task, value: Callable[[], Any]) -> Task:
     return given
 
 
-def failure_of(run: Run) -> dict[str, Any]:
-    """What an `on_failure` callback made by `.s()` receives."""
+def _failure_in(run: Run) -> dict[str, Any]:
     task, error, outcome = run.task, run.error, run.outcome
     assert task is not None
     assert outcome is not None
     name = "TaskFailureResult" if error is None else type(error).__name__
+    return failure_of(task, name if outcome.ran else outcome.reason, error, task.attempts.attempts + outcome.ran)
+
+
+def failure_of(task: Task, name: str, error: BaseException | None, attempts: int) -> dict[str, Any]:
+    """What is told of a failure to an `on_failure` callback made by `.s()`, and to who awaits the result."""
     return {
         "task_id": task.task_id,
         "function_name": task.function_name,
-        "error": name if outcome.ran else outcome.reason,
+        "error": name,
         "message": _message_of(error)[:MAX_DESCRIPTION_LENGTH] if error is not None else "",
         "traceback": _traceback_of(error),
-        "attempts": task.attempts.attempts + outcome.ran,
+        "attempts": attempts,
     }
 
 
@@ -2165,6 +2377,11 @@ def root_of(delivery: Delivery, queue: str) -> str:
     return str(uuid.uuid5(_ID_NAMESPACE, f"{queue}\n{delivery.sequence_number}\n{delivery.message_id}"))
 
 
+def _root(task: Task, delivery: Delivery, queue: str) -> str:
+    """The same of any try of a task; a dead letter's is its own."""
+    return task.root if task.root and not queue.endswith(DEAD_LETTER_SUFFIX) else root_of(delivery, queue)
+
+
 def replay_of(dead_letter: Message) -> Outgoing:
     """The message that runs a dead letter's task again, with the whole workflow behind it and all its tries.
 
@@ -2184,7 +2401,8 @@ def replay_of(dead_letter: Message) -> Outgoing:
     number = dead_letter.sequence_number
     message_id = str(uuid.uuid5(_ID_NAMESPACE, f"replay\n{queue}\n{number}\n{dead_letter.message_id}"))
     name = None if task is None else task.function_name
-    return Outgoing(body, message_id, queue, None, dead_letter.application_properties, name)
+    outcome_id = None if task is None or task.outcome_to is None else task.outcome_to.id
+    return Outgoing(body, message_id, queue, None, dead_letter.application_properties, name, outcome_id=outcome_id)
 
 
 # ======================================================================================================================
@@ -2488,11 +2706,15 @@ class Store(Connection):
         """
         self.additions += len(messages)
         numbers: list[int] = []
-        for (queue, given_id), group in itertools.groupby(messages, key=_queue_and_given_id):
+        for (queue, given_id), together in itertools.groupby(messages, key=_queue_and_given_id):
             queue_id, settings = self._queue(queue)
+            group = list(together)
             rows = [self._row(queue_id, settings.time_to_live, message, now) for message in group]
             if (window := settings.id_window(given_id)) is not None:
-                numbers += [self._insert_once(queue_id, row, now, now + window, dropped) for row in rows]
+                numbers += [
+                    self._insert_once(queue_id, row, message.outcome_id, now, now + window, dropped)
+                    for row, message in zip(rows, group, strict=True)
+                ]
             elif len(rows) == 1:
                 numbers.append(self.sql.execute(INSERT, rows[0]).lastrowid or 0)
             else:
@@ -2513,7 +2735,13 @@ class Store(Connection):
         )
 
     def _insert_once(
-        self, queue_id: int, row: tuple[Any, ...], now: float, expires: float, dropped: list[str] | None
+        self,
+        queue_id: int,
+        row: tuple[Any, ...],
+        outcome_id: str | None,
+        now: float,
+        expires: float,
+        dropped: list[str] | None,
     ) -> int:
         """Enqueue a message unless its id is remembered; it is from now on, until it expires."""
         message_id = row[5]
@@ -2526,6 +2754,8 @@ class Store(Connection):
                 dropped.append(message_id)
             return int(original[0])
         number = self.sql.execute(INSERT, row).lastrowid or 0
+        if outcome_id is not None:
+            self.sql.execute("DELETE FROM outcome WHERE task_id = ?", (outcome_id,))
         self.sql.execute(
             "INSERT INTO duplicate (queue_id, message_id, expires, sequence_number) VALUES (?, ?, ?, ?)",
             (queue_id, message_id, expires, number),
@@ -2577,6 +2807,8 @@ class Store(Connection):
             else ("MaxDeliveryCountExceeded", f"It was delivered {count} times, never settled.", number)
             for number, count, _, _, _, expires, _ in rows
         ]
+        endings = [(row[3], reason, description) for row, (reason, description, _) in zip(rows, reasons, strict=True)]
+        self._tell_endings(queue, endings, now)
         self.sql.executemany(
             f"""
             UPDATE message
@@ -2628,10 +2860,13 @@ class Store(Connection):
             if len(settlements) > 1:
                 raise lost
             settlement.error = lost
-        elif settlement.messages:
+            return
+        if settlement.messages:
             dropped: list[str] = []
             settlement.dropped = dropped
             self.insert(settlement.messages, now, dropped)
+        if settlement.answer is not None:
+            self.tell(settlement.answer, now)
 
     def complete(self, deliveries: Sequence[Delivery]) -> int:
         """Delete messages; how many of them were still held."""
@@ -2672,13 +2907,50 @@ class Store(Connection):
             ),
         )
 
+    # -- outcomes
+
+    def tell(self, answer: Answer, now: float, instead: bool = True) -> None:
+        """Keep an outcome for who awaits it; what has expired goes.
+
+        Args:
+            instead: of what may be there, as of a task that has run anew.
+        """
+        self.additions += 1
+        self.bytes_written += len(answer.value) + BYTES_OF_A_CHANGE
+        self.sql.execute("DELETE FROM outcome WHERE expires <= ?", (now,))
+        self.sql.execute(
+            f"INSERT OR {'REPLACE' if instead else 'IGNORE'} INTO outcome VALUES (?, ?, ?, ?)",
+            (answer.to.id, answer.failed, answer.value, now + answer.to.ttl),
+        )
+
+    def _tell_endings(self, queue: str, endings: Iterable[tuple[str | bytes, str, str]], now: float) -> None:
+        """Tell of messages that end without a run, by their bodies, with reason and description."""
+        for body, reason, description in endings:
+            if (answer := ended_by(body, queue.removesuffix(DEAD_LETTER_SUFFIX), reason, description)) is not None:
+                self.tell(answer, now, instead=False)
+
+    def outcomes(self, ids: Sequence[str], now: float) -> dict[str, tuple[bool, str]]:
+        """Of some tasks the outcomes that are there, by id: whether it failed, and the value."""
+        found: dict[str, tuple[bool, str]] = {}
+        for place in range(0, len(ids), READ_AT_ONCE):
+            some = ids[place : place + READ_AT_ONCE]
+            sql = f"""
+                SELECT task_id, failed, value
+                FROM   outcome
+                WHERE  task_id IN ({",".join("?" * len(some))}) AND expires > ?
+            """
+            for task_id, failed, value in self.sql.execute(sql, (*some, now)):
+                found[task_id] = bool(failed), value
+        return found
+
     # -- for operators
 
-    def replace(self, queue: str, successors: Mapping[int, Outgoing | None], now: float) -> set[int]:
+    def replace(self, queue: str, successors: Mapping[int, Outgoing | None], now: float, why: str = "") -> set[int]:
         """Delete messages that are still in the queue and that nobody holds; their numbers.
 
         Args:
             successors: by sequence number, what is to be enqueued in a message's place.
+            why: the name of the error of which who awaits a result is told, where nothing is.
         """
         queue_id, _ = self._queue(queue)
         free = f"""
@@ -2686,8 +2958,13 @@ class Store(Connection):
             WHERE sequence_number IN ({",".join(map(str, successors))}) AND queue_id = ? AND (state != 0 OR due <= ?)
         """
         removed = {row[0] for row in self.sql.execute(f"SELECT sequence_number {free}", (queue_id, now))}
+        if why:
+            awaited = self.sql.execute(f"SELECT body {free} AND instr(body, 'outcome_to')", (queue_id, now))
+            self._tell_endings(queue, [(body, why, "The message was removed.") for (body,) in awaited], now)
         self.sql.execute(f"DELETE {free}", (queue_id, now))
         self.bytes_written += len(removed) * BYTES_OF_A_CHANGE
+        outcome_ids = [(each.outcome_id,) for each in successors.values() if each is not None and each.outcome_id]
+        self.sql.executemany("DELETE FROM outcome WHERE task_id = ?", outcome_ids)
         self.insert([each for number in successors if number in removed and (each := successors[number])], now)
         return removed
 
@@ -2695,7 +2972,7 @@ class Store(Connection):
         """Delete a message that is scheduled or waits; where it was, or, of another, is; None if it is gone."""
         fate = self._fate_of(queue, sequence_number, now)
         if fate in (MessageState.SCHEDULED, MessageState.ACTIVE):
-            self.replace(queue, {sequence_number: None}, now)
+            self.replace(queue, {sequence_number: None}, now, CANCELLED)
         return fate
 
     def _fate_of(self, queue: str, sequence_number: int, now: float) -> MessageState | None:
@@ -3540,6 +3817,7 @@ class LocalServiceBus:
         self._file: QueueFile | None = None
         self._keeps_settings = False
         self._commits: dict[asyncio.AbstractEventLoop, GroupCommit] = {}
+        self._outcomes: dict[asyncio.AbstractEventLoop, LocalOutcomes] = {}
         self.opening = threading.Lock()
         _buses.add(self)
 
@@ -3555,6 +3833,33 @@ class LocalServiceBus:
 
     def check_queue(self, queue: str) -> None:
         """Every queue can be sent to."""
+
+    # -- outcomes are rows of the same file
+
+    def address(self, task_id: str, ttl: float) -> Address:
+        return Address(task_id, ttl)
+
+    def address_of(self, task_id: str) -> Address:
+        """Any process that has the file can ask for any."""
+        return Address(task_id, 0)
+
+    async def expect(self, addresses: Sequence[Address]) -> None:
+        """They are found when somebody looks."""
+
+    def reply(self, answer: Answer) -> Outgoing | None:
+        """None: they are written in settling."""
+        if (size := len(answer.value)) > self.max_message_bytes:
+            raise MessageTooLarge(f"it makes an outcome of {size} bytes, the limit is {self.max_message_bytes}")
+        return None
+
+    async def outcome(self, address: Address, timeout: float | None) -> Answer:
+        loop = asyncio.get_running_loop()
+        if loop not in self._outcomes:
+            for closed in [other for other in list(self._outcomes) if other.is_closed()]:
+                self._outcomes.pop(closed, None)
+            self._outcomes[loop] = LocalOutcomes(self)
+        failed, value = await self._outcomes[loop].get(address.id, timeout)
+        return Answer(address, failed, value)
 
     # -- for operators: to look goes on beside all else, outside of the event loop, and changes nothing
 
@@ -3610,14 +3915,14 @@ class LocalServiceBus:
             OperationStopped: it cannot go on for now; `messages` are those done. Called again, it goes on from there.
         """
         queue = dead_letter_queue(self.queue_name)
-        return await self._operate(queue, replay_of, which, dry_run, on_progress)
+        return await self._operate(queue, replay_of, "", which, dry_run, on_progress)
 
     async def discard(
         self, which: Which, dry_run: bool = False, on_progress: Callable[[int], object] | None = None
     ) -> list[Message]:
         """Delete dead letters; else as `replay`."""
         queue = dead_letter_queue(self.queue_name)
-        return await self._operate(queue, lambda message: None, which, dry_run, on_progress)
+        return await self._operate(queue, lambda message: None, DISCARDED, which, dry_run, on_progress)
 
     async def purge(
         self, which: Which, dry_run: bool = False, on_progress: Callable[[int], object] | None = None
@@ -3625,12 +3930,13 @@ class LocalServiceBus:
         """Delete messages that wait or are scheduled; else as `replay`."""
         if self.queue_name.endswith(DEAD_LETTER_SUFFIX):
             raise UsageError(f"{self.queue_name} has dead letters only: discard() deletes these.")
-        return await self._operate(self.queue_name, lambda message: None, which, dry_run, on_progress)
+        return await self._operate(self.queue_name, lambda message: None, CANCELLED, which, dry_run, on_progress)
 
     async def _operate(
         self,
         queue: str,
         successor_of: Callable[[Message], Outgoing | None],
+        why: str,
         which: Which,
         dry_run: bool,
         on_progress: Callable[[int], object] | None,
@@ -3659,7 +3965,7 @@ class LocalServiceBus:
                     commit = await self.commit(keep_settings=False)
                     if commit.file.store.inode != inode:
                         raise ServiceBusUnavailable(f"{self.path} was replaced meanwhile.")
-                    work = functools.partial(commit.file.store.replace, queue, successors, time.time())
+                    work = functools.partial(commit.file.store.replace, queue, successors, time.time(), why)
                     changed = await commit.do(work, durable=True)
                     found = [message for message in found if message.sequence_number in changed]
                 done |= {message.sequence_number: message for message in found}
@@ -3700,6 +4006,8 @@ class LocalServiceBus:
     async def close(self) -> None:
         """Close the file. The bus opens it again if it is used again; a worker that still receives from it fails."""
         commit = self._commits.get(asyncio.get_running_loop())
+        if (outcomes := self._outcomes.pop(asyncio.get_running_loop(), None)) is not None:
+            outcomes.close()
         try:
             if commit is not None and commit.file is self._file and commit.file.store.state is FileState.OPEN:
                 with contextlib.suppress(ServiceBusUnavailable):
@@ -3766,6 +4074,83 @@ def _forget_who_was_opening() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget_who_was_opening)
+
+
+class LocalOutcomes:
+    """Finds outcomes for all who wait for one in an event loop, by one look for all whenever the file has changed."""
+
+    def __init__(self, bus: LocalServiceBus) -> None:
+        self._bus = bus
+        self._loop = asyncio.get_running_loop()
+        self._waiting: dict[str, set[asyncio.Future[tuple[bool, str]]]] = {}
+        self._changes: Changes | None = None
+        self._looking: asyncio.Task[None] | None = None
+
+    async def get(self, task_id: str, timeout: float | None) -> tuple[bool, str]:
+        """An outcome, that is there or comes within so many seconds: whether it is a failure, and the value.
+
+        Raises:
+            TimeoutError: it does not.
+        """
+        if timeout == 0:
+            commit = await self._bus.commit(keep_settings=False)
+            found = await commit.do(functools.partial(commit.file.store.outcomes, [task_id], time.time()))
+            if task_id not in found:
+                raise TimeoutError
+            return found[task_id]
+        outcome: asyncio.Future[tuple[bool, str]] = self._loop.create_future()
+        self._waiting.setdefault(task_id, set()).add(outcome)
+        if self._looking is None or self._looking.done():
+            self._looking = self._loop.create_task(self._look())
+        elif self._changes is not None:
+            self._changes.tell(self._loop)  # for a look at this one
+        try:
+            async with asyncio.timeout(timeout):
+                return await outcome
+        finally:
+            self._waiting[task_id].discard(outcome)
+            if not self._waiting[task_id]:
+                del self._waiting[task_id]
+
+    async def _look(self) -> None:
+        """Look for as long as somebody waits; a second look begins no sooner than the first one took."""
+        try:
+            while self._waiting:
+                commit = await self._bus.commit(keep_settings=False)
+                if self._changes is None or self._changes.file is not commit.file:
+                    self._stop_listening()
+                    self._changes = Changes(commit.file)
+                self._changes.clear()
+                began = self._loop.time()
+                try:
+                    commit.file.check(CHECK_INTERVAL)
+                    look = functools.partial(commit.file.store.outcomes, list(self._waiting), time.time())
+                    found = await commit.do(look)
+                except ServiceBusUnavailable as error:
+                    logger.warning("Looking for results failed, will try again: %s", error)
+                    found = {}
+                for task_id, outcome in found.items():
+                    for waiting in self._waiting.get(task_id, ()):
+                        _resolve(waiting, outcome)
+                await asyncio.sleep(self._loop.time() - began)
+                await self._changes.wait(MAX_WAIT)
+        except Exception as error:
+            for waiting in itertools.chain(*self._waiting.values()):
+                _resolve(waiting, error)
+        finally:
+            self._stop_listening()
+
+    def _stop_listening(self) -> None:
+        if self._changes is not None:
+            self._changes.close()
+            self._changes = None
+
+    def close(self) -> None:
+        """Leave nobody waiting."""
+        for waiting in itertools.chain(*self._waiting.values()):
+            _resolve(waiting, ServiceBusUnavailable(f"{self._bus!r} was closed while a result was awaited."))
+        if self._looking is not None:
+            self._looking.cancel()
 
 
 class LocalReceiver:
@@ -3851,8 +4236,8 @@ class LocalReceiver:
 
     def settle(self, settlements: Sequence[Settlement], durable: bool = False) -> asyncio.Future[None]:
         self._held.difference_update([each.delivery for each in settlements if each.action is not Action.KEEP])
-        plain = [each for each in settlements if each.action is Action.COMPLETE and not each.messages]
-        groups = [[each] for each in settlements if each.action is not Action.COMPLETE or each.messages]
+        plain = [each for each in settlements if each.is_plain]
+        groups = [[each] for each in settlements if not each.is_plain]
         if plain:
             groups.append(plain)
         attempt = self._attempt(self._commit, groups, durable)
@@ -4342,6 +4727,21 @@ class AzureServiceBus:
                 senders[queue] = AzureSender(self, queue)
             numbers += await senders[queue].send(list(group))
         return numbers
+
+    def address(self, task_id: str, ttl: float) -> Address:
+        raise UsageError("Results are kept on the local bus only.")
+
+    def address_of(self, task_id: str) -> Address:
+        raise UsageError("Results are kept on the local bus only.")
+
+    async def expect(self, addresses: Sequence[Address]) -> None:
+        raise UsageError("Results are kept on the local bus only.")
+
+    def reply(self, answer: Answer) -> Outgoing | None:
+        raise UsageError("Results are kept on the local bus only.")
+
+    async def outcome(self, address: Address, timeout: float | None) -> Answer:
+        raise UsageError("Results are kept on the local bus only.")
 
     def size(self, message: Outgoing) -> int:
         """The body, the ids and properties, and 512 bytes for what AMQP adds to them."""
@@ -6130,6 +6530,9 @@ LONGEST_BLOCK = 1.0
 SIGNAL_GAP = 0.5
 """Seconds within which a second signal is the same one: a terminal's to the group, and the supervisor's."""
 
+AWAITING_PER_PLACE = 10
+"""Tasks that may await results, for each that may run."""
+
 MOST_KEPT = 2_000
 """Dead letters that a worker on a dead-letter queue holds which it leaves as they are."""
 
@@ -6171,6 +6574,10 @@ class Worker:
         self._suspects_until = 0.0
         self._alone: Run | None = None
         self._running: dict[Delivery, Run] = {}
+        self._awaiting: collections.Counter[Task | None] = collections.Counter()
+        self._going_on: collections.deque[tuple[Task, asyncio.Future[None]]] = collections.deque()
+        self._place_freed = asyncio.Event()
+        self._place_freed.set()
         self._finished: list[Run] = []
         self._settling: set[asyncio.Future[None]] = set()
         self._kept: dict[Delivery, Run] = {}
@@ -6295,7 +6702,7 @@ class Worker:
     async def _pump(self) -> None:
         while not self._stopping:
             self._wake.clear()
-            free = self._concurrency - len(self._running) - len(self._waiting)
+            free = self._free_places() - len(self._waiting)
             if self._suspects:
                 self._run_suspect()
             elif self._may_receive() and free > 0:
@@ -6341,8 +6748,12 @@ class Worker:
     async def _begin_waiting(self) -> None:
         """Begin with what was received: as many at once as do not keep the event loop from its turn for long."""
         while self._waiting and not self._stopping:
+            if self._free_places() <= 0:  # a task that awaited a result was first
+                self._place_freed.clear()
+                await self._place_freed.wait()
+                continue
             began = self.loop.time()
-            for _ in range(min(self._together, len(self._waiting))):
+            for _ in range(min(self._together, len(self._waiting), self._free_places())):
                 delivery = self._waiting.popleft()
                 if self._suspect_from <= delivery.delivery_count < self._most_deliveries:
                     self._set_aside(delivery)
@@ -6363,6 +6774,58 @@ class Worker:
         else:
             run.asyncio_task = self.loop.create_task(self._process(run))
 
+    # -- places: a task that awaits a result gives up its own, which may be for what it waits for
+
+    def _free_places(self) -> int:
+        return self._concurrency - len(self._running) + len(self._awaiting)
+
+    async def wait_for(self, waiting: Coroutine[Any, Any, T], task: Task) -> T:
+        """Wait, for a task of this worker, while another runs in its place; it goes on before what is new begins."""
+        if not any(run.task is task for run in self._running.values()):  # it has ended, but for something it began
+            return await waiting
+        if task not in self._awaiting and len(self._awaiting) >= AWAITING_PER_PLACE * self._concurrency:
+            waiting.close()
+            raise UsageError(
+                f"{len(self._awaiting)} tasks of this worker await results, {AWAITING_PER_PLACE} times its "
+                "concurrency, so no more may: a chain, a | b.s(), hands on a result without waiting."
+            )
+        self._awaiting[task] += 1
+        self._places_changed()
+        self._look_again()
+        cancelled = False
+        try:
+            return await waiting
+        except asyncio.CancelledError:
+            cancelled = True
+            raise
+        finally:
+            if cancelled or self._awaiting[task] > 1 or self._free_places() > 0:
+                self._stop_awaiting(task)
+            else:
+                place: asyncio.Future[None] = self.loop.create_future()
+                self._going_on.append((task, place))
+                try:
+                    await place
+                except asyncio.CancelledError:
+                    if place.cancelled():
+                        self._stop_awaiting(task)
+                    raise
+
+    def _stop_awaiting(self, task: Task) -> None:
+        self._awaiting[task] -= 1
+        if self._awaiting[task] <= 0:
+            del self._awaiting[task]
+
+    def _places_changed(self) -> None:
+        """Let those go on that have their results; then what was received begins."""
+        while self._going_on and self._free_places() > 0:
+            task, place = self._going_on.popleft()
+            if not place.done():
+                self._stop_awaiting(task)
+                place.set_result(None)
+        if self._free_places() > 0:
+            self._place_freed.set()  # for what was received
+
     # -- suspects: messages that were delivered often and never settled, since they may be what ends workers
 
     def _set_aside(self, delivery: Delivery) -> None:
@@ -6379,7 +6842,8 @@ class Worker:
 
     def _run_suspect(self) -> None:
         """Run one of them, if all else has ended; give them back where that takes longer than a lock lasts."""
-        if self._receiving is None and not (self._running or self._finished or self._settling):
+        others_run = len(self._running) > len(self._awaiting)
+        if self._receiving is None and not (others_run or self._finished or self._settling):
             self._alone = Run(self._suspects.pop(random.randrange(len(self._suspects))))
             self._start(self._alone)
         elif self._alone is None and self.loop.time() >= self._suspects_until:
@@ -6421,6 +6885,9 @@ class Worker:
             self._finished.append(run)
             if run.settlement.action is Action.KEEP:
                 self._keep(run)
+        if self._awaiting or not self._place_freed.is_set():
+            self._awaiting.pop(run.task, None)  # where what it began still awaits
+            self._places_changed()
         if self._alone is run:
             self._alone = None
         self._wake.set()
@@ -6525,6 +6992,11 @@ class Worker:
         returned = _as_task(result)
         if returned.message_id is None:
             return self._app.bound(returned)
+        if task.outcome_to is not None:
+            raise UsageError(
+                f"{returned!r} is published already, so its outcome is not that of {task.function_name}, which is "
+                f"awaited: return {returned.function_name}.si(...), or await its result()."
+            )
         if task.on_success is not None and _as_task(task.on_success).takes_result:
             raise UsageError(
                 f"{returned!r} is published already and cannot take over: return {returned.function_name}.si(...)."
@@ -6534,14 +7006,13 @@ class Worker:
     def _conclude(self, run: Run) -> None:
         """Say what to do with the message, its follow-ups ready to be sent; then, in the log, how it went."""
         settlement = decide(run, self._queue)
-        if settlement.follow_ups:
+        if settlement.follow_ups or settlement.answer is not None:
             try:
-                settlement.messages = [
-                    self._app.outgoing(self._app.bound(task), message_id, time.time() + delay if delay else None)
-                    for task, message_id, delay in settlement.follow_ups
-                ]
+                self._prepare(settlement)
             except Exception as error:
                 settlement = rejected(settlement, error, self._queue)
+                with contextlib.suppress(Exception):
+                    self._prepare(settlement)
         run.settlement = settlement
         if run.outcome is Outcome.RETURNED:
             self._log(logging.INFO, run, "Completed Task", " in %.5fs", run.seconds)
@@ -6549,6 +7020,16 @@ class Worker:
             self._log_outcome(run, settlement)
         if settlement.reason == FOLLOW_UP_REJECTED:
             self._log(logging.ERROR, run, "Follow-up rejected", ": %s", _printable(settlement.description))
+
+    def _prepare(self, settlement: Settlement) -> None:
+        """Make the messages that go with a settlement."""
+        settlement.messages = [
+            self._app.outgoing(self._app.bound(task), message_id, time.time() + delay if delay else None)
+            for task, message_id, delay in settlement.follow_ups
+        ]
+        if settlement.answer is not None:
+            reply = self._bus.reply(settlement.answer)
+            settlement.messages += [] if reply is None else [reply]
 
     # -- settling
 
@@ -6885,6 +7366,7 @@ class Boilermaker:
         self._registry: dict[str, Registration] = {}
         self._by_function: dict[Callable[..., Any], Registration] = {}
         self._schedules: dict[str, Schedule] = {}
+        self._keeps_results = False
 
     async def __aenter__(self) -> Boilermaker:
         return self
@@ -6941,7 +7423,7 @@ class Boilermaker:
             cron: an expression of five fields, with
             timezone: by whose clocks.
             options: those of TaskOptions: `name`, `policy`, `should_dead_letter`, `acks_late`, `timeout`, `expires`,
-                `retry_on`, `dont_retry_on`.
+                `retry_on`, `dont_retry_on`, `result_ttl`.
 
         Raises:
             UsageError: the name is taken, the function is not `async def`, or an option is wrong.
@@ -6989,6 +7471,7 @@ class Boilermaker:
         if name in self._registry:
             self._check_replacement(name, self._registry[name].function, function)
         self._registry[name] = self._by_function[function] = registration
+        self._keeps_results = self._keeps_results or registration.result_ttl is not None
         logger.info("Registered background function fn=%s", name)
         return registration
 
@@ -7117,7 +7600,27 @@ class Boilermaker:
 
     # -- making tasks
 
-    def create_task(self, fn: Any, /, *args: Any, policy: RetryPolicy | None = None, **kwargs: Any) -> Task:
+    @overload
+    def create_task(
+        self,
+        fn: TaskFunction[..., Task[T]] | TaskCallable[..., Task[T]],
+        /,
+        *args: Any,
+        policy: RetryPolicy | None = None,
+        **kwargs: Any,
+    ) -> Task[T]: ...
+
+    @overload
+    def create_task(
+        self,
+        fn: TaskFunction[..., T] | TaskCallable[..., T],
+        /,
+        *args: Any,
+        policy: RetryPolicy | None = None,
+        **kwargs: Any,
+    ) -> Task[T]: ...
+
+    def create_task(self, fn: Any, /, *args: Any, policy: RetryPolicy | None = None, **kwargs: Any) -> Task[Any]:
         """A task that is not sent yet.
 
         Args:
@@ -7151,7 +7654,7 @@ class Boilermaker:
         task.policy = _checked_policy(registration.name, policy) or task.policy
         return task
 
-    def chain(self, *tasks: TaskLike, on_failure: TaskLike | None = None) -> Task:
+    def chain(self, *tasks: TaskLike, on_failure: TaskLike | None = None) -> Task[Any]:
         """Link two or more tasks, or chains, by `on_success`; the first, which is the one to publish.
 
         Args:
@@ -7177,6 +7680,32 @@ class Boilermaker:
 
     # -- publishing
 
+    @overload
+    async def apply_async(
+        self,
+        fn: TaskFunction[..., Task[T]] | TaskCallable[..., Task[T]],
+        /,
+        *args: Any,
+        delay: float | datetime.timedelta | None = None,
+        eta: datetime.datetime | None = None,
+        publish_attempts: int | None = None,
+        policy: RetryPolicy | None = None,
+        **kwargs: Any,
+    ) -> Task[T]: ...
+
+    @overload
+    async def apply_async(
+        self,
+        fn: TaskFunction[..., T] | TaskCallable[..., T],
+        /,
+        *args: Any,
+        delay: float | datetime.timedelta | None = None,
+        eta: datetime.datetime | None = None,
+        publish_attempts: int | None = None,
+        policy: RetryPolicy | None = None,
+        **kwargs: Any,
+    ) -> Task[T]: ...
+
     async def apply_async(
         self,
         fn: Any,
@@ -7187,7 +7716,7 @@ class Boilermaker:
         publish_attempts: int | None = None,
         policy: RetryPolicy | None = None,
         **kwargs: Any,
-    ) -> Task:
+    ) -> Task[Any]:
         """Make a task and publish it: `create_task` and `publish_task` in one.
 
         It has the options it had, since each takes a name from the function's own arguments; `fn.options()` has all.
@@ -7211,8 +7740,9 @@ class Boilermaker:
         publish_attempts: int | None = None,
         expires: float | datetime.timedelta | None = None,
         task_id: str | None = None,
+        result_ttl: float | datetime.timedelta | None = None,
         **kwargs: Any,
-    ) -> Task:
+    ) -> Task[Any]:
         """Publish a task by its name alone, for another application to run.
 
         Args:
@@ -7235,23 +7765,24 @@ class Boilermaker:
             "publish_attempts": publish_attempts,
             "expires": expires,
             "task_id": task_id,
+            "result_ttl": result_ttl,
         }
         [published] = await self._publish([task], options)
         return published
 
     async def publish_task(
         self,
-        task: TaskLike,
+        task: Task[T] | TaskFunction[..., T],
         delay: float | datetime.timedelta | None = None,
         publish_attempts: int | None = None,
         **options: Unpack[_KeywordOptions],
-    ) -> Task:
+    ) -> Task[T]:
         """Send a task; its `sequence_number` is set where the bus tells it.
 
         Args:
             task: the head of its workflow.
-            delay: seconds from now, or a timedelta. The other options are `eta`, `policy`, `expires` and `task_id`, see
-                PublishOptions.
+            delay: seconds from now, or a timedelta. The other options are `eta`, `policy`, `expires`, `task_id` and
+                `result_ttl`, see PublishOptions.
             publish_attempts: how often to try, once if None.
 
         Raises:
@@ -7283,6 +7814,11 @@ class Boilermaker:
             self.bound(head)
             if its:
                 _set_options(head, its)
+            if self._keeps_results or "result_ttl" in its:
+                self._keep_results(head, its)
+        expected = [head.outcome_to for head in heads if head.outcome_to is not None]
+        if expected:
+            await self.service_bus_client.expect(expected)
         with contextlib.ExitStack() as spans:
             messages = [
                 self.outgoing(head, head.task_id, _due_time(its.get("delay"), its.get("eta")), spans)
@@ -7290,12 +7826,23 @@ class Boilermaker:
             ]
             if any(head._id_is_given for head in heads):
                 messages = [
-                    message._replace(given_id=head._id_is_given) for head, message in zip(heads, messages, strict=True)
+                    message._replace(given_id=True, outcome_id=head.task_id) if head._id_is_given else message
+                    for head, message in zip(heads, messages, strict=True)
                 ]
             numbers = await self._send(messages, max((its.get("publish_attempts") or 1 for its in said), default=1))
         for head, message, number in zip(heads, messages, numbers, strict=True):
             head.sequence_number, head.message_id = number, message.message_id
         return heads
+
+    def _keep_results(self, head: Task, options: PublishOptions) -> None:
+        """Say where the outcomes of a workflow are told: its own, and those of what follows a failure, each its own."""
+        callbacks = {id(task.on_failure): task.on_failure for task in _workflow(head) if task.on_failure is not None}
+        for first in (*callbacks.values(), head):
+            steps = [self._registration_of(step._function, step.function_name) for step in _chain_of(first)]
+            ttls = [step.result_ttl for step in steps if step is not None and step.result_ttl is not None]
+            given: Any = options.get("result_ttl") if first is head else None
+            ttl = given or max(ttls, default=None)
+            first.outcome_to = None if ttl is None else self.service_bus_client.address(first.task_id, ttl)
 
     async def publish_ticks(self, schedule: Schedule, times: Sequence[datetime.datetime]) -> None:
         """Publish a schedule's ticks of some times, unless the bus remembers that somebody has."""
@@ -7372,6 +7919,47 @@ class Boilermaker:
                     raise BoilermakerAppException("Publishing failed", errors) from error
                 logger.warning("Publishing failed [attempt %d of %d]: %s", len(errors), attempts, error)
             await asyncio.sleep(min(0.1 * 2 ** len(errors), MAX_WAIT))
+
+    # -- results
+
+    async def result(self, task_id: str, timeout: float | datetime.timedelta | None) -> Any:
+        """What the workflow returned whose head was published under an id: the value of its last step.
+
+        It can be asked for as often as one likes until it expires, see `result_ttl` in TaskOptions: on the local bus by
+        any process, on Azure by the one that published. A task that awaits a result lets another run in its place.
+
+        Args:
+            task_id: the `task_id` of what publishing gave.
+            timeout: seconds, or a timedelta; None waits without end, 0 for what is there.
+
+        Raises:
+            TaskFailed: it has failed for good, or its message was removed; says how.
+            TimeoutError: there is no outcome in that time; the task goes on. On the local bus also where there never
+                was such a task.
+            UsageError: on Azure, this process has not published it; or too many tasks of a worker await results.
+        """
+        if not isinstance(task_id, str) or not task_id:
+            raise UsageError(f"task_id={_short(task_id)} must be that of a published task, a string.")
+        return await self._result(self.service_bus_client.address_of(task_id), timeout)
+
+    async def _result(self, address: Address, timeout: float | datetime.timedelta | None) -> Any:
+        seconds = None if timeout is None else _seconds("timeout", timeout)
+        waiting = self.service_bus_client.outcome(address, seconds)
+        task = _current_task.get(None)
+        try:
+            if task is not None and task._worker is not None and seconds != 0:
+                answer = await task._worker.wait_for(waiting, task)
+            else:
+                answer = await waiting
+        except TimeoutError:
+            raise TimeoutError(
+                f"Task {_short(address.id)} has no outcome after {timeout} s: it waits or runs, its outcome is not "
+                "kept (result_ttl=), or has expired."
+            ) from None
+        value = _from_json(answer.value)
+        if answer.failed:
+            raise TaskFailed(value)
+        return value
 
     # -- operating: see the bus's methods of these names
 

@@ -4102,8 +4102,8 @@ async def test_a_transaction_of_an_operation_has_no_more_than_so_many_rows_and_b
     monkeypatch.setattr(boilermaker, "READ_BYTES", 5000)
     bus, steps, replace = open_bus(), [], boilermaker.Store.replace
 
-    def counted(store, queue, successors, now):
-        replaced = replace(store, queue, successors, now)
+    def counted(store, queue, successors, *rest):
+        replaced = replace(store, queue, successors, *rest)
         steps.append((len(replaced), sum(len(bodies[number]) for number in replaced)))
         return replaced
 
