@@ -55,7 +55,7 @@ a *settlement* is what to do with the message, and what is published before that
     9.  decode                  its body becomes a task,
     10. Worker._call            whose function is called,
     11. decide                  and what follows from how that ended;
-    12. Boilermaker.outgoing    makes the messages of it
+    12. Boilermaker.messages_of makes the messages of it
     13. LocalReceiver.settle    into the next transaction   AzureReceiver.settle
     14. Store.settle            deletes the message         AzureReceiver._settle
 """
@@ -128,6 +128,7 @@ __all__ = [
     "Config",
     "ConfigurationError",
     "Counts",
+    "Group",
     "InvalidArguments",
     "LocalServiceBus",
     "Message",
@@ -137,6 +138,7 @@ __all__ = [
     "NoRetry",
     "OperationStopped",
     "Outcome",
+    "Progress",
     "RequestRefused",
     "RetryException",
     "RetryExceptionDefault",
@@ -152,6 +154,7 @@ __all__ = [
     "TaskFunction",
     "UsageError",
     "current_task",
+    "group",
     "retries",
 ]
 
@@ -772,19 +775,36 @@ def _are_exceptions(types: object) -> bool:
 
 
 class Address(NamedTuple):
-    """Who is told how a workflow ends: those who await the result of a task.
+    """Who is told how a workflow ends: those who await the result of a task, or the group that it is a member of.
 
     It travels with all that continues the workflow: retries, `on_success`, tasks that take over.
     """
 
     id: str
-    """The task that the outcome is awaited of: the head of the workflow, as it was published."""
-    ttl: float
-    """Seconds for which the outcome is kept, from when it is there."""
+    """The task whose outcome is awaited, the head of the workflow as it was published; or the group."""
+    ttl: float = 0
+    """Seconds for which an outcome is kept, from when it is there; a group needs it until it ends."""
+    position: int | None = None
+    """The member's, in a group."""
     queue: str | None = None
     """Where outcomes are sent; None where the bus keeps them in its file."""
     session: str | None = None
     """The session, in that queue, of the process that awaits."""
+
+
+class GroupSettings(NamedTuple):
+    """How a group ends.
+
+    `names` tell who its members are once they are on their way: function names in order, each with how many of it.
+    """
+
+    return_exceptions: bool
+    timeout: float
+    names: tuple[tuple[str, int], ...] = ()
+
+    @property
+    def total(self) -> int:
+        return sum(count for _, count in self.names)
 
 
 class _Bound:
@@ -801,6 +821,9 @@ class _Bound:
     _id_is_given: bool = False
     """The caller chose the id, so that a second publish of it is dropped."""
     _due: float | None = None
+    group: GroupSettings | None = None
+    """What makes a task a group of others, its members."""
+    members: Sequence[Task] = ()
 
     @property
     def eta(self) -> datetime.datetime | None:
@@ -960,12 +983,14 @@ class Task(_Bound, Generic[R_co]):
         It changes a, whose type goes on to say what a alone returns; that of `a | b` says what b does.
         """
         following = _as_task(other)
+        _refuse_groups(self, following)
         self.on_success, following._predecessor = following, self
         return following
 
     def __lshift__(self, other: TaskLike) -> Task[R_co]:
         """`a << b` runs a when b has returned, and gives a. Publish b."""
         preceding = _as_task(other)
+        _refuse_groups(self, preceding)
         preceding.on_success, self._predecessor = self, preceding
         return self
 
@@ -980,8 +1005,74 @@ class Task(_Bound, Generic[R_co]):
                     f"{task!r}: a | b makes copies with fresh ids; give the whole one: publish(task_id=...)."
                 )
         head: Task[Any] = self.copy()
+        head._app = head._app or following._app  # an empty group has none
         _chain_of(head)[-1].on_success = following.copy()
         return head
+
+
+@dataclass(eq=False, repr=False, kw_only=True)
+class Group(Task[list[T]]):
+    """Tasks that run at the same time, and one workflow: see `group`. What ends it follows when all have ended."""
+
+    function_name: str = "group"
+    members: Sequence[Task[T]] = ()
+    group: GroupSettings | None = None
+
+    def __repr__(self) -> str:
+        return f"<Group of {len(self.members)} {_printable(str(self.task_id))}>"
+
+    async def progress(self) -> Progress:
+        """How many of the members have ended; on the local bus, until 600 seconds after the end.
+
+        Raises:
+            UsageError: it is not published, or ended longer ago; or on Azure, which does not tell.
+        """
+        if self._app is None or self.message_id is None:
+            raise UsageError(f"{self!r} is not published yet: what publishing gives has the progress.")
+        return await self._app.service_bus_client.progress(self.message_id)
+
+
+def group(
+    *members: Task[T] | TaskFunction[..., T] | Iterable[Task[T] | TaskFunction[..., T]],
+    return_exceptions: bool = False,
+    timeout: float | datetime.timedelta = 86_400,
+) -> Group[T]:
+    """Tasks that run at the same time: `group(a.si(1), b.si(2)) | report.s()`; its result is the list of theirs.
+
+    What follows it, by `|` or `on_success`, runs when all members have ended, with the list of their results in their
+    order. Where one has failed for good, its `on_failure` runs instead, with the failure of the first of those.
+
+    Args:
+        members: heads of workflows, one by one or as one iterable: tasks, chains, groups.
+        return_exceptions: failures stand in the list, as the dicts that an `on_failure` callback receives.
+        timeout: seconds, or a timedelta, after which a group that has not ended has failed with TimeoutError.
+
+    Raises:
+        UsageError: a member is no task, is not the head of its workflow, or is there twice; or an option is wrong.
+    """
+    [*tasks] = members
+    if len(tasks) == 1 and not isinstance(tasks[0], (Task, TaskFunction)):
+        tasks = _listed(tasks[0], "group")
+    if type(return_exceptions) is not bool:
+        raise UsageError(f"group: return_exceptions={_short(return_exceptions)} must be True or False.")
+    limit = _time_limit("group: timeout", timeout)
+    if limit is None:
+        raise UsageError("group: timeout=None: a group that never ends would be kept for ever; give seconds.")
+    heads: list[Task[Any]] = [_as_task(task, "A group's member") for task in tasks]
+    if len({id(head) for head in heads}) < len(heads):
+        twice = next(head for head, count in collections.Counter(heads).items() if count > 1)
+        raise UsageError(f"{twice!r} is in the group twice: use copy().")
+    for head in heads:
+        _check_beginning(head)
+    whole: Group[T] = Group(members=heads, group=GroupSettings(return_exceptions, limit))
+    whole._app = next((head._app for head in heads if head._app is not None), None)
+    return whole
+
+
+def _refuse_groups(*tasks: Task) -> None:
+    for task in tasks:
+        if task.group is not None:
+            raise UsageError(f"{task!r} has no part in a >> b, which would link the group itself: use a | b.")
 
 
 class TaskFunction(functools.partial[Coroutine[Any, Any, R]], Generic[P, R]):
@@ -1037,6 +1128,19 @@ class TaskFunction(functools.partial[Coroutine[Any, Any, R]], Generic[P, R]):
         _check_arguments(task)
         return task
 
+    def map(self, items: Iterable[Any], /, *args: Any, **kwargs: Any) -> Group[R]:
+        """A group of this function's calls, one for each item: `fn(state, item, *args, **kwargs)`; see `group`."""
+        calls = [self.si(item, *args, **kwargs) for item in _listed(items, f"{self.registration.name}.map")]
+        whole: Group[R] = group(calls)
+        whole._app, whole._publishing = self.app, self._about_sending()
+        if "task_id" in self._publishing:
+            _set_options(whole, {"task_id": self._publishing["task_id"]})
+        for call in calls:  # what is said of publishing is said of the group
+            call._publishing = {}
+            if call._id_is_given:
+                call.task_id, call._id_is_given = new_task_id(), False
+        return whole
+
     def options(self, **options: Unpack[PublishOptions]) -> TaskFunction[P, R]:
         """This function with options for what is published of it: `await fn.options(expires=60).delay("x")`.
 
@@ -1070,10 +1174,14 @@ class TaskFunction(functools.partial[Coroutine[Any, Any, R]], Generic[P, R]):
         task._app, task._function = self.app, self.function
         if self._publishing:
             _set_options(task, self._publishing)
-            sending = ("delay", "eta", "publish_attempts", "result_ttl")
-            about_sending: Any = {name: value for name, value in self._publishing.items() if name in sending}
-            task._publishing = about_sending
+            task._publishing = self._about_sending()
         return task
+
+    def _about_sending(self) -> PublishOptions:
+        """Of the options, those that are no fields of a task."""
+        sending = ("delay", "eta", "publish_attempts", "result_ttl")
+        about_sending: Any = {name: value for name, value in self._publishing.items() if name in sending}
+        return about_sending  # type: ignore[no-any-return]
 
     def __rshift__(self, other: Task[T] | TaskFunction[..., T]) -> Task[T]:
         return self._call((), {}) >> other
@@ -1197,7 +1305,7 @@ def _function_name(fn: Any, name: str | None = None) -> str:
 
 
 def _workflow(head: Task) -> list[Task]:
-    """The task and all its callbacks, each once, callbacks before their parents; decorated functions made tasks.
+    """The task, all its callbacks and members, each once, before their parents; decorated functions made tasks.
 
     Without recursion, so that a long chain is no deeper than a short one.
 
@@ -1212,7 +1320,7 @@ def _workflow(head: Task) -> list[Task]:
         for role in ("on_success", "on_failure"):
             if (callback := getattr(task, role)) is not None and not isinstance(callback, Task):
                 setattr(task, role, _as_task(callback, f"{role} of {task!r}"))
-        callbacks = [callback for callback in (task.on_success, task.on_failure) if callback is not None]
+        callbacks = [callback for callback in (task.on_success, task.on_failure, *task.members) if callback is not None]
         following = [callback for callback in callbacks if id(callback) not in finished]
         if id(task) in finished or not following:
             finished[id(task)] = pending.pop()
@@ -1220,7 +1328,9 @@ def _workflow(head: Task) -> list[Task]:
         entered.add(id(task))
         for callback in following:
             if id(callback) in entered:
-                raise UsageError(f"{callback!r} is its own callback: a workflow cannot have a cycle, use copy().")
+                raise UsageError(
+                    f"{callback!r} is its own callback, or member: a workflow cannot have a cycle, use copy()."
+                )
         pending += following
     return list(finished.values())
 
@@ -1234,17 +1344,38 @@ def _chain_of(head: Task) -> list[Task]:
     return steps
 
 
+def _beginnings_of(head: Task) -> list[Task]:
+    """What runs first of a workflow: its head, or the members of a group, or of groups among them."""
+    beginnings, pending = [], [head]
+    while pending:
+        task = pending.pop()
+        beginnings += [task] if task.group is None else []
+        pending += task.members
+    return beginnings
+
+
+def _steps_of(head: Task) -> list[Task]:
+    """The steps of a chain, with those of the members of its groups."""
+    steps = _chain_of(head)
+    for step in steps:  # which grows meanwhile
+        for member in step.members:
+            steps += _chain_of(member)
+    return steps
+
+
 def _replica(head: Task) -> Task:
     """A copy of a workflow, ids included, that can be changed without the original."""
     replicas: dict[int, Task] = {}
     for task in _workflow(head):
-        replicas[id(task)] = replica = dataclasses.replace(
-            task,
-            args=list(task.args),
-            kwargs=dict(task.kwargs),
-            on_success=replicas.get(id(task.on_success)),
-            on_failure=replicas.get(id(task.on_failure)),
-        )
+        parts: dict[str, Any] = {
+            "args": list(task.args),
+            "kwargs": dict(task.kwargs),
+            "on_success": replicas.get(id(task.on_success)),
+            "on_failure": replicas.get(id(task.on_failure)),
+        }
+        if task.group is not None:
+            parts["members"] = [replicas[id(member)] for member in task.members]
+        replicas[id(task)] = replica = dataclasses.replace(task, **parts)
         _bind_like(replica, task)
     return replicas[id(head)]
 
@@ -1466,11 +1597,33 @@ def _write_address(address: Address) -> str:
 
 
 def _read_address(document: dict[str, Any], name: str, where: str) -> Address:
-    address = Address(document.get("id", ""), document.get("ttl", 0), document.get("queue"), document.get("session"))
-    texts = address.id, address.queue or "", address.session or ""
-    if not all(isinstance(text, str) for text in texts) or type(address.ttl) not in (int, float):
+    address = Address(*(document.get(part, default) for part, default in _ADDRESS_DEFAULTS.items()))
+    texts, numbers = (address.id, address.queue or "", address.session or ""), (address.ttl, address.position or 0)
+    if (
+        not all(isinstance(text, str) for text in texts)
+        or not all(type(number) in (int, float) and 0 <= number <= MAX_SECONDS for number in numbers)
+        or type(address.position) is float
+    ):
         raise InvalidTaskFormat(f"{name} of {where}: {_short(document)} does not say whom to tell.")
     return address
+
+
+_ADDRESS_DEFAULTS: Mapping[str, Any] = {"id": "", **Address._field_defaults}
+
+
+def _write_group(settings: GroupSettings) -> str:
+    return _to_json(settings._asdict())
+
+
+def _read_group(document: dict[str, Any], name: str, where: str) -> GroupSettings:
+    try:
+        timeout = _time_limit("timeout", document["timeout"]) or 0
+        names = tuple((str(member), int(count)) for member, count in document["names"])
+        return GroupSettings(document["return_exceptions"] is True, timeout, names)
+    except (KeyError, TypeError, ValueError) as error:
+        raise InvalidTaskFormat(
+            f"{name} of {where}: {_short(document)} are no settings of a group: {error}."
+        ) from error
 
 
 def _read_expires(seconds: float, name: str, where: str) -> float:
@@ -1507,6 +1660,7 @@ WRITTEN_WHERE_SET = (  # where they are neither None nor False, that is
     Field("root", (str, _NONE), str),
     Field("expires", (float, int, _NONE), float, read=_read_expires),
     Field("outcome_to", (Address, _NONE), dict, _write_address, _read_address),
+    Field("group", (GroupSettings, _NONE), dict, _write_group, _read_group),
 )
 WRITTEN_WITH_OTHERS = (  # in the payload; the options together, see below; the queue where it is another
     Field("args", (list, tuple), None),
@@ -1623,17 +1777,18 @@ def encode(task: Task, queue: str, home: str) -> str:
         InvalidArguments: JSON cannot carry an argument.
         MessageTooLarge: it would be larger than on any bus.
     """
-    if task.on_success is None and task.on_failure is None:
+    if task.on_success is None and task.on_failure is None and not task.members:
         return _encode_one(task, None, "null", "null")
     texts: dict[int, str] = {}
     depths: dict[int, int] = {}
     members = _workflow(task)
     for member in members:
-        callbacks = id(member.on_success), id(member.on_failure)
-        depths[id(member)] = 1 + max(depths.get(callback, 0) for callback in callbacks)
+        on_success, on_failure, *parts = map(id, (member.on_success, member.on_failure, *member.members))
+        depths[id(member)] = 1 + max(depths.get(part, 0) for part in (on_success, on_failure, *parts))
         own_queue = queue if member is task else member.queue or home
         texts[id(member)] = _encode_one(
-            member, own_queue if own_queue != queue else None, *(texts.get(callback, "null") for callback in callbacks)
+            *(member, own_queue if own_queue != queue else None),
+            *(texts.get(on_success, "null"), texts.get(on_failure, "null"), ",".join(texts[part] for part in parts)),
         )
         if len(texts[id(member)]) > MAX_WORKFLOW_BYTES:
             raise MessageTooLarge(f"{task!r} and its callbacks are over {MAX_WORKFLOW_BYTES} bytes: no bus takes that.")
@@ -1650,13 +1805,15 @@ def encode(task: Task, queue: str, home: str) -> str:
     return texts[id(task)]
 
 
-def _encode_one(task: Task, queue: str | None, on_success: str, on_failure: str) -> str:
+def _encode_one(task: Task, queue: str | None, on_success: str, on_failure: str, members: str = "") -> str:
     """One task around the JSON of its callbacks; a template is twice as fast as a dict."""
     options = _write_options(task.policy, task.retry_policy, task.should_dead_letter, task.acks_late, task._published)
     if any(_where_set(task)):
         for each in WRITTEN_WHERE_SET:
             if value := getattr(task, each.name):
                 options += f',"{each.name}":{each.write(value)}'
+    if members:
+        options += f',"members":[{members}]'
     queue_text = "" if queue is None else f',"queue":{_to_json(queue)}'
     try:
         written = [write(value) for write, value in zip(_WRITERS, _always(task))]  # noqa: B905
@@ -1687,6 +1844,14 @@ def decode(body: str | bytes, queue: str) -> Task:
                 callback = _decode_one(nested, queue, place if len(place) <= 200 else f"{place[:80]}...{place[-80:]}")
                 setattr(parent, role, callback)
                 pending.append((callback, nested, f"{place}."))
+        if parent.group is not None:
+            members = fields.get("members") or []
+            if not isinstance(members, list):
+                raise InvalidTaskFormat(f"{path}members must be an array, not {_short(members)}.")
+            parent.members = [_decode_one(nested, queue, f"{path}members") for nested in members]
+            pending += [
+                (member, nested, f"{path}members.") for member, nested in zip(parent.members, members, strict=True)
+            ]
     return head
 
 
@@ -1708,7 +1873,7 @@ def _decode_one(document: Any, queue: str, where: str) -> Task:
         if name not in fields:
             raise InvalidTaskFormat(f"{name} of {where} is missing.")
     published = _read_options(fields)
-    task = Task(**fields)
+    task: Task = Group(**fields) if "group" in fields else Task(**fields)
     task._published = published
     return task
 
@@ -1734,6 +1899,8 @@ class Outgoing(NamedTuple):
     """Of a task that is to run anew: under this id there may be an outcome, to be forgotten."""
     numbered: bool = True
     """Who sends it, scheduled, wants to know its sequence number, which on Azure costs a request for each time."""
+    opens_group: bool = False
+    """It is no message for a worker, but what a group begins with, under the group's id."""
     session: str | None = None
     time_to_live: float | None = None
     """Seconds; these two are for Azure alone, and for what tells an outcome."""
@@ -1891,6 +2058,14 @@ class TaskCounts(Counts):
     last_error: str | None = None
 
 
+class Progress(NamedTuple):
+    """How many of a group's members have ended, how many of these failed for good, and how many there are."""
+
+    done: int
+    failed: int
+    total: int
+
+
 Which: TypeAlias = Callable[[Message], object] | Iterable[int]
 """Messages to do something about: those for which a function returns true, or those of some sequence numbers."""
 
@@ -2002,6 +2177,25 @@ class ServiceBus(Protocol):
 
     def reply(self, answer: Answer) -> Outgoing | None:
         """The message that tells an outcome; None where it is told in settling. MessageTooLarge if it is."""
+        ...
+
+    def member_address(self, group_id: str, position: int) -> Address:
+        """Where the outcome of a group's member is told."""
+        ...
+
+    def open_group(self, message: Outgoing) -> list[Outgoing]:
+        """What is to be sent, before its members, for a group to begin.
+
+        Args:
+            message: what defines the group, under its id, with `due` where its members are scheduled.
+
+        Raises:
+            ConfigurationError: the bus has no place for groups.
+        """
+        ...
+
+    async def progress(self, group_id: str) -> Progress:
+        """How far a group is; UsageError where that is not known."""
         ...
 
     async def outcome(self, address: Address, timeout: float | None) -> Answer:
@@ -2308,7 +2502,10 @@ def _successor(task: Task, result: Any) -> Task | None:
 
 
 def _given(callback: Task, value: Callable[[], Any]) -> Task:
-    """The callback with the value as its first argument, where it takes one."""
+    """The callback with the value as its first argument, where it takes one; of a group, each member that does."""
+    if callback.group is not None:
+        callback.members = [_given(member, value) for member in callback.members]
+        return callback
     if not callback.takes_result:
         return callback
     given = dataclasses.replace(callback, args=[value(), *callback.args], takes_result=False)
@@ -2401,8 +2598,122 @@ def replay_of(dead_letter: Message) -> Outgoing:
     number = dead_letter.sequence_number
     message_id = str(uuid.uuid5(_ID_NAMESPACE, f"replay\n{queue}\n{number}\n{dead_letter.message_id}"))
     name = None if task is None else task.function_name
-    outcome_id = None if task is None or task.outcome_to is None else task.outcome_to.id
+    is_awaited = task is not None and task.outcome_to is not None and task.outcome_to.position is None
+    outcome_id = task.outcome_to.id if is_awaited and task is not None and task.outcome_to is not None else None
     return Outgoing(body, message_id, queue, None, dead_letter.application_properties, name, outcome_id=outcome_id)
+
+
+# -- groups: a group is told how each of its members ended, as one who awaits a result is, and ends when all have
+
+
+def outgoing_of(
+    bus: ServiceBus,
+    home: str,
+    task: Task,
+    message_id: str,
+    due: float | None = None,
+    properties: Mapping[str, str] = {},
+) -> Outgoing:
+    """A task's message, checked against the limits of the bus.
+
+    Args:
+        home: the queue of tasks that name none.
+    """
+    queue = task.queue or home
+    if len(message_id) > MAX_MESSAGE_ID_LENGTH:
+        raise UsageError(f"{task!r}: a message id has at most {MAX_MESSAGE_ID_LENGTH} characters.")
+    message = Outgoing(encode(task, queue, home), message_id, queue, due, properties, task.function_name)
+    if (size := bus.size(message)) > bus.max_message_bytes:
+        raise MessageTooLarge(
+            f"{task!r} with its callbacks makes a message of {size} bytes, the limit is {bus.max_message_bytes}: "
+            "store the data elsewhere and pass its id."
+        )
+    return message
+
+
+def messages_of(
+    bus: ServiceBus, make: Callable[[Task, str, float | None], Outgoing], task: Task, message_id: str, due: float | None
+) -> list[Outgoing]:
+    """What is sent for a task; for a group what opens it, then its members, groups among them likewise.
+
+    Args:
+        make: makes one task's message.
+    """
+    if task.group is None:
+        return [make(task, message_id, due)]
+    names = tuple(
+        (name, len(list(same))) for name, same in itertools.groupby(member.function_name for member in task.members)
+    )
+    definition = dataclasses.replace(task, members=(), group=task.group._replace(names=names))  # type: ignore[call-arg]
+    definition.root = root = str(uuid.uuid5(_ID_NAMESPACE, f"group\n{message_id}"))
+    _bind_like(definition, task)
+    messages = bus.open_group(make(definition, message_id, due))
+    for position, member in enumerate(task.members):
+        member.outcome_to = bus.member_address(message_id, position)
+        messages += messages_of(bus, make, member, f"{root}:{position}", due)
+    return messages
+
+
+class Ending(NamedTuple):
+    """What follows a group: messages, and what is told to who waits for its outcome."""
+
+    messages: list[Outgoing]
+    answer: Answer | None
+
+
+def ending_of(bus: ServiceBus, home: str, definition: str | bytes, outcomes: Mapping[int, tuple[bool, str]]) -> Ending:
+    """How a group ends: its `on_success` gets the list of the results, or else its `on_failure` the failure.
+
+    Args:
+        home: the queue it was published from.
+        definition: what opened it.
+        outcomes: of its members by position: whether it is a failure, and the value. Where some are missing, its time
+            has run out.
+    """
+    group = decode(definition, home)
+    failure = _failure_among(group, outcomes)
+    if failure is None:
+        try:
+            values = [_from_json(outcomes[position][1]) for position in range(len(outcomes))]
+            return _ending(bus, home, group, group.on_success, values, failed=False)
+        except UsageError as error:
+            failure = failure_of(group, type(error).__name__, error, 0)
+    try:
+        return _ending(bus, home, group, group.on_failure, failure, failed=True)
+    except UsageError as error:
+        logger.error("What follows the failure of %r cannot be published: %s", group, error)
+        return _ending(bus, home, group, None, failure, failed=True)
+
+
+def _ending(bus: ServiceBus, home: str, group: Task, following: Task | None, value: Any, failed: bool) -> Ending:
+    root, messages, answer = group.root or "", list[Outgoing](), None
+    if following is not None:
+        following = _given(following, lambda: value)
+        following.outcome_to = following.outcome_to if failed else group.outcome_to
+        messages = messages_of(bus, functools.partial(outgoing_of, bus, home), following, root, None)
+    if group.outcome_to is not None and (failed or following is None):
+        answer = Answer(group.outcome_to, failed, _to_json(value), f"{root}:outcome")
+        reply = bus.reply(answer)
+        messages += [] if reply is None else [reply]
+    return Ending(messages, answer)
+
+
+def _failure_among(group: Task, outcomes: Mapping[int, tuple[bool, str]]) -> dict[str, Any] | None:
+    """How a group has failed: its time ran out, or members have, the first of which is told of; None if it has not."""
+    settings = group.group
+    assert settings is not None
+    total = settings.total
+    names = itertools.chain.from_iterable(itertools.repeat(name, count) for name, count in settings.names)
+    missing = [f"{position} ({name})" for position, name in enumerate(names) if position not in outcomes]
+    if missing:
+        shown = ", ".join(missing[:10]) + (", ..." if len(missing) > 10 else "")
+        message = f"{len(missing)} of {total} members have not ended after {settings.timeout:g} s: {shown}"
+        return failure_of(group, "TimeoutError", None, 0) | {"message": message}
+    failed = [position for position in range(total) if outcomes[position][0]]
+    if not failed or settings.return_exceptions:
+        return None
+    first: dict[str, Any] = _from_json(outcomes[failed[0]][1])
+    return first | {"message": f"{len(failed)} of {total} members failed, the first: {first.get('message', '')}"}
 
 
 # ======================================================================================================================
@@ -2519,6 +2830,12 @@ INSERT = """
 BY_NUMBER = "message NOT INDEXED"
 """The table, for SQLite to go to each number, where else it goes through all of the queue by its index."""
 
+GROUPS_INTERVAL = 1.0
+"""Seconds between two looks whether the time of a group has run out."""
+
+GROUP_KEPT = 600
+"""Seconds for which a group that has ended is known, for who asks for its progress."""
+
 BURIED_AT_ONCE = 500
 """Messages that one transaction dead-letters of a backlog that has expired, lest everybody else wait for it."""
 
@@ -2589,7 +2906,10 @@ class Store(Connection):
         """Roughly: what went to the write-ahead log."""
         self.inode: int | None = None
         """Which file it is: in another that replaced it, a message of the same number is another message."""
+        self.end_group: Callable[[str, str, Mapping[int, tuple[bool, str]]], Ending] | None = None
+        """Says what follows a group: `ending_of`, of the bus that has opened this."""
         self._queues: dict[str, tuple[int, QueueSettings]] = {}
+        self._groups_seen_to = 0.0
         with _explained(path):
             _patiently(path, functools.partial(super().__init__, path))
             try:
@@ -2706,9 +3026,12 @@ class Store(Connection):
         """
         self.additions += len(messages)
         numbers: list[int] = []
-        for (queue, given_id), together in itertools.groupby(messages, key=_queue_and_given_id):
+        for (queue, given_id, opens_group), together in itertools.groupby(messages, key=_kind):
             queue_id, settings = self._queue(queue)
             group = list(together)
+            if opens_group:
+                numbers += [self._open_group(queue_id, message, now) for message in group]
+                continue
             rows = [self._row(queue_id, settings.time_to_live, message, now) for message in group]
             if (window := settings.id_window(given_id)) is not None:
                 numbers += [
@@ -2745,22 +3068,29 @@ class Store(Connection):
     ) -> int:
         """Enqueue a message unless its id is remembered; it is from now on, until it expires."""
         message_id = row[5]
-        self.sql.execute("DELETE FROM duplicate WHERE queue_id = ? AND expires <= ?", (queue_id, now))
-        original = self._one(
-            "SELECT sequence_number FROM duplicate WHERE queue_id = ? AND message_id = ?", (queue_id, message_id)
-        )
-        if original is not None:
+        if (original := self._original(queue_id, message_id, now)) is not None:
             if dropped is not None:
                 dropped.append(message_id)
-            return int(original[0])
+            return original
         number = self.sql.execute(INSERT, row).lastrowid or 0
+        self._remember(queue_id, message_id, expires, number, outcome_id)
+        return number
+
+    def _original(self, queue_id: int, message_id: str, now: float) -> int | None:
+        """The sequence number of the message that an id is remembered of."""
+        self.sql.execute("DELETE FROM duplicate WHERE queue_id = ? AND expires <= ?", (queue_id, now))
+        row = self._one(
+            "SELECT sequence_number FROM duplicate WHERE queue_id = ? AND message_id = ?", (queue_id, message_id)
+        )
+        return None if row is None else int(row[0])
+
+    def _remember(self, queue_id: int, message_id: str, expires: float, number: int, outcome_id: str | None) -> None:
         if outcome_id is not None:
             self.sql.execute("DELETE FROM outcome WHERE task_id = ?", (outcome_id,))
         self.sql.execute(
             "INSERT INTO duplicate (queue_id, message_id, expires, sequence_number) VALUES (?, ?, ?, ?)",
             (queue_id, message_id, expires, number),
         )
-        return number
 
     # -- receiving
 
@@ -2773,6 +3103,8 @@ class Store(Connection):
         with a delivery count of `suspect_from` or more is handed out alone.
         """
         queue_id, settings = self._queue(queue)
+        if not 0 <= now - self._groups_seen_to < GROUPS_INTERVAL:
+            self._see_to_groups(queue_id, now)
         most = MAX_SECONDS if settings.max_delivery_count is None else settings.max_delivery_count
         mortal = not queue.endswith(DEAD_LETTER_SUFFIX)
         buried = 0
@@ -2910,18 +3242,102 @@ class Store(Connection):
     # -- outcomes
 
     def tell(self, answer: Answer, now: float, instead: bool = True) -> None:
-        """Keep an outcome for who awaits it; what has expired goes.
+        """Keep an outcome for who awaits it, or for the group of a member; what has expired goes.
 
         Args:
-            instead: of what may be there, as of a task that has run anew.
+            instead: of what may be there, as of a task that has run anew; a member's first outcome stands.
         """
         self.additions += 1
+        if answer.to.position is not None:
+            self._join(answer.to.id, answer.to.position, answer, now)
+            return
         self.bytes_written += len(answer.value) + BYTES_OF_A_CHANGE
         self.sql.execute("DELETE FROM outcome WHERE expires <= ?", (now,))
         self.sql.execute(
             f"INSERT OR {'REPLACE' if instead else 'IGNORE'} INTO outcome VALUES (?, ?, ?, ?)",
             (answer.to.id, answer.failed, answer.value, now + answer.to.ttl),
         )
+
+    # What defines a group is the row of its member -1, there until it ends: in `task_group`, to count a member would be
+    # to write it anew.
+
+    def _open_group(self, queue_id: int, message: Outgoing, now: float) -> int:
+        """Begin a group, unless its id was given and is remembered, for which its members are dropped too."""
+        group_id, settings = message.message_id, decode(message.body, message.queue).group
+        assert settings is not None
+        if message.given_id:
+            if self._original(queue_id, group_id, now) is not None:
+                return 0
+            window = self._queue(message.queue)[1].id_window(given_id=True) or 0
+            self._remember(queue_id, group_id, now + window, 0, message.outcome_id)
+            self._forget_groups([group_id])
+        self.bytes_written += len(message.body) + BYTES_OF_A_CHANGE
+        due = max(message.due or 0, now) + settings.timeout
+        self.sql.execute(
+            "INSERT OR IGNORE INTO task_group VALUES (?, ?, ?, '', ?, 0)", (group_id, queue_id, settings.total, due)
+        )
+        self.sql.execute("INSERT OR IGNORE INTO group_member VALUES (?, -1, 0, ?)", (group_id, message.body))
+        if not settings.total:
+            self._end_group(group_id, now)
+        return 0
+
+    def _join(self, group_id: str, position: int, answer: Answer, now: float) -> None:
+        """Note how a member of a group ended, the first time that it does; the last member ends the group."""
+        is_open = "SELECT total, ended FROM task_group JOIN group_member USING (group_id) WHERE group_id = ?"
+        row = self._one(f"{is_open} AND position = -1", (group_id,))
+        if row is None or not 0 <= position < row[0]:
+            return
+        total, ended = row
+        self.bytes_written += len(answer.value) + BYTES_OF_A_CHANGE
+        if self._changed(
+            "INSERT OR IGNORE INTO group_member VALUES (?, ?, ?, ?)",
+            (group_id, position, answer.failed, answer.value),
+        ):
+            self.sql.execute("UPDATE task_group SET ended = ended + 1 WHERE group_id = ?", (group_id,))
+            if ended + 1 == total:
+                self._end_group(group_id, now)
+
+    def _end_group(self, group_id: str, now: float) -> None:
+        """Publish what follows a group, and tell its outcome; members that end from now on change nothing."""
+        rows = self.sql.execute("SELECT position, failed, value FROM group_member WHERE group_id = ?", (group_id,))
+        outcomes = {position: (bool(failed), value) for position, failed, value in rows}
+        (home,) = self._one("SELECT name FROM queue JOIN task_group USING (queue_id) WHERE group_id = ?", (group_id,))
+        assert self.end_group is not None
+        _, definition = outcomes.pop(-1)
+        ending = self.end_group(home, definition, outcomes)
+        self.sql.execute("DELETE FROM group_member WHERE group_id = ? AND position = -1", (group_id,))
+        self.sql.execute("UPDATE task_group SET due = ? WHERE group_id = ?", (now + GROUP_KEPT, group_id))
+        self.insert(ending.messages, now)
+        if ending.answer is not None:
+            self.tell(ending.answer, now)
+
+    def _see_to_groups(self, queue_id: int, now: float) -> None:
+        """End a queue's groups whose time has run out, and forget those that ended long ago."""
+        self._groups_seen_to = now
+        is_open = "EXISTS (SELECT 1 FROM group_member AS member WHERE member.group_id = g.group_id AND position = -1)"
+        due = self.sql.execute(
+            f"SELECT group_id, {is_open} FROM task_group AS g WHERE due <= ? AND queue_id = ? LIMIT 10", (now, queue_id)
+        ).fetchall()
+        for group_id, is_running in due:
+            if is_running:
+                self._end_group(group_id, now)
+        self._forget_groups([group_id for group_id, is_running in due if not is_running])
+
+    def _forget_groups(self, ids: Sequence[str]) -> None:
+        for table in ("group_member", "task_group") if ids else ():
+            self.sql.executemany(f"DELETE FROM {table} WHERE group_id = ?", [(group_id,) for group_id in ids])
+
+    def progress(self, group_id: str) -> Progress | None:
+        """How far a group is, until some time after its end."""
+        row = self._one(
+            """
+            SELECT ended, (SELECT count(*) FROM group_member WHERE group_id = ?1 AND failed), total
+            FROM   task_group
+            WHERE  group_id = ?1
+            """,
+            (group_id,),
+        )
+        return None if row is None else Progress(*row)
 
     def _tell_endings(self, queue: str, endings: Iterable[tuple[str | bytes, str, str]], now: float) -> None:
         """Tell of messages that end without a run, by their bodies, with reason and description."""
@@ -2988,7 +3404,7 @@ class Store(Connection):
         return None if row is None else _state_of(row[0], row[1], row[2], now)
 
 
-_queue_and_given_id = operator.attrgetter("queue", "given_id")
+_kind = operator.attrgetter("queue", "given_id", "opens_group")
 
 _connecting = threading.Lock()
 _connections: weakref.WeakSet[Connection] = weakref.WeakSet()
@@ -3852,6 +4268,19 @@ class LocalServiceBus:
             raise MessageTooLarge(f"it makes an outcome of {size} bytes, the limit is {self.max_message_bytes}")
         return None
 
+    def member_address(self, group_id: str, position: int) -> Address:
+        return Address(group_id, position=position)
+
+    def open_group(self, message: Outgoing) -> list[Outgoing]:
+        return [message._replace(opens_group=True)]
+
+    async def progress(self, group_id: str) -> Progress:
+        commit = await self.commit(keep_settings=False)
+        progress = await commit.do(functools.partial(commit.file.store.progress, group_id))
+        if progress is None:
+            raise UsageError(f"Group {group_id} is not known to {self!r}: it ended over {GROUP_KEPT} s ago.")
+        return progress
+
     async def outcome(self, address: Address, timeout: float | None) -> Answer:
         loop = asyncio.get_running_loop()
         if loop not in self._outcomes:
@@ -4056,6 +4485,7 @@ class LocalServiceBus:
                         file.close()
                         raise
                     former.close()
+                file.store.end_group = functools.partial(ending_of, self)
                 self._file, self._keeps_settings = file, False
             if keep_settings and not self._keeps_settings:
                 file.store.open_queue(self.queue_name, self._settings)
@@ -4742,6 +5172,15 @@ class AzureServiceBus:
 
     async def outcome(self, address: Address, timeout: float | None) -> Answer:
         raise UsageError("Results are kept on the local bus only.")
+
+    def member_address(self, group_id: str, position: int) -> Address:
+        raise UsageError("Groups are on the local bus only.")
+
+    def open_group(self, message: Outgoing) -> list[Outgoing]:
+        raise UsageError("Groups are on the local bus only.")
+
+    async def progress(self, group_id: str) -> Progress:
+        raise UsageError("Groups are on the local bus only.")
 
     def size(self, message: Outgoing) -> int:
         """The body, the ids and properties, and 512 bytes for what AMQP adds to them."""
@@ -6393,17 +6832,17 @@ def latest_tick(when: When, since: datetime.datetime, until: datetime.datetime) 
         back *= 4
 
 
-class Progress(NamedTuple):
+class ScheduleProgress(NamedTuple):
     """How far a worker is with a schedule: the ticks up to `published` are; the next are looked for at `look_at`."""
 
     published: datetime.datetime
     look_at: datetime.datetime
 
 
-def first_progress(when: When, now: datetime.datetime, window: datetime.timedelta) -> Progress:
+def first_progress(when: When, now: datetime.datetime, window: datetime.timedelta) -> ScheduleProgress:
     """Where a worker begins that starts: right before the latest tick, if that is not too old to be made up for."""
     latest = latest_tick(when, now - BEHIND * window, now)
-    return Progress(now if latest is None else latest - datetime.timedelta.resolution, now)
+    return ScheduleProgress(now if latest is None else latest - datetime.timedelta.resolution, now)
 
 
 def ticks_to_publish(
@@ -6418,13 +6857,13 @@ def ticks_to_publish(
 
 def next_progress(
     when: When, published: datetime.datetime, now: datetime.datetime, window: datetime.timedelta
-) -> Progress:
+) -> ScheduleProgress:
     """When to publish more: as soon as the next tick is near enough, so that there is always one on the queue where no
     worker is left; but of many at once, when half of those are due that are there."""
     following = next(when.after(published), None)
     if following is None:
-        return Progress(published, datetime.datetime.max.replace(tzinfo=datetime.UTC))
-    return Progress(published, max(following - AHEAD * window, now + (published - now) / 2))
+        return ScheduleProgress(published, datetime.datetime.max.replace(tzinfo=datetime.UTC))
+    return ScheduleProgress(published, max(following - AHEAD * window, now + (published - now) / 2))
 
 
 def is_rarer_than(when: When, span: datetime.timedelta, now: datetime.datetime) -> bool:
@@ -6455,7 +6894,7 @@ class Ticker:
         self._app = app
         self._window = datetime.timedelta(seconds=seconds)
         self._pause = datetime.timedelta(seconds=min(TICKER_PAUSE, seconds / 8))
-        self._progress: dict[Schedule, Progress] = {}
+        self._progress: dict[Schedule, ScheduleProgress] = {}
 
     async def run(self) -> None:
         """Publish what is due soon, from time to time, until cancelled."""
@@ -6486,7 +6925,7 @@ class Ticker:
         pause = (look_at - _utc(time.time())).total_seconds() if available else self._pause.total_seconds()
         return min(max(pause, 0), self._pause.total_seconds())
 
-    def _progress_of(self, schedule: Schedule, now: datetime.datetime) -> Progress:
+    def _progress_of(self, schedule: Schedule, now: datetime.datetime) -> ScheduleProgress:
         """Where this worker is; where the clock was set back so far that its future is another one: anew, from now on.
 
         A smaller step changes nothing: what is published is, and the ids keep others from doing it again.
@@ -6495,7 +6934,7 @@ class Ticker:
         if progress.published - now <= self._window:
             return progress
         logger.warning("The clock was set back: ticks of %s begin anew", schedule.name)
-        return Progress(now, now)
+        return ScheduleProgress(now, now)
 
     async def _name_rare_ones(self) -> None:
         """Say which schedules end when no worker is there for long."""
@@ -7024,8 +7463,9 @@ class Worker:
     def _prepare(self, settlement: Settlement) -> None:
         """Make the messages that go with a settlement."""
         settlement.messages = [
-            self._app.outgoing(self._app.bound(task), message_id, time.time() + delay if delay else None)
+            message
             for task, message_id, delay in settlement.follow_ups
+            for message in self._app.messages_of(task, message_id, time.time() + delay if delay else None)
         ]
         if settlement.answer is not None:
             reply = self._bus.reply(settlement.answer)
@@ -7811,6 +8251,8 @@ class Boilermaker:
         checked = _merged_options({}, options, name)
         said = [_merged_options(head._publishing, checked, name) if head._publishing else checked for head in heads]
         for head, its in zip(heads, said, strict=True):
+            if head.group is not None and head.message_id is not None:
+                raise UsageError(f"{head!r} is published already: what is to run once more is its copy().")
             self.bound(head)
             if its:
                 _set_options(head, its)
@@ -7820,25 +8262,24 @@ class Boilermaker:
         if expected:
             await self.service_bus_client.expect(expected)
         with contextlib.ExitStack() as spans:
-            messages = [
-                self.outgoing(head, head.task_id, _due_time(its.get("delay"), its.get("eta")), spans)
-                for head, its in zip(heads, said, strict=True)
-            ]
-            if any(head._id_is_given for head in heads):
-                messages = [
-                    message._replace(given_id=True, outcome_id=head.task_id) if head._id_is_given else message
-                    for head, message in zip(heads, messages, strict=True)
-                ]
+            messages, firsts = list[Outgoing](), list[int]()
+            for head, its in zip(heads, said, strict=True):
+                firsts.append(len(messages))
+                some = self._messages_of(head, head.task_id, _due_time(its.get("delay"), its.get("eta")), spans)
+                if head._id_is_given:
+                    some = [message._replace(given_id=True) for message in some]
+                    some[0] = some[0]._replace(outcome_id=head.task_id)
+                messages += some
             numbers = await self._send(messages, max((its.get("publish_attempts") or 1 for its in said), default=1))
-        for head, message, number in zip(heads, messages, numbers, strict=True):
-            head.sequence_number, head.message_id = number, message.message_id
+        for head, first in zip(heads, firsts, strict=True):
+            head.sequence_number, head.message_id = numbers[first], head.task_id
         return heads
 
     def _keep_results(self, head: Task, options: PublishOptions) -> None:
         """Say where the outcomes of a workflow are told: its own, and those of what follows a failure, each its own."""
         callbacks = {id(task.on_failure): task.on_failure for task in _workflow(head) if task.on_failure is not None}
         for first in (*callbacks.values(), head):
-            steps = [self._registration_of(step._function, step.function_name) for step in _chain_of(first)]
+            steps = [self._registration_of(step._function, step.function_name) for step in _steps_of(first)]
             ttls = [step.result_ttl for step in steps if step is not None and step.result_ttl is not None]
             given: Any = options.get("result_ttl") if first is head else None
             ttl = given or max(ttls, default=None)
@@ -7850,8 +8291,8 @@ class Boilermaker:
             messages = []
             for when in times:
                 tick = self.bound(schedule.tick(when))
-                message = self.outgoing(tick, tick.task_id, when.timestamp(), spans)
-                messages.append(message._replace(given_id=True, numbered=False))
+                for message in self._messages_of(tick, tick.task_id, when.timestamp(), spans):
+                    messages.append(message._replace(given_id=True, numbered=False))
             if messages:
                 await self._send(messages, 1)
 
@@ -7862,9 +8303,12 @@ class Boilermaker:
             UsageError: the task is not the head, a function is not registered, or a queue cannot be sent to.
         """
         _check_beginning(head)
-        if head.takes_result:
-            raise UsageError(f"{head!r} was made by .s(), for a parent's result, but has no parent: make it by .si().")
-        single = head.on_success is None and head.on_failure is None
+        for first in [head] if head.group is None else _beginnings_of(head):
+            if first.takes_result:
+                raise UsageError(
+                    f"{first!r} was made by .s(), for a parent's result, but has no parent: make it by .si()."
+                )
+        single = head.on_success is None and head.on_failure is None and head.group is None
         for task in [head] if single else _workflow(head):
             _check_fields(task)
             registration = self._registration_of(task._function, task.function_name)
@@ -7881,32 +8325,32 @@ class Boilermaker:
             task._app = task._app or self
         return head
 
-    def outgoing(
-        self, task: Task, message_id: str, due: float | None = None, spans: contextlib.ExitStack | None = None
-    ) -> Outgoing:
-        """A task's message, checked against the limits of the bus.
+    def messages_of(self, task: Task, message_id: str, due: float | None = None) -> list[Outgoing]:
+        """What is to be sent for what follows another task."""
+        return self._messages_of(self.bound(task), message_id, due, None)
+
+    def _messages_of(
+        self, task: Task, message_id: str, due: float | None, spans: contextlib.ExitStack | None
+    ) -> list[Outgoing]:
+        """The messages of a task, or of a group.
 
         Args:
             spans: where a span that covers the sending is ended; if None, it covers only the making.
         """
         bus, home = self.service_bus_client, self.queue_name
-        queue = task.queue or home
-        if len(message_id) > MAX_MESSAGE_ID_LENGTH:
-            raise UsageError(f"{task!r}: a message id has at most {MAX_MESSAGE_ID_LENGTH} characters.")
-        properties = _NO_PROPERTIES
-        if self.tracing is not None:
-            span, properties = self.tracing.publishing(task, queue, message_id)
+        if self.tracing is None:
+            return messages_of(bus, functools.partial(outgoing_of, bus, home), task, message_id, due)
+
+        def make(task: Task, message_id: str, due: float | None) -> Outgoing:
+            assert self.tracing is not None
+            span, properties = self.tracing.publishing(task, task.queue or home, message_id)
             if spans is None:
                 span.end()
             else:
                 spans.push(functools.partial(_end_span, span))
-        message = Outgoing(encode(task, queue, home), message_id, queue, due, properties, task.function_name)
-        if (size := bus.size(message)) > bus.max_message_bytes:
-            raise MessageTooLarge(
-                f"{task!r} with its callbacks makes a message of {size} bytes, the limit is {bus.max_message_bytes}: "
-                "store the data elsewhere and pass its id."
-            )
-        return message
+            return outgoing_of(bus, home, task, message_id, due, properties)
+
+        return messages_of(bus, make, task, message_id, due)
 
     async def _send(self, messages: Sequence[Outgoing], attempts: int) -> list[int | None]:
         errors: list[Exception] = []
