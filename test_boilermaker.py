@@ -9583,21 +9583,23 @@ async def test_what_the_configured_propagators_carry_travels_with_the_message(op
 LOCK_DURATION = 5
 QUEUES = [f"queue{number}" for number in range(400)]
 QUEUE_WITH_SESSIONS = "with-sessions"
+SESSION_QUEUES = [QUEUE_WITH_SESSIONS, *(f"{queue}-{what}" for queue in QUEUES for what in ("replies", "join"))]
 _fresh_queues = iter(QUEUES)
 
 
 @pytest.fixture(scope="session")
 def emulator():
     """A Service Bus on loopback, with more queues than there are tests."""
-    options = {"lock_duration": LOCK_DURATION, "duplicate_detection": 600, "session_queue": QUEUE_WITH_SESSIONS}
-    with ServiceBusEmulator(queues=QUEUES, **options) as emulator:
+    options = {"lock_duration": LOCK_DURATION, "duplicate_detection": 600}
+    with ServiceBusEmulator(queues=QUEUES, session_queue=SESSION_QUEUES, **options) as emulator:
         yield emulator
 
 
 @pytest.fixture(scope="session")
 def quick_emulator():
     """Another, whose locks are the shortest there can be on Azure but for a factor."""
-    with ServiceBusEmulator(queues=QUEUES, lock_duration=2, duplicate_detection=600) as emulator:
+    options = {"lock_duration": 2, "duplicate_detection": 600}
+    with ServiceBusEmulator(queues=QUEUES, session_queue=SESSION_QUEUES, **options) as emulator:
         yield emulator
 
 
