@@ -1,10 +1,10 @@
 """A local Azure Service Bus: AMQP 1.0 on loopback, for the unmodified azure-servicebus SDK.
 
-    python -m examples.servicebus_emulator --queue tasks
+    python -m examples.servicebus_emulator --queue tasks --session-queue tasks-replies
 
-prints a connection string and serves until SIGTERM or SIGINT. In a test:
+prints a connection string and serves until SIGTERM or SIGINT; only the second queue requires sessions. In a test:
 
-    with ServiceBusEmulator(queues=["tasks"], lock_duration=10) as emulator:
+    with ServiceBusEmulator(["tasks"], session_queue=["tasks-replies"], lock_duration=10) as emulator:
         client = ServiceBusClient.from_connection_string(emulator.connection_string)
         emulator.control("drop")
 
@@ -420,24 +420,32 @@ class Broker(Store):
             sql = "UPDATE message SET state = ?, due = enqueued_time, delivery_count = ? WHERE sequence_number = ?"
             self._changed(sql, (state, lock.delivery_count + counted, lock.sequence_number))
 
+    def counts(self, now: float) -> dict[str, int]:
+        kinds = """
+            CASE WHEN name LIKE '%' || ? THEN 'dead' WHEN state = ? THEN 'deferred' WHEN due <= ? THEN 'active'
+                 WHEN state = ? THEN 'locked' ELSE 'scheduled' END
+        """
+        sql = f"SELECT {kinds}, count(*) FROM message JOIN queue USING (queue_id) GROUP BY 1"
+        counted = self.sql.execute(sql, (DEAD_LETTER_SUFFIX, DEFERRED, now, LOCKED)).fetchall()
+        return dict.fromkeys(("active", "locked", "scheduled", "deferred", "dead"), 0) | dict(counted)
+
+    # -- sessions
+
     def free_session(self, queue: str, now: float) -> str | None:
-        """The session of the message that has waited longest among those whose session nobody holds."""
+        """The session of the message that has waited longest, of those that nobody holds."""
         free = "queue_id = ? AND state = ? AND due <= ? AND session_id NOT IN (SELECT value FROM json_each(?))"
         held = json.dumps(list(self.session_locks[queue]))
-        [*rows] = self.rows(f"{free} ORDER BY due, sequence_number LIMIT 1", self._queue(queue)[0], READY, now, held)
+        rows = self.rows(f"{free} ORDER BY due, sequence_number LIMIT 1", self._queue(queue)[0], READY, now, held)
         return rows[0].session_id if rows else None
 
-    def next_scheduled(self, queue: str, now: float) -> float | None:
-        sql = "SELECT min(due) FROM message WHERE queue_id = ? AND state = ? AND due > ?"
-        due: float | None = self._one(sql, (self._queue(queue)[0], READY, now))[0]
-        return due
+    def lock_session(self, queue: str, session_id: str, receiver: str, now: float) -> None:
+        self.session_locks[queue][session_id] = SessionLock(receiver, now + self.settings.lock_duration)
 
-    def hold_session(self, queue: str, session_id: str, receiver: str | None) -> SessionLock:
+    def hold_session(self, queue: str, session_id: str, receiver: str | None) -> None:
         """Make sure that the receiver still holds the session."""
         lock = self.session_locks.get(queue, {}).get(session_id)
         if lock is None or lock.receiver != receiver or lock.locked_until <= time.time():
             raise session_lock_lost(session_id)
-        return lock
 
     def renew_session(self, queue: str, session_id: str, now: float) -> float:
         """Lock a held session, and what was received of it, anew; until when."""
@@ -450,35 +458,33 @@ class Broker(Store):
     def receive_in_session(self, queue: str, session_id: str, max_message_count: int) -> list[tuple[Lock, bytes]]:
         """The next messages of a held session, which are locked for as long as it is."""
         now, (queue_id, settings) = time.time(), self._queue(queue)
-        ready = f"{IN_SESSION} AND state = {READY} AND due <= ?"
-        over = f"{ready} AND (expires <= ? OR delivery_count >= ?)"
+        available = f"{IN_SESSION} AND state = {READY} AND due <= ?"
+        over = f"{available} AND (expires <= ? OR delivery_count >= ?)"
         sql = f"SELECT sequence_number, delivery_count, 0, 0, 0, expires, 0 FROM message WHERE {over}"
-        self._bury(
-            queue, self.sql.execute(sql, (queue_id, session_id, now, now, settings.max_delivery_count)).fetchall(), now
-        )
+        outlived = self.sql.execute(sql, (queue_id, session_id, now, now, settings.max_delivery_count)).fetchall()
+        self._bury(queue, outlived, now)  # rows as `claim` has them
 
-        rows = self.rows(f"{ready} ORDER BY due, sequence_number LIMIT ?", queue_id, session_id, now, max_message_count)
+        in_order = f"{available} ORDER BY due, sequence_number LIMIT ?"
+        rows = self.rows(in_order, queue_id, session_id, now, max_message_count)
         until = self.session_locks[queue][session_id].locked_until
         sql = "UPDATE message SET state = ?, due = ?, delivery_count = delivery_count + 1 WHERE sequence_number = ?"
         self.sql.executemany(sql, [(LOCKED, until, row.sequence_number) for row in rows])
-        rows = [row._replace(state=LOCKED, due=until, delivery_count=row.delivery_count + 1) for row in rows]
-        return [(row.lock, for_receiver(row, now)) for row in rows]
+        locked = [row._replace(state=LOCKED, due=until, delivery_count=row.delivery_count + 1) for row in rows]
+        return [(row.lock, for_receiver(row, now)) for row in locked]
 
     def release_session(self, queue: str, session_id: str, counted: bool) -> None:
-        """Let another have the session, and what was received of it and not settled; whether that was a delivery."""
+        """Let others have a session, and what was received of it and not settled, counted as delivered or not."""
         del self.session_locks[queue][session_id]
         given_back = "state = ?, due = enqueued_time, delivery_count = delivery_count - ?"
         sql = f"UPDATE message SET {given_back} WHERE {IN_SESSION} AND state = ?"
         self.sql.execute(sql, (READY, 0 if counted else 1, self._queue(queue)[0], session_id, LOCKED))
 
-    def counts(self, now: float) -> dict[str, int]:
-        kinds = """
-            CASE WHEN name LIKE '%' || ? THEN 'dead' WHEN state = ? THEN 'deferred' WHEN due <= ? THEN 'active'
-                 WHEN state = ? THEN 'locked' ELSE 'scheduled' END
-        """
-        sql = f"SELECT {kinds}, count(*) FROM message JOIN queue USING (queue_id) GROUP BY 1"
-        counted = self.sql.execute(sql, (DEAD_LETTER_SUFFIX, DEFERRED, now, LOCKED)).fetchall()
-        return dict.fromkeys(("active", "locked", "scheduled", "deferred", "dead"), 0) | dict(counted)
+    def next_change(self, queue: str, now: float) -> float | None:
+        """When a message of the queue becomes due, or the lock of one of its sessions ends."""
+        sql = "SELECT min(due) FROM message WHERE queue_id = ? AND state = ? AND due > ?"
+        (due,) = self._one(sql, (self._queue(queue)[0], READY, now))
+        ends = [lock.locked_until for lock in self.session_locks[queue].values()]
+        return min(ends if due is None else [*ends, due], default=None)
 
 
 # --- Nodes: tokens and management -------------------------------------------------------------------------------------
@@ -631,7 +637,7 @@ class Wire(asyncio.Protocol):
         self.granted: set[str] = set()  # paths that tokens were put for
         self.locks: dict[Lock, str] = {}  # what was delivered over this connection, with its queue
         self.frozen = False
-        self.links: dict[str, Any] = {}  # by name; each knows its `queue`, and its `node` if it leads to one
+        self.links: dict[str, Any] = {}  # by name; each knows its queue, its node or its session
         self.collector = proton.Collector()
         self.connection = proton.Connection()
         self.connection.container = "servicebus-emulator"
@@ -655,7 +661,7 @@ class Wire(asyncio.Protocol):
         self.service.wires.discard(self)
         for link in list(self.links.values()):
             self.forget(link)
-        # In a turn of its own, as this may be in the middle of another; it gives the sessions back in any case.
+        # In a turn of its own, as this may be in the middle of another. It gives back the sessions, fault or no fault.
         asyncio.get_running_loop().call_soon(self.service.turn, self.unlock)
 
     def unlock(self) -> None:
@@ -702,27 +708,28 @@ class Wire(asyncio.Protocol):
         path = path_of((link.remote_source if link.is_sender else link.remote_target).address or "")
         link.node = path if path == TOKEN_NODE or path.endswith(MANAGEMENT_SUFFIX) else None
         link.wire, link.queue, link.session_id = self, "", None
+        link.is_outlet = link.is_sender and not link.node  # clients receive messages on it
+        filters = filters_of(link.remote_source)
+        with_session = link.is_outlet and SESSION_FILTER in filters
         try:
             if path != TOKEN_NODE:
                 link.queue = self.authorized_queue(path.removesuffix(MANAGEMENT_SUFFIX))
-            filters = filters_of(link.remote_source) if link.is_sender and not link.node else {}
-            with_session = SESSION_FILTER in filters
-            if link.is_sender and not link.node and with_session != (link.queue in self.broker.session_locks):
-                needs = "does not require sessions" if with_session else "requires sessions"
-                kind = "sessionful" if with_session else "non-sessionful"
-                raise Refusal("amqp:not-allowed", f"A {kind} receiver cannot be created on an entity that {needs}.")
+            if link.is_outlet and with_session != (link.queue in self.broker.session_locks):
+                kind, needs = ("sessionful", "does not require") if with_session else ("non-sessionful", "requires")
+                text = f"A {kind} receiver cannot be created on an entity that {needs} sessions."
+                raise Refusal("amqp:not-allowed", text)
         except Refusal as refusal:
             self.detach(link, refusal)
             return
         self.links[link.name] = link
-        if link.is_sender and not link.node:
+        if link.is_outlet:
             self.service.outlets[link.queue].append(link)
-        if not with_session:
+        if with_session:  # it is attached when it gets a session, which may be at the end of this turn
+            milliseconds = (link.remote_properties or {}).get(TIMEOUT) or DEFAULT_TIMEOUT
+            link.wanted, link.deadline = filters[SESSION_FILTER], time.time() + milliseconds / 1000
+            self.broker.stirred.add(link.queue)
+        else:
             self.attach(link)
-            return
-        timeout = (link.remote_properties or {}).get(TIMEOUT) or DEFAULT_TIMEOUT
-        link.wanted, link.deadline = filters[SESSION_FILTER], time.time() + timeout / 1000
-        self.broker.stirred.add(link.queue)  # when its turn comes, it is attached
 
     def authorized_queue(self, path: str) -> str:
         if not any(f"{path}/".startswith(f"{granted}/") for granted in self.granted):
@@ -750,7 +757,7 @@ class Wire(asyncio.Protocol):
     on_link_remote_detach = on_link_remote_close
 
     def forget(self, link: Any) -> None:
-        if self.links.pop(link.name, None) and link.is_sender and not link.node:
+        if self.links.pop(link.name, None) and link.is_outlet:
             self.service.outlets[link.queue].remove(link)
             lock = self.broker.session_locks.get(link.queue, {}).get(link.session_id)
             if lock is not None and not self.frozen:  # of a frozen connection nobody knows that it is of no use
@@ -850,7 +857,7 @@ class Wire(asyncio.Protocol):
         return self.broker.faults.due("mute")
 
 
-def filters_of(source: Any) -> Mapping[proton.symbol, Any]:
+def filters_of(source: Any) -> Mapping[str, Any]:
     source.filter.rewind()
     return (source.filter.next() and source.filter.get_object()) or {}
 
@@ -915,34 +922,31 @@ class Service:
             self.serve(queue + DEAD_LETTER_SUFFIX)
 
     def serve_sessions(self, queue: str, outlets: Iterable[Any], now: float) -> None:
-        """End the locks that are over, give free sessions to those who wait for one, and hand out what is in them."""
-        locks = self.broker.session_locks[queue]
-        for session_id, lock in list(locks.items()):
+        """End the locks that are over, let who waits for a session have one, and hand out what is in those held."""
+        for session_id, lock in list(self.broker.session_locks[queue].items()):
             if lock.given_back or lock.locked_until <= now:
                 self.broker.release_session(queue, session_id, counted=not lock.given_back)
                 for outlet in [each for each in outlets if each.session_id == session_id]:
                     outlet.wire.detach(outlet, session_lock_lost(session_id))
         for outlet in [each for each in outlets if each.session_id is None]:
             self.accept_session(outlet, now)
-        held = [outlet for outlet in outlets if outlet.session_id is not None]
-        for outlet in held:
-            if outlet.credit:
+        for outlet in outlets:
+            if outlet.session_id is not None and outlet.credit:
                 for message_lock, encoded in self.broker.receive_in_session(queue, outlet.session_id, outlet.credit):
                     self.deliver(outlet, message_lock, encoded)
-        moments = [lock.locked_until for lock in locks.values()]
-        moments += [outlet.deadline for outlet in outlets if outlet.session_id is None]
-        moments += [due for due in [self.broker.next_scheduled(queue, now)] if due is not None and outlets]
+        moments = [outlet.deadline for outlet in outlets if outlet.session_id is None]
+        if (change := self.broker.next_change(queue, now)) is not None:
+            moments.append(change)
         self.set_alarm(queue, min(moments, default=None))
 
     def accept_session(self, outlet: Any, now: float) -> None:
-        """Let a receiver have the session that it wants, or the next one; if it cannot, tell it why."""
-        locks, wanted = self.broker.session_locks[outlet.queue], outlet.wanted
-        session_id = self.broker.free_session(outlet.queue, now) if wanted is None else wanted
-        if session_id in locks:
+        """Let a receiver have the session that it wants, or the next one; where that cannot be, tell it why."""
+        session_id = self.broker.free_session(outlet.queue, now) if outlet.wanted is None else outlet.wanted
+        if session_id in self.broker.session_locks[outlet.queue]:
             text = f"The requested session '{session_id}' cannot be accepted. It is locked by another receiver."
             outlet.wire.detach(outlet, Refusal("com.microsoft:session-cannot-be-locked", text))
         elif session_id is not None:
-            locks[session_id] = SessionLock(outlet.name, now + self.broker.settings.lock_duration)
+            self.broker.lock_session(outlet.queue, session_id, outlet.name, now)
             outlet.session_id = session_id
             outlet.wire.attach(outlet)
         elif outlet.deadline <= now:
