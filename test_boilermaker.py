@@ -53,6 +53,10 @@ from pathlib import Path
 import freezegun
 import pytest
 from azure.core.credentials import AccessToken
+from azure.servicebus import NEXT_AVAILABLE_SESSION, ServiceBusMessage, ServiceBusReceiveMode, ServiceBusSubQueue
+from azure.servicebus import exceptions as sdk_errors
+from azure.servicebus._common import mgmt_handlers
+from azure.servicebus.aio import ServiceBusClient
 from opentelemetry import trace
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
@@ -9583,21 +9587,23 @@ async def test_what_the_configured_propagators_carry_travels_with_the_message(op
 LOCK_DURATION = 5
 QUEUES = [f"queue{number}" for number in range(400)]
 QUEUE_WITH_SESSIONS = "with-sessions"
+SESSION_QUEUES = [QUEUE_WITH_SESSIONS, *(f"{queue}-{what}" for queue in QUEUES for what in ("replies", "join"))]
 _fresh_queues = iter(QUEUES)
 
 
 @pytest.fixture(scope="session")
 def emulator():
     """A Service Bus on loopback, with more queues than there are tests."""
-    options = {"lock_duration": LOCK_DURATION, "duplicate_detection": 600, "session_queue": QUEUE_WITH_SESSIONS}
-    with ServiceBusEmulator(queues=QUEUES, **options) as emulator:
+    options = {"lock_duration": LOCK_DURATION, "duplicate_detection": 600}
+    with ServiceBusEmulator(queues=QUEUES, session_queue=SESSION_QUEUES, **options) as emulator:
         yield emulator
 
 
 @pytest.fixture(scope="session")
 def quick_emulator():
     """Another, whose locks are the shortest there can be on Azure but for a factor."""
-    with ServiceBusEmulator(queues=QUEUES, lock_duration=2, duplicate_detection=600) as emulator:
+    options = {"lock_duration": 2, "duplicate_detection": 600}
+    with ServiceBusEmulator(queues=QUEUES, session_queue=SESSION_QUEUES, **options) as emulator:
         yield emulator
 
 
@@ -10878,6 +10884,405 @@ def test_random_kills_and_idle_connections_lose_nothing(fault, kills):
     assert (name, figures["chains"]) == (fault, 40)
     assert figures["never ran"] == figures["published twice"] == figures["left"] == figures["ended"] == 0
     assert figures["killed"] >= kills
+
+
+# ======================================================================================================================
+# Emulator: queues with sessions, by the real SDK
+# ======================================================================================================================
+
+
+class Talks:
+    """A queue with sessions, and a client that tries nothing twice."""
+
+    def __init__(self, emulator, name):
+        self.emulator, self.name = emulator, name
+        self.client = ServiceBusClient.from_connection_string(emulator.connection_string, retry_total=0)
+        self.sender = self.client.get_queue_sender(name, socket_timeout=0.01)
+
+    async def send(self, session_id, *texts, **options):
+        await self.sender.send_messages([ServiceBusMessage(text, session_id=session_id, **options) for text in texts])
+
+    @contextlib.asynccontextmanager
+    async def accept(self, session_id=NEXT_AVAILABLE_SESSION, **options):
+        """A receiver, on a connection of its own, which the SDK leaves open where the service has cut it."""
+        with contextlib.ExitStack() as stack:
+            options = {"session_id": session_id, "socket_timeout": 0.01, **options}
+            async with self.client.get_queue_receiver(self.name, **options) as receiver:
+                stack.callback(receiver._handler._connection._transport.writer.close)
+                yield receiver
+
+    def dead_letters(self):
+        options = {"sub_queue": ServiceBusSubQueue.DEAD_LETTER, "socket_timeout": 0.01}
+        return self.client.get_queue_receiver(self.name, **options)
+
+
+@contextlib.asynccontextmanager
+async def talks_on(emulator, name):
+    talks = Talks(emulator, name)
+    async with talks.client:
+        yield talks
+
+
+@pytest.fixture
+async def talks(emulator):
+    """A queue with sessions, made for replies to one without."""
+    async with talks_on(emulator, f"{fresh_queue()}-replies") as talks:
+        yield talks
+
+
+@pytest.fixture
+async def short_talks():
+    """Another, whose locks last half a second, on an emulator without anything else."""
+    with ServiceBusEmulator(["tasks"], session_queue=["tasks-join"], lock_duration=0.5) as emulator:
+        async with talks_on(emulator, "tasks-join") as talks:
+            yield talks
+
+
+async def take(receiver, most=1, wait=PATIENCE):
+    """The texts of so many messages, one after the other, which are completed."""
+    texts = []
+    for _ in range(most):
+        for message in await receiver.receive_messages(1, wait):
+            await receiver.complete_message(message)
+            texts.append(str(message))
+    return texts
+
+
+async def test_the_messages_of_a_session_come_in_order_and_those_of_others_do_not(talks):
+    await talks.send("a", "a1", "a2")
+    await talks.send("b", "b1")
+    await talks.send("a", "a3", "a4")
+    async with talks.accept("a") as receiver:
+        first, second = await receiver.receive_messages(1) + await receiver.receive_messages(1)
+        assert (first.session_id, first.delivery_count) == ("a", 0)
+        await receiver.complete_message(second)
+        await receiver.abandon_message(first)
+        assert await take(receiver, 3) == ["a1", "a3", "a4"]
+        assert await receiver.receive_messages(1, 0.1) == []
+    async with talks.accept("b") as receiver:
+        assert await take(receiver) == ["b1"]
+
+
+async def test_what_is_sent_to_a_session_reaches_the_one_that_waits_in_it(talks):
+    await talks.send("other", "not this")
+    async with talks.accept("a") as receiver:  # there need be no message in it
+        waiting = asyncio.create_task(take(receiver, 2))
+        await until(lambda: receiver._receive_context.is_set())
+        await talks.send("a", "one")
+        await talks.send("a", "two")
+        assert await waiting == ["one", "two"]
+
+
+@pytest.mark.parametrize("with_sessions", [True, False])
+async def test_a_receiver_has_to_be_of_the_queues_kind(talks, with_sessions):
+    name, options = (talks.name, {}) if with_sessions else (talks.name.removesuffix("-replies"), {"session_id": "a"})
+    text = "non-sessionful.* requires sessions" if with_sessions else "sessionful.*does not require sessions"
+    with pytest.raises(sdk_errors.ServiceBusError, match=f"{text}.*amqp:not-allowed"):
+        await talks.client.get_queue_receiver(name, **options).__aenter__()
+
+
+async def test_a_message_without_a_session_is_refused_where_sessions_are_required(talks):
+    refused = pytest.raises(sdk_errors.ServiceBusError, match=r"SessionId was not set.*amqp:not-allowed")
+    with refused:
+        await talks.sender.schedule_messages(ServiceBusMessage("x", session_id=""), utc_in(60))
+    with refused:
+        await talks.send(None, "x")
+
+
+def utc_in(seconds):
+    return datetime.datetime.now(datetime.UTC) + datetime.timedelta(seconds=seconds)
+
+
+@pytest.mark.parametrize("end", ["close", "drop", "detach"])
+async def test_a_session_has_one_holder_until_its_link_is_gone_and_nothing_counts_as_delivered(talks, end):
+    await talks.send("a", "1", "2", "3")
+    async with talks.accept("a") as holder:
+        held = await holder.receive_messages(1) + await holder.receive_messages(1)
+        assert [str(message) for message in held] == ["1", "2"]
+        with pytest.raises(sdk_errors.SessionCannotBeLockedError, match="'a' cannot be accepted"):
+            await talks.accept("a").__aenter__()
+        if end == "close":
+            await holder.close()
+        else:
+            talks.emulator.control(end)
+        async with talks.accept("a") as next_holder:
+            [again] = await next_holder.receive_messages(1)
+            assert (str(again), again.delivery_count) == ("1", 0)
+            if end != "close":
+                with pytest.raises(sdk_errors.ServiceBusError):
+                    await holder.complete_message(held[0])
+            await next_holder.complete_message(again)
+            assert await take(next_holder, 2) == ["2", "3"]
+
+
+async def test_the_next_session_is_the_one_that_waits_longest_of_those_that_are_free(talks):
+    for session_id in "abc":
+        await talks.send(session_id, session_id)
+    async with talks.accept("a"), talks.accept() as second, talks.accept() as third:
+        assert [second.session.session_id, third.session.session_id] == ["b", "c"]
+        started = time.monotonic()
+        with pytest.raises(sdk_errors.OperationTimeoutError, match=r"com.microsoft:timeout"):
+            await talks.accept(max_wait_time=1).__aenter__()
+        assert time.monotonic() - started > 0.9
+
+
+@pytest.mark.parametrize("what", ["a message", "a scheduled message", "the end of its holder"])
+async def test_who_waits_for_a_session_gets_the_one_that_becomes_available(talks, what):
+    async def next_one():
+        async with talks.accept(max_wait_time=PATIENCE) as receiver:
+            return receiver.session.session_id, await take(receiver)
+
+    await talks.send("a", "x")
+    async with talks.accept("a") as holder:
+        links = talks.emulator.control("stats")["links"]
+        waiting = asyncio.create_task(next_one())
+        await until(lambda: talks.emulator.control("stats")["links"] == links + 3)  # two lead to the node for tokens
+        assert talks.emulator.control("stats")["sessions"] == 1
+        match what:
+            case "a message":
+                await talks.send("b", "x")
+            case "a scheduled message":
+                await talks.sender.schedule_messages(ServiceBusMessage("x", session_id="b"), utc_in(0.3))
+            case _:
+                await holder.close()
+        assert await waiting == ("a" if what == "the end of its holder" else "b", ["x"])
+
+
+async def test_a_session_keeps_its_state_without_holder_and_without_messages(talks):
+    async with talks.accept("a") as receiver:
+        assert await receiver.session.get_state() is None
+        await receiver.session.set_state(b"one")
+        await receiver.session.set_state("two é")
+    async with talks.accept("a") as receiver, talks.accept("b") as other:
+        assert (await receiver.session.get_state()).decode() == "two é"
+        assert await other.session.get_state() is None
+        await receiver.session.set_state(None)
+        assert await receiver.session.get_state() is None
+
+
+async def test_a_sessions_state_may_be_as_large_as_a_message(talks):
+    async with talks.accept("a") as receiver:
+        await receiver.session.set_state(bytes(256 * 1024))
+        with pytest.raises(sdk_errors.MessageSizeExceededError, match=r"262145 bytes.*exceeds"):
+            await receiver.session.set_state(bytes(256 * 1024 + 1))
+        assert await receiver.session.get_state() == bytes(256 * 1024)
+
+
+async def test_a_session_lock_that_is_renewed_outlives_its_duration_with_what_was_received(short_talks):
+    await short_talks.send("a", "1", "2")
+    async with short_talks.accept("a") as receiver:
+        [message] = await receiver.receive_messages(1)
+        until_utc, started = receiver.session.locked_until_utc, time.monotonic()
+        assert 0 < (until_utc - datetime.datetime.now(datetime.UTC)).total_seconds() <= 0.5
+        while time.monotonic() - started < 1:
+            renewed = await receiver.session.renew_lock()
+            assert until_utc < renewed == receiver.session.locked_until_utc
+            until_utc = renewed
+            await asyncio.sleep(0.05)
+        assert short_talks.emulator.control("stats")["locked"] == 1
+        await receiver.complete_message(message)
+        assert await take(receiver) == ["2"]
+
+
+async def test_a_session_lock_that_runs_out_is_lost_with_all_that_it_held_which_counts(short_talks, monkeypatch):
+    await short_talks.send("a", "1", "2")
+    async with short_talks.accept("a") as receiver:
+        await receiver.session.set_state(b"kept")
+        [message] = await receiver.receive_messages(1)
+        # The SDK would not even ask: what the service says is asked for here.
+        monkeypatch.setattr(type(receiver.session), "_lock_expired", False)
+        await until(lambda: short_talks.emulator.control("stats")["sessions"] == 0)
+        for attempt in (
+            receiver.complete_message(message),
+            receiver.session.set_state(b"late"),
+            receiver.session.renew_lock(),
+        ):
+            with pytest.raises(sdk_errors.SessionLockLostError):
+                await attempt
+    monkeypatch.undo()
+    async with short_talks.accept("a") as receiver:
+        [again] = await receiver.receive_messages(1)
+        assert (str(again), again.delivery_count) == ("1", 1)
+        assert await receiver.session.get_state() == b"kept"
+        await receiver.complete_message(again)
+        assert await take(receiver) == ["2"]
+        assert short_talks.emulator.control("stats")["active"] == 0
+
+
+async def test_a_message_of_a_session_whose_lock_is_taken_away_is_not_completed(talks):
+    await talks.send("stolen", "1", "2")
+    async with talks.accept("stolen") as receiver:
+        [message] = await receiver.receive_messages(1)
+        talks.emulator.control("steal stolen")
+        with pytest.raises(sdk_errors.SessionLockLostError, match=r"com.microsoft:session-lock-lost"):
+            await receiver.complete_message(message)
+    async with talks.accept() as receiver:
+        assert await take(receiver, 2) == ["1", "2"]
+    with pytest.raises(ValueError, match="nothing is locked: stolen"):
+        talks.emulator.control("steal stolen")
+
+
+async def test_what_is_asked_of_a_session_only_its_holder_may_ask(talks):
+    await talks.send("a", "1")
+    async with talks.accept("a") as holder, talks.accept("b") as other:
+        [message] = await holder.receive_messages(1)
+        await holder.session.set_state(b"secret")
+        for operation, fields in {
+            "get-session-state": {},
+            "set-session-state": {"session-state": bytearray(b"changed")},
+            "renew-session-lock": {},
+            "receive-by-sequence-number": {"sequence-numbers": [message.sequence_number], "receiver-settle-mode": 1},
+            "update-disposition": {"disposition-status": "completed", "lock-tokens": [message.lock_token]},
+        }.items():
+            request = f"com.microsoft:{operation}".encode(), {"session-id": "a", **fields}, mgmt_handlers.default
+            with pytest.raises(sdk_errors.SessionLockLostError):
+                await other._mgmt_request_response(*request, timeout=PATIENCE)
+        assert await holder.session.get_state() == b"secret"
+        await holder.complete_message(message)
+
+
+@pytest.mark.parametrize("fault", ["lose 1", "mute 1"])
+async def test_a_settlement_in_a_session_whose_answer_is_lost_was_made(talks, fault):
+    await talks.send("a", "1", "2")
+    async with talks.accept("a") as receiver:
+        [message] = await receiver.receive_messages(1)
+        talks.emulator.control(fault)
+        settling = asyncio.create_task(receiver.complete_message(message))
+        if fault == "lose 1":
+            with pytest.raises(sdk_errors.ServiceBusError):
+                await settling
+        else:
+            await until(lambda: talks.emulator.control("stats")["locked"] == 0)
+            settling.cancel()
+            await asyncio.wait([settling])
+    async with talks.accept("a") as receiver:
+        assert await take(receiver) == ["2"]
+        assert await receiver.peek_messages(10) == []
+
+
+async def test_a_late_settlement_of_a_session_that_was_given_back_does_not_touch_the_next_holders(talks):
+    await talks.send("a", "1")
+    talks.emulator.control("slow 0.5")
+    async with talks.accept("a") as receiver:
+        [message] = await receiver.receive_messages(1)
+        settling = asyncio.create_task(receiver.complete_message(message))
+        await asyncio.sleep(0.1)
+        talks.emulator.control("drop")
+        with pytest.raises(sdk_errors.ServiceBusError):
+            await settling
+    talks.emulator.control("slow 0")
+    async with talks.accept("a") as receiver:
+        [message] = await receiver.receive_messages(1)
+        await asyncio.sleep(0.5)
+        await receiver.complete_message(message)
+
+
+async def test_a_connection_that_passes_nothing_on_keeps_its_session_until_the_lock_runs_out(short_talks):
+    await short_talks.send("a", "1")
+    async with short_talks.accept("a") as holder:
+        await holder.receive_messages(1)
+        short_talks.emulator.control("freeze")
+        assert short_talks.emulator.control("stats")["sessions"] == 1
+        async with short_talks.accept(max_wait_time=PATIENCE) as receiver:
+            [message] = await receiver.receive_messages(1)
+            assert (str(message), message.delivery_count) == ("1", 1)
+
+
+async def test_dead_letters_of_a_session_are_in_a_queue_without_sessions(talks):
+    await talks.send("a", "1", "2", "3", subject="kept")
+    async with talks.accept("a") as receiver:
+        [message] = await receiver.receive_messages(1)
+        await receiver.dead_letter_message(message, "R", "D")
+        for delivery in range(10):
+            [message] = await receiver.receive_messages(1)
+            assert (str(message), message.delivery_count) == ("2", delivery)
+            await receiver.abandon_message(message)
+        assert await take(receiver) == ["3"]
+    async with talks.dead_letters() as receiver:
+        first, second = await receiver.receive_messages(1) + await receiver.receive_messages(1)
+        assert [str(first), first.dead_letter_reason, first.session_id, first.subject] == ["1", "R", "a", "kept"]
+        assert [str(second), second.dead_letter_reason] == ["2", "MaxDeliveryCountExceeded"]
+        await receiver.complete_message(first)
+        await receiver.complete_message(second)
+
+
+async def test_what_outlives_its_time_in_a_session_is_dead_lettered_not_delivered(talks):
+    await talks.send("a", "old", time_to_live=datetime.timedelta(milliseconds=1))
+    await talks.send("a", "new", time_to_live=datetime.timedelta(hours=1))
+    async with talks.accept("a") as receiver:
+        assert await take(receiver) == ["new"]
+        assert await receiver.peek_messages(10) == []
+    async with talks.dead_letters() as receiver:
+        [message] = await receiver.receive_messages(1)
+        assert (str(message), message.dead_letter_reason) == ("old", "TTLExpiredException")
+
+
+async def test_a_session_can_be_looked_into_and_its_scheduled_messages_be_taken_back(talks):
+    await talks.send("b", "b1")
+    numbers = await talks.sender.schedule_messages(
+        [ServiceBusMessage(text, session_id="a") for text in ("later", "never")], utc_in(3600)
+    )
+    await talks.send("a", "a1")
+    async with talks.accept("a") as receiver:
+        seen = await receiver.peek_messages(10)
+        assert [(str(each), each.state.name) for each in seen] == [
+            *(("later", "SCHEDULED"), ("never", "SCHEDULED"), ("a1", "ACTIVE"))
+        ]
+        await talks.sender.cancel_scheduled_messages(numbers[1])
+        assert [str(each) for each in await receiver.peek_messages(10, sequence_number=1)] == ["later", "a1"]
+        assert await take(receiver) == ["a1"]
+        soon = await talks.sender.schedule_messages(ServiceBusMessage("soon", session_id="a"), utc_in(0.3))
+        [message] = await receiver.receive_messages(1)
+        assert (str(message), message.sequence_number) == ("soon", soon[0])
+
+
+async def test_an_id_that_was_there_before_is_dropped_in_whichever_session(talks):
+    await talks.send("a", "first", message_id="x")
+    await talks.send("b", "second", message_id="x")
+    await talks.send("b", "third", message_id="y")
+    async with talks.accept("a") as a, talks.accept("b") as b:
+        assert (await take(a), await take(b)) == (["first"], ["third"])
+        await talks.send("a", "late", message_id="x")
+        assert await a.peek_messages(10) == await b.peek_messages(10) == []
+
+
+async def test_what_was_deferred_in_a_session_is_received_by_its_number_by_the_sessions_holder(talks):
+    await talks.send("a", "1", "2")
+    async with talks.accept("a") as receiver, talks.accept("b") as other:
+        [message] = await receiver.receive_messages(1)
+        await receiver.defer_message(message)
+        assert await take(receiver) == ["2"]
+        with pytest.raises(sdk_errors.MessageNotFoundError):
+            await other.receive_deferred_messages(message.sequence_number)
+        [deferred] = await receiver.receive_deferred_messages(message.sequence_number)
+        assert str(deferred) == "1"
+        await receiver.complete_message(deferred)
+        assert await receiver.peek_messages(10) == []
+
+
+async def test_a_session_can_be_received_and_deleted(talks):
+    await talks.send("a", "1", "2")
+    async with talks.accept("a", receive_mode=ServiceBusReceiveMode.RECEIVE_AND_DELETE) as receiver:
+        assert [str(each) for _ in range(2) for each in await receiver.receive_messages(1)] == ["1", "2"]
+        assert await receiver.peek_messages(10) == []
+
+
+async def test_the_figures_count_the_messages_of_sessions_too(short_talks):
+    def figures(*names):
+        stats = short_talks.emulator.control("stats")
+        return [stats[name] for name in names]
+
+    await short_talks.send("a", "1", "2", "3")
+    await short_talks.sender.schedule_messages(ServiceBusMessage("later", session_id="a"), utc_in(3600))
+    assert figures("sessions", "active", "locked", "scheduled", "dead") == [0, 3, 0, 1, 0]
+    async with short_talks.accept("a") as receiver:
+        first, second = await receiver.receive_messages(1) + await receiver.receive_messages(1)
+        await receiver.session.renew_lock()
+        await receiver.dead_letter_message(first)
+        assert figures("sessions", "active", "locked", "scheduled", "dead") == [1, 1, 1, 1, 1]
+        await receiver.complete_message(second)
+    await until(lambda: figures("sessions") == [0])
+    assert figures("active", "locked", "scheduled", "dead") == [1, 0, 1, 1]
 
 
 # ======================================================================================================================
