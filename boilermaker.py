@@ -1902,8 +1902,9 @@ class Outgoing(NamedTuple):
     opens_group: bool = False
     """It is no message for a worker, but what a group begins with, under the group's id."""
     session: str | None = None
+    correlation_id: str | None = None
     time_to_live: float | None = None
-    """Seconds; these two are for Azure alone, and for what tells an outcome."""
+    """Seconds; these three are for Azure alone, and for what tells an outcome."""
 
 
 @dataclass(slots=True, eq=False)
@@ -4871,6 +4872,9 @@ OPERATION_PATIENCE = 60
 TRACEBACK_PROPERTY = "DeadLetterTraceback"
 """The application property of a dead letter that has the end of the traceback."""
 
+WITH_SESSIONS = "--enable-session true"
+"""What `az servicebus queue create` makes a queue with, through which results and groups go."""
+
 DEAD_LETTER_PROPERTIES = ("DeadLetterReason", "DeadLetterErrorDescription", TRACEBACK_PROPERTY)
 """Application properties that a message has for being dead; those of another kind travel on when it is replayed."""
 
@@ -4901,6 +4905,8 @@ class Config:
         service_bus_credential: a credential of azure-identity or azure-core, or a function that makes one.
         azure_credential_include_msi: let the default credential try managed identity, which outside of Azure waits
             for an address that never answers; from AZURE_CREDENTIAL_INCLUDE_MSI.
+        service_bus_reply_queue_name: see AzureServiceBus; from SERVICE_BUS_REPLY_QUEUE_NAME.
+        service_bus_join_queue_name: the same; from SERVICE_BUS_JOIN_QUEUE_NAME.
 
     Raises:
         ConfigurationError: names what is missing or cannot be read.
@@ -4911,6 +4917,8 @@ class Config:
     service_bus_connection_string: str | None = field(default=None, repr=False)
     service_bus_credential: Any = field(default=None, repr=False)
     azure_credential_include_msi: bool | None = None
+    service_bus_reply_queue_name: str | None = None
+    service_bus_join_queue_name: str | None = None
 
     def __post_init__(self) -> None:
         if not self.service_bus_namespace_url and not self.service_bus_connection_string:
@@ -4925,6 +4933,8 @@ class Config:
         )
         if self.azure_credential_include_msi is None:
             self.azure_credential_include_msi = _env_flag("AZURE_CREDENTIAL_INCLUDE_MSI")
+        self.service_bus_reply_queue_name = self.service_bus_reply_queue_name or _env("SERVICE_BUS_REPLY_QUEUE_NAME")
+        self.service_bus_join_queue_name = self.service_bus_join_queue_name or _env("SERVICE_BUS_JOIN_QUEUE_NAME")
         self._check()
 
     def _check(self) -> None:
@@ -5001,6 +5011,10 @@ class AzureServiceBus:
         max_message_bytes: the size limit of a message: 262,144 on Standard, up to 100 MB on Premium.
         duplicate_detection: the window, in seconds, that the queue was made with; 0 for none.
         max_delivery_count: how often the queue delivers a message before it dead-letters it.
+        reply_queue_name: the queue with sessions through which results are told; `<queue_name>-replies` if None.
+        join_queue_name: the queue with sessions and duplicate detection through which groups are joined,
+            `<queue_name>-join` if None. A worker that is given one joins from its start on; else from when it first
+            meets a group's member.
         client_options: for the SDK's `ServiceBusClient`: `transport_type`, `http_proxy`, `custom_endpoint_address`,
             `connection_verify` and others.
 
@@ -5029,10 +5043,21 @@ class AzureServiceBus:
         max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
         duplicate_detection: float = 600,
         max_delivery_count: int = 10,
+        reply_queue_name: str | None = None,
+        join_queue_name: str | None = None,
         **client_options: Any,
     ) -> None:
         self.namespace = _namespace_of(namespace_url)
         self.queue_name = _checked_queue_name(queue_name)
+        home = self.queue_name.removesuffix(DEAD_LETTER_SUFFIX)
+        self.reply_queue = _checked_queue_name(f"{home}-replies" if reply_queue_name is None else reply_queue_name)
+        self.join_queue = _checked_queue_name(f"{home}-join" if join_queue_name is None else join_queue_name)
+        if len({home, self.reply_queue, self.join_queue}) < 3:
+            raise ConfigurationError(
+                f"queue_name={home!r}, reply_queue_name={self.reply_queue!r} and join_queue_name={self.join_queue!r} "
+                "must be three queues: who takes what comes next from one would take what is another's."
+            )
+        self.joins = join_queue_name is not None
         self.max_message_bytes = _count("max_message_bytes", max_message_bytes)
         self.duplicate_detection = self.id_window = _positive("duplicate_detection", duplicate_detection, or_zero=True)
         self.max_delivery_count: int | None = _count("max_delivery_count", max_delivery_count)
@@ -5053,18 +5078,17 @@ class AzureServiceBus:
     def from_config(
         cls,
         config: Config,
-        *,
-        max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
-        duplicate_detection: float = 600,
-        max_delivery_count: int = 10,
-        **client_options: Any,
+        **options: Any,
     ) -> AzureServiceBus:
-        """The bus of a `Config`: by its connection string where it has one, else by namespace and credential."""
+        """The bus of a `Config`: by its connection string where it has one, else by namespace and credential.
+
+        Args:
+            options: those of the constructor, by keyword.
+        """
         options = {
-            "max_message_bytes": max_message_bytes,
-            "duplicate_detection": duplicate_detection,
-            "max_delivery_count": max_delivery_count,
-            **client_options,
+            "reply_queue_name": config.service_bus_reply_queue_name,
+            "join_queue_name": config.service_bus_join_queue_name,
+            **options,
         }
         queue = config.service_bus_queue_name or ""
         if config.service_bus_connection_string:
@@ -5076,28 +5100,20 @@ class AzureServiceBus:
         cls,
         conn_str: str,
         queue_name: str,
-        *,
-        max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
-        duplicate_detection: float = 600,
-        max_delivery_count: int = 10,
-        **client_options: Any,
+        **options: Any,
     ) -> AzureServiceBus:
         """The bus of a connection string, as the Azure portal shows it under "Shared access policies".
 
         One with an `EntityPath` is for that queue and its dead-letter queue only.
+
+        Args:
+            options: those of the constructor, by keyword.
         """
         text = conn_str.strip() if isinstance(conn_str, str) else ""
         endpoint = _connection_setting(text, "Endpoint") or _connection_setting(text, "HostName")
         if not endpoint:
             raise ConfigurationError("The connection string has no Endpoint: it begins with 'Endpoint=sb://...'.")
-        bus = cls(
-            endpoint,
-            queue_name,
-            max_message_bytes=max_message_bytes,
-            duplicate_detection=duplicate_detection,
-            max_delivery_count=max_delivery_count,
-            **client_options,
-        )
+        bus = cls(endpoint, queue_name, **options)
         bus.entity_path = _connection_setting(text, "EntityPath") or None
         if bus.entity_path not in (None, queue_name.removesuffix(DEAD_LETTER_SUFFIX)):
             raise ConfigurationError(
@@ -5201,6 +5217,26 @@ class AzureServiceBus:
             options["sub_queue"] = "deadletter"
         client = self._of_this_loop().client
         return AzureLink(self, queue, client.get_queue_receiver(queue.removesuffix(DEAD_LETTER_SUFFIX), **options))
+
+    def session_link(self, queue: str, session: str | None, wait: float) -> AzureLink:
+        """A receiver of one session of a queue.
+
+        Args:
+            session: its id; None for the next that has messages and that nobody holds, which opening waits for.
+            wait: seconds to wait for it.
+        """
+        sdk = _import_azure()
+        options: dict[str, Any] = {"socket_timeout": SOCKET_TIMEOUT, "timeout": ATTEMPT_TIMEOUT, "max_wait_time": wait}
+        options["session_id"] = sdk.NEXT_AVAILABLE_SESSION if session is None else session
+        hint = f"The queue has to be made {WITH_SESSIONS}."
+        return AzureLink(self, queue, self._of_this_loop().client.get_queue_receiver(queue, **options), hint)
+
+    def without_a_queue(self, queue: str, what: str, options: str, error: BoilermakerError) -> ConfigurationError:
+        """The error of a queue that has to be made for what one asks."""
+        return ConfigurationError(
+            f"{what} of {self.queue_name!r} need the queue {queue!r}: az servicebus queue create --namespace-name "
+            f"{self.namespace.partition('.')[0]} --resource-group ... --name {queue} {options} ({error})"
+        )
 
     def sender_link(self, queue: str) -> AzureLink:
         client = self._of_this_loop().client
@@ -5604,8 +5640,11 @@ class AzureLink:
     opens another. All that is done to internals of the SDK is done in this class.
     """
 
-    def __init__(self, bus: AzureServiceBus, queue: str, sdk: Any) -> None:
+    def __init__(
+        self, bus: AzureServiceBus, queue: str, sdk: Any, hint: str = "Tasks have no sessions: use a queue without."
+    ) -> None:
         self.sdk = sdk
+        self._hint = hint
         self.error: BoilermakerError | None = None
         self.opened = self.heard = 0.0  # the latter is when the service last said something, where that is known
         self.round_trip = 0.0
@@ -5630,7 +5669,7 @@ class AzureLink:
             await asyncio.wait([opening], timeout=CLOSE_TIMEOUT)
             await self.close()
             if isinstance(error, RequestRefused):
-                hint = "Tasks have no sessions: use a queue without." if "session" in str(error) else ""
+                hint = self._hint if "session" in str(error) else ""
                 raise ConfigurationError(f"A link cannot be opened: {error} {hint}") from error
             raise
         # The SDK opens again what was lost, in the middle of any call; and what was closed, for a settlement.
@@ -5922,6 +5961,9 @@ def _sdk_message(message: Outgoing) -> ServiceBusMessage:
             content_type="application/json",
             application_properties=dict(message.application_properties) or None,
             scheduled_enqueue_time_utc=None if message.due is None else _utc(message.due),
+            session_id=message.session,
+            correlation_id=message.correlation_id,
+            time_to_live=None if message.time_to_live is None else datetime.timedelta(seconds=message.time_to_live),
         )
     except (TypeError, ValueError) as error:
         raise RequestRefused(f"Message {message.message_id!r} cannot be sent: {error}") from error
