@@ -2662,7 +2662,13 @@ class Ending(NamedTuple):
     answer: Answer | None
 
 
-def ending_of(bus: ServiceBus, home: str, definition: str | bytes, outcomes: Mapping[int, tuple[bool, str]]) -> Ending:
+def ending_of(
+    bus: ServiceBus,
+    home: str,
+    definition: str | bytes,
+    outcomes: Mapping[int, tuple[bool, str]],
+    error: Exception | None = None,
+) -> Ending:
     """How a group ends: its `on_success` gets the list of the results, or else its `on_failure` the failure.
 
     Args:
@@ -2670,9 +2676,11 @@ def ending_of(bus: ServiceBus, home: str, definition: str | bytes, outcomes: Map
         definition: what opened it.
         outcomes: of its members by position: whether it is a failure, and the value. Where some are missing, its time
             has run out.
+        error: why it cannot be joined.
     """
     group = decode(definition, home)
-    failure = _failure_among(group, outcomes)
+    failure = failure_of(group, type(error).__name__, error, 0) if error is not None else None
+    failure = failure or _failure_among(group, outcomes)
     if failure is None:
         try:
             values = [_from_json(outcomes[position][1]) for position in range(len(outcomes))]
@@ -2697,6 +2705,65 @@ def _ending(bus: ServiceBus, home: str, group: Task, following: Task | None, val
         reply = bus.reply(answer)
         messages += [] if reply is None else [reply]
     return Ending(messages, answer)
+
+
+class GroupState(NamedTuple):
+    """What is known of a group where it is joined from messages: nothing, before the first; or that it has ended.
+
+    Three kinds of messages make it: what opens the group, how a member ended, and, when its time is over, the timer.
+    """
+
+    definition: str = ""
+    outcomes: Mapping[int, tuple[bool, Any]] = {}
+    """Of its members by position: whether it is a failure, and the value."""
+    ended: bool = False
+    timed_out: bool = False
+
+    @classmethod
+    def read(cls, text: str | bytes | None) -> GroupState:
+        """Raises InvalidTaskFormat where another program has written it."""
+        if text is None:
+            return cls()
+        try:
+            document = _from_json(text if isinstance(text, str) else text.decode("utf-8"))
+            outcomes = {int(position): (failed, value) for position, (failed, value) in document["outcomes"].items()}
+            return cls(document["definition"], outcomes, document["ended"])
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise InvalidTaskFormat(f"The state of the session is none of a group: {error}.") from error
+
+    def write(self) -> str | None:
+        """None for nothing."""
+        if self == GroupState():
+            return None
+        return _to_json({"definition": self.definition, "outcomes": self.outcomes, "ended": self.ended})
+
+    def with_message(self, body: str | bytes, home: str) -> GroupState:
+        """What is known after one of its messages, that may have come before; InvalidTaskFormat if it is none."""
+        try:
+            text = body if isinstance(body, str) else body.decode("utf-8")
+            document = _from_json(text)
+            if "group" in document:
+                decode(text, home)
+                return self if self.ended or self.definition else self._replace(definition=text)
+            if "timeout" in document:
+                return self._replace(timed_out=True)
+            position, outcome = int(document["position"]), (document["failed"] is True, document["value"])
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise InvalidTaskFormat(f"The body tells nothing of a group: {error}.") from error
+        if self.ended or not self.definition or position in self.outcomes:
+            return self  # it has ended, or was not begun; or the member had ended before
+        return self._replace(outcomes={**self.outcomes, position: outcome})
+
+    def ends(self, home: str) -> bool:
+        """Whether what follows the group is to be published."""
+        if self.ended or not self.definition:
+            return False
+        group = decode(self.definition, home).group
+        return self.timed_out or (group is not None and all(n in self.outcomes for n in range(group.total)))
+
+    def after_the_end(self) -> GroupState:
+        """What is left to be known of a group that has ended: until its timer comes, that it has."""
+        return GroupState() if self.timed_out else GroupState(ended=True)
 
 
 def _failure_among(group: Task, outcomes: Mapping[int, tuple[bool, str]]) -> dict[str, Any] | None:
@@ -4872,6 +4939,21 @@ OPERATION_PATIENCE = 60
 TRACEBACK_PROPERTY = "DeadLetterTraceback"
 """The application property of a dead letter that has the end of the traceback."""
 
+JOINED_SESSIONS = 4
+"""Groups that one worker joins at a time."""
+
+JOINED_AT_ONCE = 100
+"""How many members' endings are noted together."""
+
+ACCEPT_WAIT, MORE_WAIT = 30, 2
+"""Seconds for which one request waits for a group that has something to be joined; while there are some, for more."""
+
+JOIN_WAIT = 0.2
+"""Seconds without a message after which a worker leaves a group."""
+
+JOIN_REST = 1.0
+"""Seconds without a group to be joined, after which a worker that ends when all is done takes it for done."""
+
 WITH_SESSIONS = "--enable-session true"
 """What `az servicebus queue create` makes a queue with, through which results and groups go."""
 
@@ -5163,15 +5245,20 @@ class AzureServiceBus:
             given = "its options" if self._connection_string is None else "its connection string, or its options,"
             raise ConfigurationError(f"{self!r}: {given} cannot be read: {error}") from None
         administration = AzureAdministration(self.namespace, self._connection_string, credential, self._client_options)
-        return _Opened(client, {}, administration)
+        return _Opened(client, {}, administration, set())
 
     async def send(self, messages: Sequence[Outgoing]) -> list[int | None]:
-        numbers: list[int | None] = []
-        for queue, group in itertools.groupby(messages, key=lambda message: message.queue):
+        by_queue: dict[str, list[int]] = collections.defaultdict(list)  # what opens groups before their members
+        for place, message in enumerate(messages):
+            by_queue[message.queue].append(place)
+        numbers: list[int | None] = [None] * len(messages)
+        for queue, places in by_queue.items():
             senders = self._of_this_loop().senders
             if queue not in senders:
                 senders[queue] = AzureSender(self, queue)
-            numbers += await senders[queue].send(list(group))
+            sent = await senders[queue].send([messages[place] for place in places])
+            for place, number in zip(places, sent, strict=True):
+                numbers[place] = number
         return numbers
 
     def address(self, task_id: str, ttl: float) -> Address:
@@ -5181,22 +5268,31 @@ class AzureServiceBus:
         raise UsageError("Results are kept on the local bus only.")
 
     async def expect(self, addresses: Sequence[Address]) -> None:
-        raise UsageError("Results are kept on the local bus only.")
+        if any(address.position is not None for address in addresses):
+            await self.check_join_queue()
 
     def reply(self, answer: Answer) -> Outgoing | None:
-        raise UsageError("Results are kept on the local bus only.")
+        to = answer.to
+        body = f'{{"position":{to.position},"failed":{_to_json(answer.failed)},"value":{answer.value}}}'
+        return Outgoing(body, f"{to.id}:{to.position}", to.queue or "", session=to.id)
 
     async def outcome(self, address: Address, timeout: float | None) -> Answer:
         raise UsageError("Results are kept on the local bus only.")
 
     def member_address(self, group_id: str, position: int) -> Address:
-        raise UsageError("Groups are on the local bus only.")
+        return Address(group_id, position=position, queue=self.join_queue)
 
     def open_group(self, message: Outgoing) -> list[Outgoing]:
-        raise UsageError("Groups are on the local bus only.")
+        """What defines the group, and its timer: messages of a session of its own in the join queue."""
+        group_id, settings = message.message_id, decode(message.body, self.queue_name).group
+        assert settings is not None
+        end = (message.due or time.time()) + settings.timeout
+        opening, timer = (str(uuid.uuid5(_ID_NAMESPACE, f"{part}\n{group_id}")) for part in ("opening", "timer"))
+        head = message._replace(message_id=opening, queue=self.join_queue, due=None, session=group_id)
+        return [head, head._replace(message_id=timer, body=_to_json({"timeout": True}), due=end, numbered=False)]
 
     async def progress(self, group_id: str) -> Progress:
-        raise UsageError("Groups are on the local bus only.")
+        raise UsageError(f"{self!r} does not tell how far a group is: only a local bus does.")
 
     def size(self, message: Outgoing) -> int:
         """The body, the ids and properties, and 512 bytes for what AMQP adds to them."""
@@ -5207,8 +5303,23 @@ class AzureServiceBus:
         self, on_lock_lost: Callable[[Delivery], None], max_renewal: float, suspect_from: int = MAX_SECONDS
     ) -> AzureReceiver:
         receiver = AzureReceiver(self, on_lock_lost, max_renewal)
+        if self.joins:
+            await self.check_join_queue()
         await receiver.open()
+        if self.joins:
+            receiver.join_groups()
         return receiver
+
+    async def check_join_queue(self) -> None:
+        """Raise ConfigurationError unless there is a queue with sessions, through which groups are joined."""
+        opened = self._of_this_loop()
+        if self.join_queue not in opened.checked_queues:
+            try:
+                async with self.session_link(self.join_queue, str(uuid.uuid4()), ATTEMPT_TIMEOUT):
+                    opened.checked_queues.add(self.join_queue)
+            except ConfigurationError as error:
+                options = f"{WITH_SESSIONS} --enable-duplicate-detection true"
+                raise self.without_a_queue(self.join_queue, "Groups", options, error) from error
 
     def receiver_link(self, queue: str | None = None) -> AzureLink:
         queue = queue or self.queue_name
@@ -5410,6 +5521,7 @@ class _Opened(NamedTuple):
     client: ServiceBusClient
     senders: dict[str, AzureSender]
     administration: AzureAdministration
+    checked_queues: set[str]
 
 
 def _import_azure() -> Any:
@@ -6014,6 +6126,7 @@ class AzureReceiver:
         self._settling: set[asyncio.Future[None]] = set()
         self._locks: dict[Delivery, _Lock] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._joiner: AzureJoiner | None = None
 
     async def open(self) -> None:
         """Connect, so that what is wrong with the settings shows at the start; a failure that may pass, soon after."""
@@ -6076,9 +6189,16 @@ class AzureReceiver:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+            if self._joiner is not None:
+                await self._joiner.close()
             await self._link.close()
 
         await asyncio.shield(asyncio.ensure_future(close_all()))
+
+    def join_groups(self) -> None:
+        """Begin to end groups too: those of the bus's join queue."""
+        if self._joiner is None:
+            self._joiner = AzureJoiner(self._bus)
 
     # -- receiving
 
@@ -6101,16 +6221,10 @@ class AzureReceiver:
             await asyncio.wait(self._settling, timeout=SETTLE_WAIT)
         while not self._closing:
             link = await self._working_link()
-            receive = functools.partial(link.call, link.sdk.receive_messages)
             try:
-                messages: list[ServiceBusReceivedMessage] = []
-                if self._busy:
-                    wait = max(self._batch_wait, 2 * link.round_trip)
-                    messages = await receive(max_message_count, max_wait_time=wait)
-                if not messages:
-                    messages = await receive(1, max_wait_time=max_wait_time or EMPTY_WAIT)
-                if not messages and time.monotonic() - link.heard > SILENCE:
-                    await link.request(link.sdk.peek_messages, 1, timeout=ATTEMPT_TIMEOUT)
+                messages = await self._receive_over(link, max_message_count, max_wait_time)
+                if not messages and not max_wait_time and self._joiner is not None and await self._joiner.rest():
+                    continue  # what follows a group may have come
             except Throttled:
                 await asyncio.sleep(RETRY_PAUSE)
             except BoilermakerError as error:
@@ -6121,6 +6235,20 @@ class AzureReceiver:
                     link.heard = time.monotonic()
                 return [self._hold(raw) for raw in messages]
         return []
+
+    async def _receive_over(
+        self, link: AzureLink, max_message_count: int, max_wait_time: float
+    ) -> list[ServiceBusReceivedMessage]:
+        receive = functools.partial(link.call, link.sdk.receive_messages)
+        messages: list[ServiceBusReceivedMessage] = []
+        if self._busy:
+            wait = max(self._batch_wait, 2 * link.round_trip)
+            messages = await receive(max_message_count, max_wait_time=wait)
+        if not messages:
+            messages = await receive(1, max_wait_time=max_wait_time or EMPTY_WAIT)
+        if not messages and time.monotonic() - link.heard > SILENCE:
+            await link.request(link.sdk.peek_messages, 1, timeout=ATTEMPT_TIMEOUT)
+        return messages
 
     def _hold(self, raw: ServiceBusReceivedMessage) -> Delivery:
         if raw.enqueued_time_utc is not None:
@@ -6165,6 +6293,8 @@ class AzureReceiver:
         try:
             if settlement.messages:
                 await self._insist(settlement, functools.partial(self._bus.send, settlement.messages))
+            if settlement.answer is not None and settlement.answer.to.queue == self._bus.join_queue:
+                self.join_groups()
             if held:
                 await self._insist(settlement, functools.partial(self._dispose, settlement))
         except BoilermakerError as error:
@@ -6354,6 +6484,145 @@ class AzureReceiver:
     def _lose(self, delivery: Delivery) -> None:
         if self._locks.pop(delivery, None) is not None:
             self._on_lock_lost(delivery)
+
+
+class AzureJoiner:
+    """Ends groups: takes the sessions of the join queue as they have messages, each a group, some at a time.
+
+    The session's state is what is known of the group. In this order: the state is set, what follows is published, the
+    state says that it has ended, the messages are completed. Whoever dies in between is followed by one that does the
+    same again, of which duplicate detection keeps one.
+    """
+
+    def __init__(self, bus: AzureServiceBus) -> None:
+        self._bus = bus
+        self._home = bus.queue_name.removesuffix(DEAD_LETTER_SUFFIX)
+        self._accepting: set[asyncio.Task[None]] = set()
+        self._joining = 0
+        self._last_join = time.monotonic()
+        self._spawn(ACCEPT_WAIT)
+
+    def _spawn(self, wait: float) -> None:
+        task = asyncio.get_running_loop().create_task(self._accept(wait))
+        self._accepting.add(task)
+        task.add_done_callback(self._accepting.discard)
+
+    async def close(self) -> None:
+        tasks = list(self._accepting)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def rest(self) -> bool:
+        """Wait until no group is being joined any more; whether there was something to wait for."""
+        began = self._last_join
+        while self._joining or time.monotonic() - self._last_join < JOIN_REST:
+            await asyncio.sleep(RETRY_PAUSE / 5)
+        return began != self._last_join
+
+    async def _accept(self, wait: float) -> None:
+        """Take one group after the other, as they have messages; where there is one, let others look for more.
+
+        Args:
+            wait: seconds to wait for the next. One waits without end; the others only as long as there is much to do.
+        """
+        failures = 0
+        while True:
+            link = self._bus.session_link(self._bus.join_queue, None, wait)
+            try:
+                await link.__aenter__()
+            except ConfigurationError as error:
+                logger.error("This worker joins no groups: %s", error)
+                return
+            except BoilermakerError as error:
+                if type(error.__cause__).__name__ == "OperationTimeoutError":  # there was none
+                    if wait < ACCEPT_WAIT:
+                        return
+                    continue
+                failures += 1
+                pause = random.uniform(0.5, 1.0) * min(2.0 ** min(failures, 10) / 16, MAX_BACKOFF)
+                logger.warning("Waiting for groups failed, will try again in %.1f s: %s", pause, error)
+                await asyncio.sleep(pause)
+                continue
+            failures = 0
+            for _ in range(JOINED_SESSIONS - len(self._accepting)):
+                self._spawn(MORE_WAIT)
+            self._joining += 1
+            try:
+                await self._join(link)
+            finally:
+                self._joining -= 1
+                self._last_join = time.monotonic()
+
+    async def _join(self, link: AzureLink) -> None:
+        """See to one group, for as long as there are messages about it."""
+        renewing = asyncio.get_running_loop().create_task(self._renew(link))
+        try:
+            state = GroupState.read(await link.request(link.sdk.session.get_state, timeout=ATTEMPT_TIMEOUT))
+            receive, wait = functools.partial(link.call, link.sdk.receive_messages), BATCH_WAIT
+            while messages := await receive(JOINED_AT_ONCE, max_wait_time=wait) or await receive(1, max_wait_time=wait):
+                state, wait = await self._take_in(link, state, messages), JOIN_WAIT
+                if not state.definition:  # it has ended
+                    break
+        except InvalidTaskFormat as error:
+            logger.error("A session of %r is no group's: %s", self._bus.join_queue, error)
+        except BoilermakerError as error:
+            logger.warning("Joining a group was interrupted, somebody will try again: %s", error)
+        finally:
+            renewing.cancel()
+            await asyncio.shield(asyncio.ensure_future(link.close()))
+
+    async def _take_in(
+        self, link: AzureLink, state: GroupState, messages: Sequence[ServiceBusReceivedMessage]
+    ) -> GroupState:
+        """Note what some messages tell; end the group if that was all."""
+        former, understood = state, []
+        for raw in messages:
+            try:
+                state = state.with_message(_body_of(raw), self._home)
+                understood.append(raw)
+            except InvalidTaskFormat as error:  # to close a session counts no delivery: it would come for ever
+                number, why = raw.sequence_number, describe(error)
+                logger.error("Dead-lettered what is no message of a group sequence_number=%s: %s", number, why)
+                await link.call(link.dead_letter, raw, "InvalidTaskFormat", why, {})
+        too_large = self._too_large(state)
+        if too_large is not None or state.ends(self._home):
+            if too_large is None:
+                await self._set(link, state)
+            await self._publish(state, too_large)
+            state = state.after_the_end()
+        elif state.timed_out:
+            state = GroupState()
+        if state != former:
+            await self._set(link, state)
+        await asyncio.gather(*[link.call(link.sdk.complete_message, raw) for raw in understood])
+        return state
+
+    def _too_large(self, state: GroupState) -> MessageTooLarge | None:
+        size, limit = len(state.write() or ""), self._bus.max_message_bytes
+        if size <= limit:
+            return None
+        return MessageTooLarge(
+            f"the results of {len(state.outcomes)} members have {size} bytes, the limit is {limit}: return ids of what "
+            "is stored elsewhere"
+        )
+
+    async def _publish(self, state: GroupState, error: Exception | None) -> None:
+        outcomes = {position: (failed, _to_json(value)) for position, (failed, value) in state.outcomes.items()}
+        ending = ending_of(self._bus, self._home, state.definition, outcomes, error)
+        await self._bus.send(ending.messages)
+
+    async def _set(self, link: AzureLink, state: GroupState) -> None:
+        await link.request(link.sdk.session.set_state, state.write(), timeout=ATTEMPT_TIMEOUT)
+
+    async def _renew(self, link: AzureLink) -> None:
+        """Keep the session, at half of what is left of its lock each time."""
+        with contextlib.suppress(BoilermakerError):  # then it is another's
+            until = link.sdk.session.locked_until_utc
+            while True:
+                left = (until - _utc(time.time())).total_seconds()
+                await asyncio.sleep(max(left, SHORTEST_LOCK) / 2 if left <= LONGEST_LOCK else SHORTEST_LOCK / 2)
+                until = await link.request(link.sdk.session.renew_lock, timeout=ATTEMPT_TIMEOUT)
 
 
 class AzureBrowser:
@@ -8300,8 +8569,7 @@ class Boilermaker:
                 _set_options(head, its)
             if self._keeps_results or "result_ttl" in its:
                 self._keep_results(head, its)
-        expected = [head.outcome_to for head in heads if head.outcome_to is not None]
-        if expected:
+        if expected := self._expected(heads):
             await self.service_bus_client.expect(expected)
         with contextlib.ExitStack() as spans:
             messages, firsts = list[Outgoing](), list[int]()
@@ -8316,6 +8584,15 @@ class Boilermaker:
         for head, first in zip(heads, firsts, strict=True):
             head.sequence_number, head.message_id = numbers[first], head.task_id
         return heads
+
+    def _expected(self, heads: Sequence[Task]) -> list[Address]:
+        """Where the outcomes of workflows are told, and those of the members of their groups."""
+        expected = [head.outcome_to for head in heads if head.outcome_to is not None]
+        for head in heads:
+            if head.on_success is not None or head.on_failure is not None or head.group is not None:
+                groups = [task for task in _workflow(head) if task.group is not None]
+                expected += [self.service_bus_client.member_address(task.task_id, 0) for task in groups]
+        return expected
 
     def _keep_results(self, head: Task, options: PublishOptions) -> None:
         """Say where the outcomes of a workflow are told: its own, and those of what follows a failure, each its own."""
