@@ -459,10 +459,14 @@ class Broker(Store):
         """The next messages of a held session, which are locked for as long as it is."""
         now, (queue_id, settings) = time.time(), self._queue(queue)
         available = f"{IN_SESSION} AND state = {READY} AND due <= ?"
-        over = f"{available} AND (expires <= ? OR delivery_count >= ?)"
-        sql = f"SELECT sequence_number, delivery_count, 0, 0, 0, expires, 0 FROM message WHERE {over}"
-        outlived = self.sql.execute(sql, (queue_id, session_id, now, now, settings.max_delivery_count)).fetchall()
-        self._bury(queue, outlived, now)  # rows as `claim` has them
+        ends = {
+            "TTLExpiredException": ("expires <= ?", now),
+            "MaxDeliveryCountExceeded": ("delivery_count >= ?", settings.max_delivery_count),
+        }
+        for reason, (condition, limit) in ends.items():
+            for row in self.rows(f"{available} AND {condition}", queue_id, session_id, now, limit):
+                self._changed("UPDATE message SET state = ? WHERE sequence_number = ?", (LOCKED, row.sequence_number))
+                self.dead_letter(queue, row._replace(state=LOCKED).lock, reason, "It was not settled before.", now)
 
         in_order = f"{available} ORDER BY due, sequence_number LIMIT ?"
         rows = self.rows(in_order, queue_id, session_id, now, max_message_count)
