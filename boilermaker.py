@@ -2901,6 +2901,9 @@ BY_NUMBER = "message NOT INDEXED"
 GROUPS_INTERVAL = 1.0
 """Seconds between two looks whether the time of a group has run out."""
 
+GROUP_MEMBERS_AT_ONCE = 1000
+"""Members of a group that one transaction forgets."""
+
 GROUP_KEPT = 600
 """Seconds for which a group that has ended is known, for who asks for its progress."""
 
@@ -3315,10 +3318,10 @@ class Store(Connection):
         Args:
             instead: of what may be there, as of a task that has run anew; a member's first outcome stands.
         """
-        self.additions += 1
         if answer.to.position is not None:
             self._join(answer.to.id, answer.to.position, answer, now)
             return
+        self.additions += 1
         self.bytes_written += len(answer.value) + BYTES_OF_A_CHANGE
         self.sql.execute("DELETE FROM outcome WHERE expires <= ?", (now,))
         self.sql.execute(
@@ -3338,7 +3341,7 @@ class Store(Connection):
                 return 0
             window = self._queue(message.queue)[1].id_window(given_id=True) or 0
             self._remember(queue_id, group_id, now + window, 0, message.outcome_id)
-            self._forget_groups([group_id])
+            self._forget_group(group_id)
         self.bytes_written += len(message.body) + BYTES_OF_A_CHANGE
         due = max(message.due or 0, now) + settings.timeout
         self.sql.execute(
@@ -3380,20 +3383,27 @@ class Store(Connection):
             self.tell(ending.answer, now)
 
     def _see_to_groups(self, queue_id: int, now: float) -> None:
-        """End a queue's groups whose time has run out, and forget those that ended long ago."""
-        self._groups_seen_to = now
+        """End a queue's group whose time has run out, or forget one that ended long ago, if there is one."""
         is_open = "EXISTS (SELECT 1 FROM group_member AS member WHERE member.group_id = g.group_id AND position = -1)"
-        due = self.sql.execute(
-            f"SELECT group_id, {is_open} FROM task_group AS g WHERE due <= ? AND queue_id = ? LIMIT 10", (now, queue_id)
-        ).fetchall()
-        for group_id, is_running in due:
-            if is_running:
-                self._end_group(group_id, now)
-        self._forget_groups([group_id for group_id, is_running in due if not is_running])
+        due = self._one(
+            f"SELECT group_id, {is_open} FROM task_group AS g WHERE due <= ? AND queue_id = ? LIMIT 1", (now, queue_id)
+        )
+        if due is None:
+            self._groups_seen_to = now
+        elif due[1]:
+            self._end_group(due[0], now)
+        else:
+            self._forget_group(due[0], GROUP_MEMBERS_AT_ONCE)
 
-    def _forget_groups(self, ids: Sequence[str]) -> None:
-        for table in ("group_member", "task_group") if ids else ():
-            self.sql.executemany(f"DELETE FROM {table} WHERE group_id = ?", [(group_id,) for group_id in ids])
+    def _forget_group(self, group_id: str, most: int = MAX_SECONDS) -> None:
+        """Delete what is left of a group; of a large one, only so many members."""
+        members = "SELECT group_id, position FROM group_member WHERE group_id = ? LIMIT ?"
+        deleted = self.sql.execute(
+            f"DELETE FROM group_member WHERE (group_id, position) IN ({members})", (group_id, most)
+        )
+        self.bytes_written += deleted.rowcount * BYTES_OF_A_CHANGE
+        if deleted.rowcount < most:
+            self.sql.execute("DELETE FROM task_group WHERE group_id = ?", (group_id,))
 
     def progress(self, group_id: str) -> Progress | None:
         """How far a group is, until some time after its end."""
