@@ -7224,7 +7224,7 @@ async def test_a_delay_that_was_said_once_is_not_that_of_the_next_publish(open_b
 async def test_what_is_for_the_head_is_refused_of_what_follows():
     async with app_with_pages() as app:
         fetch, parse = app.task(name="fetch")(fetch_page), app.task(name="parse")(parse_page)
-        with pytest.raises(UsageError, match=r"<Task parse .*> follows another task: delay= is for the head"):
+        with pytest.raises(UsageError, match=r"<Task parse .*> is a part of a workflow: delay= is for the head"):
             await (fetch.si("x") | parse.options(delay=5)).publish()
         with pytest.raises(UsageError, match=r"a \| b makes copies with fresh ids; .*publish\(task_id=...\)"):
             fetch.options(task_id="mine").si("x") | parse
