@@ -1623,7 +1623,8 @@ def _read_group(document: dict[str, Any], name: str, where: str) -> GroupSetting
         timeout = _time_limit("timeout", document["timeout"]) or 0
         names = tuple((str(member), _count("names", count)) for member, count in document["names"])
         settings = GroupSettings(document["return_exceptions"] is True, timeout, names)
-        _count("names", settings.total + 1)
+        if settings.total > MAX_SECONDS:
+            raise ValueError(f"{settings.total} members")
     except (KeyError, TypeError, ValueError) as error:
         raise InvalidTaskFormat(
             f"{name} of {where}: {_short(document)} are no settings of a group: {error}."
@@ -2728,7 +2729,7 @@ class GroupState(NamedTuple):
     timed_out: bool = False
 
     @classmethod
-    def read(cls, text: str | bytes | None) -> GroupState:
+    def read(cls, text: str | bytes | None, home: str) -> GroupState:
         """Raises InvalidTaskFormat where another program has written it."""
         if text is None:
             return cls()
@@ -2736,7 +2737,7 @@ class GroupState(NamedTuple):
             document = _from_json(text if isinstance(text, str) else text.decode("utf-8"))
             outcomes = {int(position): (failed, value) for position, (failed, value) in document["outcomes"].items()}
             state = cls(document["definition"], outcomes, document["ended"])
-            if state.definition and decode(state.definition, "tasks").group is None:
+            if state.definition and decode(state.definition, home).group is None:
                 raise ValueError("its definition is a task's")
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError, InvalidTaskFormat) as error:
             raise InvalidTaskFormat(f"The state of the session is none of a group: {error}.") from error
@@ -5278,9 +5279,8 @@ class AzureServiceBus:
 
     async def send(self, messages: Sequence[Outgoing]) -> list[int | None]:
         by_queue: dict[str, list[int]] = collections.defaultdict(list)
-        for place, message in sorted(enumerate(messages), key=lambda each: each[1].session is None):
-            # what opens groups before their members
-            by_queue[message.queue].append(place)
+        for place in sorted(range(len(messages)), key=lambda place: messages[place].session is None):
+            by_queue[messages[place].queue].append(place)  # what opens groups before their members
         numbers: list[int | None] = [None] * len(messages)
         for queue, places in by_queue.items():
             senders = self._of_this_loop().senders
@@ -6613,7 +6613,7 @@ class AzureJoiner:
         """What is known of the group; what another program has left there is removed, lest it be met for ever."""
         text = await link.request(link.sdk.session.get_state, timeout=ATTEMPT_TIMEOUT)
         try:
-            return GroupState.read(text)
+            return GroupState.read(text, self._home)
         except InvalidTaskFormat as error:
             logger.error("Removed a state in %r: %s", self._bus.join_queue, error)
             await self._set(link, GroupState())
@@ -8625,17 +8625,17 @@ class Boilermaker:
         if expected := self._expected(heads):
             await self.service_bus_client.expect(expected)
         with contextlib.ExitStack() as spans:
-            messages, firsts = list[Outgoing](), list[int]()
+            messages, firsts = list[Outgoing](), list[int | None]()
             for head, its in zip(heads, said, strict=True):
-                firsts.append(len(messages))
                 some = self._messages_of(head, head.task_id, _due_time(its.get("delay"), its.get("eta")), spans)
                 if head._id_is_given:
                     some = [message._replace(given_id=True) for message in some]
                     some[0] = some[0]._replace(outcome_id=head.task_id)
+                firsts.append(len(messages) if some else None)  # of an empty group that nothing follows
                 messages += some
             numbers = await self._send(messages, max((its.get("publish_attempts") or 1 for its in said), default=1))
         for head, first in zip(heads, firsts, strict=True):
-            head.sequence_number, head.message_id = numbers[first], head.task_id
+            head.sequence_number, head.message_id = None if first is None else numbers[first], head.task_id
         return heads
 
     def _check_group(self, head: Task, options: PublishOptions) -> None:

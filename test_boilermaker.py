@@ -11663,11 +11663,12 @@ async def test_the_members_of_a_delayed_group_wait_as_the_body_of_one_without_do
     tasks = group_tasks(new_bus())
     app = tasks.app
     works = [tasks.add.map([1, 2]) | tasks.note.s("some"), tasks.add.map([]) | tasks.note.s("none")]
-    due = datetime.datetime.now(datetime.UTC) + datetime.timedelta(seconds=2)
-    await app.publish_many(works, eta=due)
+    await app.publish_many(works, delay=3600)
     messages = await app.peek()
     assert {message.state for message in messages} == {boilermaker.MessageState.SCHEDULED}
     assert [message.task.function_name for message in messages] == ["add", "add", "note"]
+    due = datetime.datetime.now(datetime.UTC) + datetime.timedelta(seconds=1)
+    await app.publish_many([work.copy() for work in works], eta=due)
     async with working(app):
         await until(lambda: app.state)
         assert datetime.datetime.now(datetime.UTC) >= due
@@ -11719,6 +11720,15 @@ async def test_a_group_is_published_once_and_its_copy_once_more(new_bus):
         await copy.publish()
         await until(lambda: len(app.state.get("body", ())) == 2)
     assert app.state == {"body": [[2, 3]] * 2}
+
+
+async def test_an_empty_group_that_nothing_follows_is_nothing(new_bus):
+    tasks = group_tasks(new_bus())
+    await tasks.app.publish_many([tasks.note.si(1), group(), tasks.note.si(2), tasks.add.map([])])
+    alone = await tasks.app.publish_task(group())
+    assert alone.message_id == alone.task_id
+    async with working(tasks.app):
+        await until(lambda: tasks.app.state == {"body": [1, 2]})
 
 
 async def test_groups_are_published_beside_tasks_whatever_their_order(new_bus):
@@ -12256,7 +12266,7 @@ def test_what_is_known_of_a_group_by_its_messages_and_when_it_ends(bodies, value
     assert {position: value for position, (_, value) in state.outcomes.items()} == values
     assert (state.ended, state.timed_out, state.ends("tasks")) == (ended, timed_out, ends)
     written = state.write()
-    again = boilermaker.GroupState.read(written if written is None else written.encode())
+    again = boilermaker.GroupState.read(written if written is None else written.encode(), "tasks")
     assert again == state._replace(timed_out=False)
     assert state_after(*[body.encode() for body in bodies]) == state
 
@@ -12264,7 +12274,7 @@ def test_what_is_known_of_a_group_by_its_messages_and_when_it_ends(bodies, value
 def test_what_is_left_of_a_group_that_has_ended_is_that_it_has_until_its_timer_comes():
     over = state_after(OPENING, tells(0), tells(1)).after_the_end()
     assert over == boilermaker.GroupState(ended=True)
-    assert boilermaker.GroupState.read(over.write()) == over
+    assert boilermaker.GroupState.read(over.write(), "tasks") == over
     for body in (OPENING, tells(0), tells(1)):
         assert state_after(body, since=over) == over
         assert not over.ends("tasks")
@@ -12318,7 +12328,7 @@ NO_STATES = {
 @pytest.mark.parametrize("text", NO_STATES.values(), ids=NO_STATES)
 def test_what_another_program_left_in_a_session_is_no_state_of_a_group(text):
     with pytest.raises(InvalidTaskFormat):
-        boilermaker.GroupState.read(text)
+        boilermaker.GroupState.read(text, "tasks")
 
 
 def test_a_group_is_sent_as_what_opens_it_and_its_members_nested_ones_likewise():
