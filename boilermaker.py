@@ -1130,13 +1130,14 @@ class TaskFunction(functools.partial[Coroutine[Any, Any, R]], Generic[P, R]):
 
     def map(self, items: Iterable[Any], /, *args: Any, **kwargs: Any) -> Group[R]:
         """A group of this function's calls, one for each item: `fn(state, item, *args, **kwargs)`; see `group`."""
-        calls = [self.si(item, *args, **kwargs) for item in _listed(items, f"{self.registration.name}.map")]
+        calls = [self._call((item, *args), dict(kwargs)) for item in _listed(items, f"{self.registration.name}.map")]
         whole: Group[R] = group(calls)
         whole._app, whole._publishing = self.app, self._about_sending()
         if "task_id" in self._publishing:
             _set_options(whole, {"task_id": self._publishing["task_id"]})
-        for call in calls:  # what is said of publishing is said of the group
-            call._publishing = {}
+        for call in calls:
+            _check_arguments(call)
+            call._publishing = {}  # what is said of publishing is said of the group
             if call._id_is_given:
                 call.task_id, call._id_is_given = new_task_id(), False
         return whole
@@ -8336,8 +8337,11 @@ class Boilermaker:
 
     def _add_schedule(self, name: str | None, workflow: Any, when: When, of_registration: bool = False) -> Schedule:
         try:
-            is_plain = callable(workflow) and not isinstance(workflow, TaskFunction)
-            head = self.create_task(workflow) if is_plain else _as_task(workflow, "What is scheduled")
+            if callable(workflow) and not isinstance(workflow, TaskFunction):
+                head = self._new_task(workflow, (), {}, None)
+                _check_arguments(head)
+            else:
+                head = _as_task(workflow, "What is scheduled")
         except InvalidArguments as error:
             raise InvalidArguments(
                 f"{error} A schedule gives no arguments: app.schedule(fn.si(...), ...) binds them."
