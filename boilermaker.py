@@ -21,15 +21,16 @@ A task is an `async def` whose first argument is the application's state. Publis
 arguments into a JSON message on a queue; a worker receives the message under a lock, runs the function, and settles
 the message: completed, retried later, or dead-lettered. What must follow (a callback, the next step of a chain, a
 retry) is a message too, published before its parent is settled, so that a worker may die at any instant and nothing
-is lost. Deciding what follows is pure (section 6); only the worker and the application (sections 12 and 13) talk to
-a bus.
+is lost. How a workflow ended is told, in the same way, to who awaits its result or to the group that it is a member of.
+Deciding what follows, and what is told to whom, is pure (section 6); only the worker and the application (sections 12
+and 13) talk to a bus.
 
     1.  Vocabulary      errors, limits, checks, clocks
     2.  Retries         policies and the exceptions that carry them
-    3.  Tasks           a task, its callbacks, chains; the decorated function
+    3.  Tasks           a task, its callbacks, chains, groups; the decorated function
     4.  Wire format     a task as JSON, compatible with boilermaker-servicebus 1.x
     5.  Messages        what travels between the application and a bus
-    6.  Decisions       what happens to a message: a table and a pure function
+    6.  Decisions       what happens to a message, and how a group ends: a table and pure functions
     7.  Store           the embedded queue as SQL
     8.  Local bus       group commit, waking up, lock renewal around the store
     9.  Azure bus       the same protocol over azure-servicebus
@@ -587,7 +588,7 @@ def _members_of(group: BaseExceptionGroup[Any]) -> Iterator[Any]:
 
 
 # ======================================================================================================================
-# 3. Tasks: a task, its callbacks, chains; the decorated function
+# 3. Tasks: a task, its callbacks, chains, groups; the decorated function
 # ======================================================================================================================
 
 TaskCallable: TypeAlias = Callable[Concatenate[Any, P], Coroutine[Any, Any, R]]
@@ -2275,7 +2276,7 @@ class ServiceBus(Protocol):
 
 
 # ======================================================================================================================
-# 6. Decisions: what happens to a message
+# 6. Decisions: what happens to a message, and how a group ends
 # ======================================================================================================================
 
 # The handling of a message ends in one of the ways that `Outcome` lists, as a table: how the message is settled, by
@@ -8586,10 +8587,11 @@ class Boilermaker:
         if expected := self._expected(heads):
             await self.service_bus_client.expect(expected)
         with contextlib.ExitStack() as spans:
-            messages, firsts = list[Outgoing](), list[int]()
+            messages, firsts, make = list[Outgoing](), list[int](), self._maker(spans)
             for head, its in zip(heads, said, strict=True):
                 firsts.append(len(messages))
-                some = self._messages_of(head, head.task_id, _due_time(its.get("delay"), its.get("eta")), spans)
+                due = _due_time(its.get("delay"), its.get("eta"))
+                some = messages_of(self.service_bus_client, make, head, head.task_id, due)
                 if head._id_is_given:
                     some = [message._replace(given_id=True) for message in some]
                     some[0] = some[0]._replace(outcome_id=head.task_id)
@@ -8621,11 +8623,11 @@ class Boilermaker:
     async def publish_ticks(self, schedule: Schedule, times: Sequence[datetime.datetime]) -> None:
         """Publish a schedule's ticks of some times, unless the bus remembers that somebody has."""
         with contextlib.ExitStack() as spans:
-            messages = []
+            messages, make = list[Outgoing](), self._maker(spans)
             for when in times:
                 tick = self.bound(schedule.tick(when))
-                for message in self._messages_of(tick, tick.task_id, when.timestamp(), spans):
-                    messages.append(message._replace(given_id=True, numbered=False))
+                some = messages_of(self.service_bus_client, make, tick, tick.task_id, when.timestamp())
+                messages += [message._replace(given_id=True, numbered=False) for message in some]
             if messages:
                 await self._send(messages, 1)
 
@@ -8636,7 +8638,7 @@ class Boilermaker:
             UsageError: the task is not the head, a function is not registered, or a queue cannot be sent to.
         """
         _check_beginning(head)
-        for first in [head] if head.group is None else _beginnings_of(head):
+        for first in _beginnings_of(head) if head.group is not None or head.takes_result else ():
             if first.takes_result:
                 raise UsageError(
                     f"{first!r} was made by .s(), for a parent's result, but has no parent: make it by .si()."
@@ -8660,30 +8662,27 @@ class Boilermaker:
 
     def messages_of(self, task: Task, message_id: str, due: float | None = None) -> list[Outgoing]:
         """What is to be sent for what follows another task."""
-        return self._messages_of(self.bound(task), message_id, due, None)
+        return messages_of(self.service_bus_client, self._maker(None), self.bound(task), message_id, due)
 
-    def _messages_of(
-        self, task: Task, message_id: str, due: float | None, spans: contextlib.ExitStack | None
-    ) -> list[Outgoing]:
-        """The messages of a task, or of a group.
+    def _maker(self, spans: contextlib.ExitStack | None) -> Callable[[Task, str, float | None], Outgoing]:
+        """What makes one task's message, traced if that is wanted.
 
         Args:
             spans: where a span that covers the sending is ended; if None, it covers only the making.
         """
-        bus, home = self.service_bus_client, self.queue_name
-        if self.tracing is None:
-            return messages_of(bus, functools.partial(outgoing_of, bus, home), task, message_id, due)
+        bus, home, tracing = self.service_bus_client, self.queue_name, self.tracing
+        if tracing is None:
+            return functools.partial(outgoing_of, bus, home)
 
         def make(task: Task, message_id: str, due: float | None) -> Outgoing:
-            assert self.tracing is not None
-            span, properties = self.tracing.publishing(task, task.queue or home, message_id)
+            span, properties = tracing.publishing(task, task.queue or home, message_id)
             if spans is None:
                 span.end()
             else:
                 spans.push(functools.partial(_end_span, span))
             return outgoing_of(bus, home, task, message_id, due, properties)
 
-        return messages_of(bus, make, task, message_id, due)
+        return make
 
     async def _send(self, messages: Sequence[Outgoing], attempts: int) -> list[int | None]:
         errors: list[Exception] = []
