@@ -105,6 +105,7 @@ from typing import (
     NamedTuple,
     ParamSpec,
     Protocol,
+    Self,
     TypeAlias,
     TypedDict,
     TypeVar,
@@ -168,6 +169,7 @@ if TYPE_CHECKING:  # which knows defaults of type variables; Python does from 3.
     R_co = TypeVarWithDefault("R_co", covariant=True, default=Any)
 else:
     R_co = TypeVar("R_co", covariant=True)
+TaskT = TypeVar("TaskT", bound="Task[Any]")
 
 # ======================================================================================================================
 # 1. Vocabulary: errors, limits, checks, clocks
@@ -947,7 +949,7 @@ class Task(_Bound, Generic[R_co]):
         """The arguments as they stand in the message."""
         return {"args": self.args, "kwargs": self.kwargs}
 
-    def copy(self) -> Task[R_co]:
+    def copy(self) -> Self:
         """The same work as new work: this task and its callbacks with fresh ids, unpublished."""
         twin = _replica(self)
         for task in _workflow(twin):
@@ -955,12 +957,12 @@ class Task(_Bound, Generic[R_co]):
             task.root = task.retry_policy = task.outcome_to = None
         return twin
 
-    async def publish(self, **options: Unpack[PublishOptions]) -> Task[R_co]:
+    async def publish(self, **options: Unpack[PublishOptions]) -> Self:
         """`app.publish_task(self, ...)` of the application the task was made by; options as PublishOptions says."""
         if self._app is None:
             raise UsageError(f"{self!r} belongs to no application: use `await app.publish_task(task)`.")
-        [published] = await self._app._publish([self], options)
-        return published
+        await self._app._publish([self], options)
+        return self
 
     async def result(self, timeout: float | datetime.timedelta | None) -> R_co:
         """What the task returned, or the last step of the workflow that it is the head of; see `app.result`.
@@ -1005,10 +1007,10 @@ class Task(_Bound, Generic[R_co]):
                 raise UsageError(
                     f"{task!r}: a | b makes copies with fresh ids; give the whole one: publish(task_id=...)."
                 )
-        head: Task[Any] = self.copy()
+        head: Any = self.copy()
         head._app = head._app or following._app  # an empty group has none
         _chain_of(head)[-1].on_success = following.copy()
-        return head
+        return head  # type: ignore[no-any-return]
 
 
 @dataclass(eq=False, repr=False, kw_only=True)
@@ -1365,7 +1367,7 @@ def _steps_of(head: Task) -> list[Task]:
     return steps
 
 
-def _replica(head: Task) -> Task:
+def _replica(head: TaskT) -> TaskT:
     """A copy of a workflow, ids included, that can be changed without the original."""
     replicas: dict[int, Task] = {}
     for task in _workflow(head):
@@ -1379,7 +1381,8 @@ def _replica(head: Task) -> Task:
             parts["members"] = [replicas[id(member)] for member in task.members]
         replicas[id(task)] = replica = dataclasses.replace(task, **parts)
         _bind_like(replica, task)
-    return replicas[id(head)]
+    twin: TaskT = replicas[id(head)]  # type: ignore[assignment]
+    return twin
 
 
 def _bind_like(twin: Task, task: Task) -> None:
@@ -8536,13 +8539,31 @@ class Boilermaker:
         [published] = await self._publish([task], options)
         return published
 
+    @overload
     async def publish_task(
         self,
-        task: Task[T] | TaskFunction[..., T],
+        task: TaskT,
         delay: float | datetime.timedelta | None = None,
         publish_attempts: int | None = None,
         **options: Unpack[_KeywordOptions],
-    ) -> Task[T]:
+    ) -> TaskT: ...
+
+    @overload
+    async def publish_task(
+        self,
+        task: TaskFunction[..., T],
+        delay: float | datetime.timedelta | None = None,
+        publish_attempts: int | None = None,
+        **options: Unpack[_KeywordOptions],
+    ) -> Task[T]: ...
+
+    async def publish_task(
+        self,
+        task: TaskLike,
+        delay: float | datetime.timedelta | None = None,
+        publish_attempts: int | None = None,
+        **options: Unpack[_KeywordOptions],
+    ) -> Task[Any]:
         """Send a task; its `sequence_number` is set where the bus tells it.
 
         Args:
