@@ -1834,6 +1834,13 @@ def dead_letter_of(body, queue="tasks"):
     )
 
 
+@pytest.mark.parametrize("number", range(20))
+def test_an_id_that_is_derived_is_the_uuid_of_version_5(number):
+    namespace = uuid.UUID("5f6a1c1e-7b5c-5a53-9d0c-6d1f2f3c7b10")
+    text = f"tasks\n{number}\n\N{LATIN SMALL LETTER E WITH ACUTE}"
+    assert boilermaker.derived_id(text) == str(uuid.uuid5(namespace, text))
+
+
 BODIES_LEFT_AS_THEY_ARE = [
     b"\xff\x00 no text",
     "no task",
@@ -3982,6 +3989,20 @@ async def test_an_operation_on_a_file_that_was_deleted_says_so_and_the_next_goes
     with pytest.raises(boilermaker.OperationStopped, match="was deleted or replaced"):
         await getattr(bus, operation)(lambda message: True)
     assert await getattr(bus, operation)(lambda message: True) == []
+
+
+@pytest.mark.parametrize("dry_run", [False, True])
+async def test_of_the_tasks_that_a_predicate_looks_at_one_is_held_at_a_time(open_bus, dry_run):
+    bus, tasks = open_bus(), []
+    await dead_letters(bus, *(encode(named("f", args=[number]), "tasks", "tasks") for number in range(5)))
+
+    def which(message):
+        assert not any(task() for task in tasks)
+        assert message.task is message.task
+        tasks.append(weakref.ref(message.task))
+        return True
+
+    assert len(await bus.replay(which, dry_run=dry_run)) == len(tasks) == 5
 
 
 @pytest.mark.parametrize("error", [StopIteration, RecursionError, ValueError])
