@@ -1838,6 +1838,13 @@ def dead_letter_of(body, queue="tasks"):
     )
 
 
+@pytest.mark.parametrize("number", range(20))
+def test_an_id_that_is_derived_is_the_uuid_of_version_5(number):
+    namespace = uuid.UUID("5f6a1c1e-7b5c-5a53-9d0c-6d1f2f3c7b10")
+    text = f"tasks\n{number}\n\N{LATIN SMALL LETTER E WITH ACUTE}"
+    assert boilermaker.derived_id(text) == str(uuid.uuid5(namespace, text))
+
+
 BODIES_LEFT_AS_THEY_ARE = [
     b"\xff\x00 no text",
     "no task",
@@ -3917,6 +3924,21 @@ async def test_messages_of_a_file_are_counted_by_task_with_the_last_error(open_b
     assert counts["other"].last_error is None
 
 
+async def test_messages_with_and_without_their_name_beside_them_are_counted_together(open_bus):
+    """Those without are of a former version, or of another program."""
+    bus, later = open_bus(), time.time() + 100
+    body = encode(named("f"), "tasks", "tasks")
+    sent = [letter(body, message_id=str(number), due=due) for number, due in enumerate((None, later))]
+    await dead_letters(bus, body, description="the first")
+    await bus.send([message._replace(function_name="f") for message in sent])
+    async with receiving(bus) as receiver:
+        [delivery] = await receiver.receive(1, PATIENCE)
+        await settle(receiver, delivery, DEAD_LETTER, description="the last")
+    await bus.send([*(message._replace(function_name="f") for message in sent), *sent])
+    counts = (await bus.counts_by_task())["f"]
+    assert (counts.active, counts.scheduled, counts.dead_letter, counts.last_error) == (2, 3, 2, "the last")
+
+
 @pytest.mark.parametrize("path", [None, ":memory:"])
 async def test_dead_letters_of_which_a_function_returns_true_run_again(open_bus, path):
     app = Boilermaker([], open_bus(path=path))
@@ -3986,6 +4008,20 @@ async def test_an_operation_on_a_file_that_was_deleted_says_so_and_the_next_goes
     with pytest.raises(boilermaker.OperationStopped, match="was deleted or replaced"):
         await getattr(bus, operation)(lambda message: True)
     assert await getattr(bus, operation)(lambda message: True) == []
+
+
+@pytest.mark.parametrize("dry_run", [False, True])
+async def test_of_the_tasks_that_a_predicate_looks_at_one_is_held_at_a_time(open_bus, dry_run):
+    bus, tasks = open_bus(), []
+    await dead_letters(bus, *(encode(named("f", args=[number]), "tasks", "tasks") for number in range(5)))
+
+    def which(message):
+        assert not any(task() for task in tasks)
+        assert message.task is message.task
+        tasks.append(weakref.ref(message.task))
+        return True
+
+    assert len(await bus.replay(which, dry_run=dry_run)) == len(tasks) == 5
 
 
 @pytest.mark.parametrize("error", [StopIteration, RecursionError, ValueError])
@@ -4308,6 +4344,39 @@ async def test_peek_shows_as_many_as_asked_for_the_first_ones(open_bus):
     await bus.send([letter(str(number)) for number in range(150)])
     assert await bus.peek(3) == (await bus.peek())[:3]
     assert [message.body for message in await bus.peek()] == [str(number) for number in range(100)]
+
+
+@pytest.mark.parametrize("between", [0, 10, 100])
+async def test_peek_finds_the_messages_of_a_queue_however_many_of_others_are_between(open_bus, between):
+    bus, others = open_bus(), [letter("other", queue="other")] * between
+    for number in range(4):
+        await bus.send([letter(str(number)), *others])
+    shown = await bus.peek(2)
+    assert [message.body for message in shown] == ["0", "1"]
+    shown = await bus.peek(2, sequence_number=shown[-1].sequence_number + 1)
+    assert [message.body for message in shown] == ["2", "3"]
+    assert [message.body for message in await bus.peek(2, sequence_number=shown[-1].sequence_number)] == ["3"]
+
+
+async def test_to_peek_takes_no_longer_in_a_long_queue(open_bus, monkeypatch):
+    """By the instructions of SQLite's machine, in hundreds."""
+    bus, counts, connect = open_bus(), [], boilermaker.connect
+
+    def counting(path, mode=None):
+        connection = connect(path, mode)
+        connection.set_progress_handler(lambda: counts.append(1), 100)
+        return connection
+
+    async def cost():
+        counts.clear()
+        assert len(await bus.peek(5)) == 5
+        return len(counts)
+
+    monkeypatch.setattr(boilermaker, "connect", counting)
+    await bus.send([letter(str(number)) for number in range(200)])
+    short = await cost()
+    await bus.send([letter(str(number)) for number in range(5000)])
+    assert await cost() <= short + 10
 
 
 @pytest.mark.parametrize("count", [0, -1, 2.5, None, "3"])
