@@ -71,7 +71,6 @@ import dataclasses
 import datetime
 import enum
 import functools
-import hashlib
 import importlib
 import inspect
 import itertools
@@ -611,21 +610,16 @@ def new_task_id() -> str:
     """
     milliseconds = int(time.time() * 1000) & 0xFFFF_FFFF_FFFF
     bits = milliseconds << 80 | 0x7 << 76 | _random.getrandbits(12) << 64 | 0b10 << 62 | _random.getrandbits(62)
-    return _uuid_text(f"{bits:032x}")
+    text = f"{bits:032x}"
+    return f"{text[:8]}-{text[8:12]}-{text[12:16]}-{text[16:20]}-{text[20:]}"
 
 
 def derived_id(text: str) -> str:
-    """A UUID of version 5: the same for the same text. As `uuid.uuid5` makes it, three times faster."""
-    digest = hashlib.sha1(_ID_NAMESPACE + text.encode(), usedforsecurity=False).hexdigest()
-    variant = "89ab"[int(digest[16], 16) & 0b11]
-    return _uuid_text(f"{digest[:12]}5{digest[13:16]}{variant}{digest[17:32]}")
+    """A UUID of version 5: the same for the same text."""
+    return str(uuid.uuid5(_ID_NAMESPACE, text))
 
 
-_ID_NAMESPACE = uuid.UUID("5f6a1c1e-7b5c-5a53-9d0c-6d1f2f3c7b10").bytes
-
-
-def _uuid_text(digits: str) -> str:
-    return f"{digits[:8]}-{digits[8:12]}-{digits[12:16]}-{digits[16:20]}-{digits[20:]}"
+_ID_NAMESPACE = uuid.UUID("5f6a1c1e-7b5c-5a53-9d0c-6d1f2f3c7b10")
 
 
 class Options(NamedTuple):
@@ -2671,7 +2665,7 @@ def messages_of(
         (name, len(list(same))) for name, same in itertools.groupby(member.function_name for member in task.members)
     )
     definition = dataclasses.replace(task, members=(), group=task.group._replace(names=names))  # type: ignore[call-arg]
-    definition.root = root = str(uuid.uuid5(_ID_NAMESPACE, f"group\n{message_id}"))
+    definition.root = root = derived_id(f"group\n{message_id}")
     _bind_like(definition, task)
     messages = bus.open_group(make(definition, message_id, due))
     for position, member in enumerate(task.members):
@@ -5352,7 +5346,7 @@ class AzureServiceBus:
         group_id, settings = message.message_id, decode(message.body, self.queue_name).group
         assert settings is not None
         end = (message.due or time.time()) + settings.timeout
-        opening, timer = (str(uuid.uuid5(_ID_NAMESPACE, f"{part}\n{group_id}")) for part in ("opening", "timer"))
+        opening, timer = (derived_id(f"{part}\n{group_id}") for part in ("opening", "timer"))
         head = message._replace(message_id=opening, queue=self.join_queue, due=None, session=group_id)
         return [head, head._replace(message_id=timer, body=_to_json({"timeout": True}), due=end, numbered=False)]
 
