@@ -294,6 +294,14 @@ def _printable(text: str) -> str:
     return text if text.isprintable() else text.encode("unicode_escape").decode("ascii")
 
 
+def _is_text(value: object) -> bool:
+    """Whether it may be an id: a string that is not empty, and that can be encoded."""
+    try:
+        return isinstance(value, str) and bool(value.encode())
+    except UnicodeEncodeError:
+        return False
+
+
 def _positive(name: str, value: float, or_zero: bool = False) -> float:
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not is_number or not 0 <= value <= MAX_SECONDS or (value == 0 and not or_zero):
@@ -1600,12 +1608,18 @@ def _write_address(address: Address) -> str:
 
 def _read_address(document: dict[str, Any], name: str, where: str) -> Address:
     address = Address(*(document.get(part, default) for part, default in _ADDRESS_DEFAULTS.items()))
-    texts, numbers = (address.id, address.queue or "", address.session or ""), (address.ttl, address.position or 0)
-    if (
-        not all(isinstance(text, str) for text in texts)
-        or not all(type(number) in (int, float) and 0 <= number <= MAX_SECONDS for number in numbers)
-        or type(address.position) is float
-    ):
+    try:
+        known = _is_text(address.id) and (address.session is None or _is_text(address.session))
+        if address.position is None:
+            known = known and _time_limit("ttl", address.ttl) is not None
+        else:
+            known = known and type(address.position) is int and 0 <= address.position <= MAX_SECONDS
+            _seconds("ttl", address.ttl)
+        if address.queue is not None:
+            _checked_queue_name(address.queue)
+    except UsageError:
+        known = False
+    if not known:
         raise InvalidTaskFormat(f"{name} of {where}: {_short(document)} does not say whom to tell.")
     return address
 
@@ -7473,7 +7487,9 @@ class Worker:
             await self._wake.wait()
 
     def _may_receive(self) -> bool:
-        busy = self._receiving is not None or self._alone is not None or len(self._settling) >= self._concurrency
+        """Not beside a suspect, unless that awaits a result, which may be of what is to be received."""
+        beside_suspect = self._alone is not None and self._alone.task not in self._awaiting
+        busy = self._receiving is not None or beside_suspect or len(self._settling) >= self._concurrency
         return not busy and not self._dry
 
     async def _receive(self, free: int) -> None:
@@ -8714,7 +8730,7 @@ class Boilermaker:
                 was such a task.
             UsageError: on Azure, this process has not published it; or too many tasks of a worker await results.
         """
-        if not isinstance(task_id, str) or not task_id:
+        if not _is_text(task_id):
             raise UsageError(f"task_id={_short(task_id)} must be that of a published task, a string.")
         return await self._result(self.service_bus_client.address_of(task_id), timeout)
 
