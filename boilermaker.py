@@ -8947,6 +8947,9 @@ RESTART_PAUSE, LONGEST_RESTART_PAUSE = 0.5, 30.0
 PAGE = 1000
 """Messages that are looked at by one peek."""
 
+WAITER_TTL = 600
+"""Seconds for which an outcome is kept that `publish --wait` waits for, where nothing else keeps it."""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command `boilermaker`; its exit code.
@@ -9066,6 +9069,14 @@ def _parser() -> argparse.ArgumentParser:
     publish.add_argument("--delay", type=seconds, metavar="S", help="seconds from now")
     publish.add_argument(
         "--task-id", metavar="ID", help="an id of your own: a second publish of it is dropped for a while"
+    )
+    publish.add_argument(
+        "--wait",
+        type=seconds,
+        nargs="?",
+        const=math.inf,
+        metavar="S",
+        help="wait for the result, for S seconds if given, and print it as JSON; exit with 1 if there is none",
     )
 
     cancel = add("cancel", _command(_cancel), "take back messages that are scheduled, or wait", "tasks.db 17 18")
@@ -9468,16 +9479,28 @@ async def _publish(args: argparse.Namespace, bus: ServiceBus) -> int:
     app = args.application or Boilermaker(None, bus)
     payload = {"args": arguments} if isinstance(arguments, list) else {"kwargs": arguments}
     task = Task.default(args.name, payload=payload)
+    kept = False
     if args.application is not None:
         registration = app.registration(args.name)
         if registration is None:
             raise UsageError(
                 f"the application has no task {args.name!r}; it has {', '.join(app.task_names) or 'none'}."
             )
-        task._function = registration.function
-    await app.publish_task(task, delay=args.delay, task_id=args.task_id)
+        task._function, kept = registration.function, registration.result_ttl is not None
+    result_ttl = None if args.wait is None or kept else WAITER_TTL
+    await app.publish_task(task, delay=args.delay, task_id=args.task_id, result_ttl=result_ttl)
     number = "" if task.sequence_number is None else f" sequence_number={task.sequence_number}"
-    print(f"Published {_printable(args.name)} task_id={_printable(task.task_id)}{number}")
+    published = f"Published {_printable(args.name)} task_id={_printable(task.task_id)}{number}"
+    if args.wait is None:
+        print(published)
+        return DONE
+    print(published, file=sys.stderr)  # standard output is for the result
+    try:
+        result = await task.result(None if args.wait == math.inf else args.wait)
+    except (TaskFailed, TimeoutError) as error:
+        print(f"{args.program}: {_printable(str(error))}", file=sys.stderr)
+        return WRONG
+    print(json.dumps(result))
     return DONE
 
 

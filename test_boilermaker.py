@@ -14375,6 +14375,8 @@ def test_what_a_user_can_get_wrong_is_a_line_and_an_exit_code(night, capsys, tmp
         (["worker", "app", "-c", "0"], "'0' must be a number over 0"),
         (["worker", "app", "--grace-period", "-1"], "'-1' must be seconds, 0 or more"),
         (["dead", "x.db", "revive"], "invalid choice: 'revive'"),
+        (["publish", "x.db", "f", "--wait", "-1"], "'-1' must be seconds, 0 or more"),
+        (["publish", "x.db", "f", "--wait", '["x"]'], """'["x"]' must be seconds, 0 or more"""),
     ],
     ids=str,
 )
@@ -14457,6 +14459,82 @@ def test_whatever_it_is_started_as_there_is_one_module(tmp_path, way):
     assert worked.returncode == 0
     assert "[resize] Completed Task" in worked.stderr
     assert worked.stdout == ""
+
+
+WAITED_FOR_APP = """
+from boilermaker import Boilermaker, LocalServiceBus
+
+app = Boilermaker(None, LocalServiceBus("waited.db"))
+
+
+@app.task
+async def add(state, *numbers, to=0):
+    return {"sum": sum(numbers, to)}
+
+
+@app.task(result_ttl=5)
+async def keep(state, value):
+    return value
+
+
+@app.task
+async def fail(state):
+    raise ValueError("no \\x1b[31mrelay\\nat all")
+"""
+
+
+async def test_a_publish_waits_for_the_result_and_prints_it_as_json(tmp_path):
+    (tmp_path / "waited.py").write_text(WAITED_FOR_APP)
+    environment = {**os.environ, "PYTHONPATH": str(MODULE.parent)}
+
+    async def publish(*arguments):
+        process = await asyncio.create_subprocess_exec(
+            *command_line("publish", *arguments),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            cwd=tmp_path,
+            env=environment,
+        )
+        out, err = await asyncio.wait_for(process.communicate(), PATIENCE)
+        published, *rest = err.decode().splitlines()
+        assert re.match(r"Published \w+ task_id=\S+ sequence_number=\d+$", published)
+        return process.returncode, out.decode(), rest
+
+    code, out, err = await publish("waited", "add", "[1]", "--wait", 0)
+    assert (code, out) == (1, "")
+    assert re.match(r"boilermaker publish: Task '\S+' has no outcome after 0.0 s: it waits or runs, ", err[0])
+    with command_running(tmp_path, "worker", "waited"):
+        answers = await asyncio.gather(
+            publish("waited", "add", "[1, 2]", "--wait"),
+            publish("waited.db", "add", '{"to": 4}', "--wait", PATIENCE),
+            publish("waited.db", "keep", '["Zoë"]', "--task-id", "mine", "--wait"),
+            publish("waited:app", "keep", "[null]", "--delay", "0.2", "--wait"),
+        )
+        assert answers == [
+            (0, '{"sum": 3}\n', []),
+            (0, '{"sum": 4}\n', []),
+            (0, '"Zo\\u00eb"\n', []),
+            (0, "null\n", []),
+        ]
+        for bus in ("waited", "waited.db"):
+            code, out, [line] = await publish(bus, "fail", "--wait")
+            assert (code, out) == (1, "")
+            assert re.fullmatch(r"boilermaker publish: fail \S+: ValueError: no \\x1b\[31mrelay\\nat all", line)
+        assert (await publish("waited.db", "unknown", "--wait"))[0] == 1
+    kept = rows_of(tmp_path / "waited.db", "SELECT expires FROM outcome WHERE value = 'null'")
+    assert kept[0][0] < time.time() + 6  # as the registration says, where there is one that says it
+
+
+async def test_a_publish_that_is_interrupted_while_it_waits_leaves_the_task(night, tmp_path):
+    with command_running(tmp_path, "publish", "night.db", "later", "--task-id", "mine", "--wait") as (process, log):
+        await until(lambda: "Published later task_id=mine" in log.read_text())
+        await asyncio.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        await until(lambda: process.poll() is not None, "the end")
+        assert (process.returncode, "Traceback" in log.read_text()) == (130, False)
+        assert "Interrupted" in log.read_text()
+    [(function_name,)] = rows_of(tmp_path / "night.db", "SELECT function_name FROM message WHERE message_id = 'mine'")
+    assert function_name == "later"
 
 
 def test_the_command_looks_at_a_queue_through_a_pipe_that_is_closed_early(night, tmp_path):
