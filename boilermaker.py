@@ -1,5 +1,5 @@
 # mypy: disable-error-code="import-not-found"
-# pyright: basic, reportMissingImports=false
+# pyright: basic, reportMissingImports=false, reportMissingModuleSource=false
 """Async background tasks: Azure Service Bus in production, a durable SQLite queue everywhere else.
 
     import asyncio

@@ -15057,7 +15057,7 @@ def test_the_azure_program_says_what_the_environment_lacks():
 CONSUMER = """\
 from datetime import timedelta
 
-from MODULE import Boilermaker, LocalServiceBus, RetryPolicy, Schedule, Task, TaskFailureResult, retries
+from MODULE import Boilermaker, LocalServiceBus, RetryPolicy, Schedule, Task, TaskFailed, TaskFailureResult, retries
 
 app = Boilermaker({"count": 0}, LocalServiceBus())
 
@@ -15097,6 +15097,52 @@ async def work() -> None:
     await app.run(schedules=False)
 
 
+@app.task(result_ttl=600)
+async def thumbnail(state: dict[str, int], image: str) -> str:
+    return image
+
+
+@app.task(result_ttl=timedelta(minutes=10))
+async def is_large(state: dict[str, int]) -> bool:
+    return True
+
+
+@app.task
+async def route(state: dict[str, int], large: bool) -> Task[int]:
+    return resize.si("x", 1) | is_large.si() if large else resize.si("y")
+
+
+def same(task: Task) -> Task:  # of any result
+    return task
+
+
+async def width_of(task: Task[int]) -> int:
+    return await task.result(timeout=5)
+
+
+async def results() -> None:
+    width: int = await (await resize.delay("x")).result(5)
+    text: str = await (await (resize.si("x") | thumbnail.s()).publish()).result(timedelta(seconds=5))
+    text = await (await app.publish_task(resize.si("x") >> thumbnail.s())).result(None)
+    text = await (await (resize | thumbnail).publish()).result(0)
+    width = await (await route.options(result_ttl=60).delay(True)).result(5)
+    width = await (await app.publish_task(route.si(False) | route.s())).result(5)
+    width = await (await app.apply_async(resize, "x", delay=1)).result(5)
+    width = await (await app.apply_async(route, True)).result(5)
+    width = await (await app.publish_task(app.create_task(resize, "x"))).result(5)
+    width = await (await Task.si(resize, "x").copy().publish(result_ttl=60)).result(5)
+    await (await app.publish_task(Task.si(plain))).result(5)
+    width = await width_of(await is_large.delay()) + await width_of(await route.delay(False))
+    try:
+        anything = await same(await resize.delay("x")).result(5)
+        by_id = await app.result("id", timeout=timedelta(seconds=5))
+        by_name = await (await app.send_task("resize", "x", queue="theirs", result_ttl=5)).result(5)
+        print(anything, by_id, by_name, text, width)
+    except TaskFailed as failure:
+        message: str = failure.error + failure.function_name + failure.message + failure.traceback + failure.task_id
+        print(message, failure.attempts + 1)
+
+
 async def publish() -> None:
     task: Task = await resize.delay("x", width=1)
     await app.publish_task(resize.si("x") | send_mail.s() | resize)
@@ -15115,6 +15161,15 @@ MISTAKES = {
     "wrong: str = await resize({}, 'x')": "a wrong result",
     "app.schedule(tidy, every=300)": "an interval that is none",
     "await tidy.delay('x')": "a wrong type, of a task with a schedule",
+    'result: str = await (await resize.delay("x")).result(5)': "a wrong result, awaited",
+    'another: int = await (await (resize.si("x") | thumbnail.s()).publish()).result(5)': "the first step's result",
+    "returned: Task[int] = await (await route.delay(True)).result(5)": "the task returned, in place of its result",
+    'await width_of(thumbnail.si("x"))': "a task of another result",
+    "await task.result()": "no timeout",
+    'await task.result("5")': "a timeout of a wrong type",
+    'await app.result("id")': "no timeout, by id",
+    'await app.publish_task(resize.si("x"), result_ttl="60")': "a time of a wrong type",
+    'resize.options(results="x")': "an unknown option",
 }
 
 
