@@ -14963,8 +14963,12 @@ async def test_the_web_application_publishes_what_its_worker_runs(tmp_path, monk
     monkeypatch.setenv("QUEUE_FILE", str(queue_file))
     sys.modules.pop("examples.web", None)
     web = importlib.import_module("examples.web")
-    transport = httpx.ASGITransport(app=web.api)
-    async with web.lifespan(web.api), httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+    async with web.lifespan(web.api) as state:
+
+        async def api(scope, receive, send):
+            await web.api({**scope, "state": dict(state)}, receive, send)
+
+        client = httpx.AsyncClient(transport=httpx.ASGITransport(app=api), base_url="http://test")
         refused = await client.post("/resize", params={"image": "cat.png", "width": "wide"})
         response = await client.post("/resize", params={"image": "cat.png", "width": 200})
         [waiting] = await web.app.service_bus_client.peek()
@@ -15001,6 +15005,60 @@ uvicorn.run(api, port=0)
     assert await exit_code((server, output)) in (0, -signal.SIGTERM)
     assert "resized cat.png to 200 pixels\n" in output.read_text()
     assert "Traceback" not in output.read_text()
+
+
+SERVER_PROGRAM = """
+import sys
+import uvicorn
+import examples.web as web
+
+web.PATIENCE = float(sys.argv[1])
+uvicorn.run(web.api, port=0)
+"""
+
+
+async def test_two_servers_on_one_file_await_results_and_are_asked_by_id(start_program):
+    import httpx
+
+    servers = [start_program(SERVER_PROGRAM, patience) for patience in (PATIENCE, 0.2)]
+    addresses = [
+        (await until(lambda output=output: re.search(r"running on (http://\S+)", output.read_text())))[1]
+        for _, output in servers
+    ]
+    async with httpx.AsyncClient(base_url=addresses[0]) as one, httpx.AsyncClient(base_url=addresses[1]) as other:
+        image = {"image": "cat.png"}
+        started = (await one.post("/resize", params={**image, "width": 200})).json()["task_id"]
+        failing = (await one.post("/resize", params={**image, "width": 0})).json()["task_id"]
+        late = await other.post("/thumbnail", params=image)
+        assert (late.status_code, set(late.json())) == (202, {"task_id"})
+        for client in (one, other):
+            assert (await client.get("/resize/unknown")).status_code == 404
+            waiting = await client.get(f"/resize/{started}")
+            assert (waiting.status_code, waiting.json()) == (202, {"task_id": started})
+
+        start_program("import examples.web as web; web.asyncio.run(web.app.run())")
+
+        async def answered():
+            return (await other.get(f"/resize/{late.json()['task_id']}")).status_code == 200
+
+        await until(answered)
+        for client in (one, other):
+            there = await client.get(f"/resize/{started}")
+            assert (there.status_code, there.json()) == (200, {"url": "/images/cat-200.png"})
+            failed = await client.get(f"/resize/{failing}")
+            assert (failed.status_code, failed.json()) == (
+                500,
+                {"detail": "ValueError: cat.png cannot have 0 pixels"},
+            )
+        awaited = [
+            one.post("/thumbnail", params={"image": f"{number}.png"}, timeout=2 * PATIENCE) for number in range(9)
+        ]
+        for number, response in enumerate(await asyncio.gather(*awaited)):
+            assert (response.status_code, response.json()) == (200, {"url": f"/images/{number}-64.png"})
+    for server, output in servers:
+        server.terminate()
+        assert await exit_code((server, output)) in (0, -signal.SIGTERM)
+        assert "Traceback" not in output.read_text()
 
 
 def test_the_periodic_workflow_runs_once_for_each_second_in_two_workers():
