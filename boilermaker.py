@@ -3440,17 +3440,21 @@ class Store(Connection):
                 self.tell(answer, now, instead=False)
 
     def outcomes(self, ids: Sequence[str], now: float) -> dict[str, tuple[bool, str]]:
-        """Of some tasks the outcomes that are there, by id: whether it failed, and the value."""
+        """Of some tasks the outcomes that are there, by id: whether it failed, and the value.
+
+        In no transaction: it reads beside whoever writes, in other processes, and none of them waits for it.
+        """
         found: dict[str, tuple[bool, str]] = {}
-        for place in range(0, len(ids), READ_AT_ONCE):
-            some = ids[place : place + READ_AT_ONCE]
-            sql = f"""
-                SELECT task_id, failed, value
-                FROM   outcome
-                WHERE  task_id IN ({",".join("?" * len(some))}) AND expires > ?
-            """
-            for task_id, failed, value in self.sql.execute(sql, (*some, now)):
-                found[task_id] = bool(failed), value
+        with self.mutex:
+            for place in range(0, len(ids), READ_AT_ONCE):
+                some = ids[place : place + READ_AT_ONCE]
+                sql = f"""
+                    SELECT task_id, failed, value
+                    FROM   outcome
+                    WHERE  task_id IN ({",".join("?" * len(some))}) AND expires > ?
+                """
+                for task_id, failed, value in self.sql.execute(sql, (*some, now)):
+                    found[task_id] = bool(failed), value
         return found
 
     # -- for operators
@@ -4000,6 +4004,19 @@ class QueueFile:
             with self._checkpointing:
                 self._checkpoint()
         return self.store.run(works)
+
+    async def outcomes(self, ids: Sequence[str]) -> dict[str, tuple[bool, str]]:
+        """Of some tasks the outcomes that are there: read here, or, where that would wait, in a thread."""
+        read = functools.partial(self.store.outcomes, ids, time.time())
+        if not self.store.mutex.locked():
+            with contextlib.suppress(sqlite3.Error):  # whatever it is, the thread meets it again
+                return read()
+
+        def read_patiently() -> dict[str, tuple[bool, str]]:
+            with _explained(self.store.path):
+                return _patiently(self.store.path, read)
+
+        return await self.in_a_thread(read_patiently)
 
     def log_is_full(self) -> bool:
         """Whether the log is so long that who writes waits for a checkpoint; looked at after some writing only."""
@@ -4618,7 +4635,7 @@ class LocalOutcomes:
         """
         if timeout == 0:
             commit = await self._bus.commit(keep_settings=False)
-            found = await commit.do(functools.partial(commit.file.store.outcomes, [task_id], time.time()))
+            found = await commit.file.outcomes([task_id])
             if task_id not in found:
                 raise TimeoutError
             return found[task_id]
@@ -4648,8 +4665,7 @@ class LocalOutcomes:
                 began = self._loop.time()
                 try:
                     commit.file.check(CHECK_INTERVAL)
-                    look = functools.partial(commit.file.store.outcomes, list(self._waiting), time.time())
-                    found = await commit.do(look)
+                    found = await commit.file.outcomes(list(self._waiting))
                 except ServiceBusUnavailable as error:
                     logger.warning("Looking for results failed, will try again: %s", error)
                     found = {}
