@@ -1993,8 +1993,9 @@ class Settlement:
 
     @property
     def is_plain(self) -> bool:
-        """Whether the message is to be deleted, and that is all."""
-        return self.action is Action.COMPLETE and not self.messages and self.answer is None
+        """Whether the message is to be deleted, and nothing follows it; an outcome may be told."""
+        ends_group = self.answer is not None and self.answer.to.position is not None
+        return self.action is Action.COMPLETE and not self.messages and not ends_group
 
 
 class MessageState(enum.StrEnum):
@@ -2449,7 +2450,8 @@ def _answer_of(
 ) -> Answer:
     assert task.outcome_to is not None
     value = _to_json(result if failure is None else failure)
-    return Answer(task.outcome_to, failure is not None, value, f"{_root(task, delivery, queue)}:outcome")
+    message_id = f"{_root(task, delivery, queue)}:outcome" if task.outcome_to.queue is not None else ""
+    return Answer(task.outcome_to, failure is not None, value, message_id)
 
 
 def ended_by(body: str | bytes, queue: str, reason: str, message: str) -> Answer | None:
@@ -3258,10 +3260,10 @@ class Store(Connection):
     # -- settling
 
     def settle(self, queue: str, settlements: Sequence[Settlement], now: float) -> None:
-        """Settle a message and publish what follows, or, if the lock was lost, neither.
+        """Settle a message, publish what follows and tell its outcome, or, if the lock was lost, none of that.
 
-        Several, if all that is to be done about them is to delete them, take one statement. It does not tell which of
-        them had been lost: then it is an error, for the transaction to be undone.
+        Several, if they are to be deleted and nothing follows them, take one statement. It does not tell which of them
+        had been lost: then it is an error, for the transaction to be undone.
         """
         settlement, held = settlements[0], True
         match settlement.action:
@@ -3284,8 +3286,7 @@ class Store(Connection):
             dropped: list[str] = []
             settlement.dropped = dropped
             self.insert(settlement.messages, now, dropped)
-        if settlement.answer is not None:
-            self.tell(settlement.answer, now)
+        self.tell([each.answer for each in settlements if each.answer is not None], now)
 
     def complete(self, deliveries: Sequence[Delivery]) -> int:
         """Delete messages; how many of them were still held."""
@@ -3328,22 +3329,24 @@ class Store(Connection):
 
     # -- outcomes
 
-    def tell(self, answer: Answer, now: float, instead: bool = True) -> None:
-        """Keep an outcome for who awaits it, or for the group of a member; what has expired goes.
+    def tell(self, answers: Sequence[Answer], now: float, instead: bool = True) -> None:
+        """Keep outcomes for who awaits them, or for the groups of members; what has expired goes.
 
         Args:
             instead: of what may be there, as of a task that has run anew; a member's first outcome stands.
         """
-        if answer.to.position is not None:
-            self._join(answer.to.id, answer.to.position, answer, now)
-            return
-        self.additions += 1
-        self.bytes_written += len(answer.value) + BYTES_OF_A_CHANGE
-        self.sql.execute("DELETE FROM outcome WHERE expires <= ?", (now,))
-        self.sql.execute(
-            f"INSERT OR {'REPLACE' if instead else 'IGNORE'} INTO outcome VALUES (?, ?, ?, ?)",
-            (answer.to.id, answer.failed, answer.value, now + answer.to.ttl),
-        )
+        kept = [answer for answer in answers if answer.to.position is None]
+        if kept:
+            self.additions += 1
+            self.bytes_written += sum(len(answer.value) + BYTES_OF_A_CHANGE for answer in kept)
+            self.sql.execute("DELETE FROM outcome WHERE expires <= ?", (now,))
+            self.sql.executemany(
+                f"INSERT OR {'REPLACE' if instead else 'IGNORE'} INTO outcome VALUES (?, ?, ?, ?)",
+                [(answer.to.id, answer.failed, answer.value, now + answer.to.ttl) for answer in kept],
+            )
+        for answer in answers:
+            if answer.to.position is not None:
+                self._join(answer.to.id, answer.to.position, answer, now)
 
     # What defines a group is the row of its member -1, there until it ends: in `task_group`, to count a member would be
     # to write it anew.
@@ -3396,7 +3399,7 @@ class Store(Connection):
         self.sql.execute("UPDATE task_group SET due = ? WHERE group_id = ?", (now + GROUP_KEPT, group_id))
         self.insert(ending.messages, now)
         if ending.answer is not None:
-            self.tell(ending.answer, now)
+            self.tell([ending.answer], now)
 
     def _see_to_groups(self, queue_id: int, now: float) -> None:
         """End a queue's group whose time has run out, or forget one that ended long ago, if there is one."""
@@ -3435,9 +3438,9 @@ class Store(Connection):
 
     def _tell_endings(self, queue: str, endings: Iterable[tuple[str | bytes, str, str]], now: float) -> None:
         """Tell of messages that end without a run, by their bodies, with reason and description."""
-        for body, reason, description in endings:
-            if (answer := ended_by(body, queue.removesuffix(DEAD_LETTER_SUFFIX), reason, description)) is not None:
-                self.tell(answer, now, instead=False)
+        home = queue.removesuffix(DEAD_LETTER_SUFFIX)
+        answers = [ended_by(body, home, reason, description) for body, reason, description in endings]
+        self.tell([answer for answer in answers if answer is not None], now, instead=False)
 
     def outcomes(self, ids: Sequence[str], now: float) -> dict[str, tuple[bool, str]]:
         """Of some tasks the outcomes that are there, by id: whether it failed, and the value.

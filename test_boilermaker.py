@@ -7849,18 +7849,15 @@ def test_a_dead_letter_that_stays_one_tells_nothing_anew():
     assert (again.action, again.answer) == (Do.KEEP, None)
 
 
-def test_all_endings_of_a_task_are_told_under_one_id_and_those_of_two_under_two():
-    ids = {
-        decided(awaited(), outcome, 1, error).answer.message_id
-        for outcome, error in (
-            (Outcome.RETURNED, None),
-            (Outcome.FAILED, ValueError()),
-            (Outcome.EXPIRED, ValueError()),
-        )
-    }
+def test_all_endings_of_a_task_are_sent_under_one_id_and_those_of_two_under_two():
+    def sent_as(outcome, error=None, message_id="m", **fields):
+        task = named("f", outcome_to=TO._replace(queue="replies"), **fields)
+        return decided(task, outcome, 1, error, message_id=message_id).answer.message_id
+
+    ids = {sent_as(Outcome.RETURNED), sent_as(Outcome.FAILED, ValueError()), sent_as(Outcome.EXPIRED, ValueError())}
     assert len(ids) == 1
-    assert decided(awaited(), Outcome.RETURNED, 1, message_id="another").answer.message_id not in ids
-    assert decided(awaited(attempts=tried(1), root="r"), Outcome.RETURNED, 1).answer.message_id == "r:outcome"
+    assert sent_as(Outcome.RETURNED, message_id="another") not in ids
+    assert sent_as(Outcome.RETURNED, attempts=tried(1), root="r") == "r:outcome"
 
 
 def test_what_is_told_of_a_message_that_ends_without_a_run():
