@@ -1,5 +1,5 @@
 # mypy: disable-error-code="import-not-found"
-# pyright: basic, reportMissingImports=false
+# pyright: basic, reportMissingImports=false, reportMissingModuleSource=false
 """Async background tasks: Azure Service Bus in production, a durable SQLite queue everywhere else.
 
     import asyncio
@@ -295,6 +295,14 @@ def _short(value: object) -> str:
 def _printable(text: str) -> str:
     """Foreign text for a line of the log: with a line break in it, it would forge another."""
     return text if text.isprintable() else text.encode("unicode_escape").decode("ascii")
+
+
+def _is_text(value: object) -> bool:
+    """Whether it may be an id: a string that is not empty, and that can be encoded."""
+    try:
+        return isinstance(value, str) and bool(value.encode())
+    except UnicodeEncodeError:
+        return False
 
 
 def _positive(name: str, value: float, or_zero: bool = False) -> float:
@@ -1612,12 +1620,18 @@ def _write_address(address: Address) -> str:
 
 def _read_address(document: dict[str, Any], name: str, where: str) -> Address:
     address = Address(*(document.get(part, default) for part, default in _ADDRESS_DEFAULTS.items()))
-    texts, numbers = (address.id, address.queue or "", address.session or ""), (address.ttl, address.position or 0)
-    if (
-        not all(isinstance(text, str) for text in texts)
-        or not all(type(number) in (int, float) and 0 <= number <= MAX_SECONDS for number in numbers)
-        or type(address.position) is float
-    ):
+    try:
+        known = _is_text(address.id) and (address.session is None or _is_text(address.session))
+        if address.position is None:
+            known = known and _time_limit("ttl", address.ttl) is not None
+        else:
+            known = known and type(address.position) is int and 0 <= address.position <= MAX_SECONDS
+            _seconds("ttl", address.ttl)
+        if address.queue is not None:
+            _checked_queue_name(address.queue)
+    except UsageError:
+        known = False
+    if not known:
         raise InvalidTaskFormat(f"{name} of {where}: {_short(document)} does not say whom to tell.")
     return address
 
@@ -1991,8 +2005,9 @@ class Settlement:
 
     @property
     def is_plain(self) -> bool:
-        """Whether the message is to be deleted, and that is all."""
-        return self.action is Action.COMPLETE and not self.messages and self.answer is None
+        """Whether the message is to be deleted, and nothing follows it; an outcome may be told."""
+        ends_group = self.answer is not None and self.answer.to.position is not None
+        return self.action is Action.COMPLETE and not self.messages and not ends_group
 
 
 class MessageState(enum.StrEnum):
@@ -2455,7 +2470,8 @@ def _answer_of(
 ) -> Answer:
     assert task.outcome_to is not None
     value = _to_json(result if failure is None else failure)
-    return Answer(task.outcome_to, failure is not None, value, f"{_root(task, delivery, queue)}:outcome")
+    message_id = f"{_root(task, delivery, queue)}:outcome" if task.outcome_to.queue is not None else ""
+    return Answer(task.outcome_to, failure is not None, value, message_id)
 
 
 def ended_by(body: str | bytes, queue: str, reason: str, message: str) -> Answer | None:
@@ -3261,10 +3277,10 @@ class Store(Connection):
     # -- settling
 
     def settle(self, queue: str, settlements: Sequence[Settlement], now: float) -> None:
-        """Settle a message and publish what follows, or, if the lock was lost, neither.
+        """Settle a message, publish what follows and tell its outcome, or, if the lock was lost, none of that.
 
-        Several, if all that is to be done about them is to delete them, take one statement. It does not tell which of
-        them had been lost: then it is an error, for the transaction to be undone.
+        Several, if they are to be deleted and nothing follows them, take one statement. It does not tell which of them
+        had been lost: then it is an error, for the transaction to be undone.
         """
         settlement, held = settlements[0], True
         match settlement.action:
@@ -3287,8 +3303,7 @@ class Store(Connection):
             dropped: list[str] = []
             settlement.dropped = dropped
             self.insert(settlement.messages, now, dropped)
-        if settlement.answer is not None:
-            self.tell(settlement.answer, now)
+        self.tell([each.answer for each in settlements if each.answer is not None], now)
 
     def complete(self, deliveries: Sequence[Delivery]) -> int:
         """Delete messages; how many of them were still held."""
@@ -3331,22 +3346,24 @@ class Store(Connection):
 
     # -- outcomes
 
-    def tell(self, answer: Answer, now: float, instead: bool = True) -> None:
-        """Keep an outcome for who awaits it, or for the group of a member; what has expired goes.
+    def tell(self, answers: Sequence[Answer], now: float, instead: bool = True) -> None:
+        """Keep outcomes for who awaits them, or for the groups of members; what has expired goes.
 
         Args:
             instead: of what may be there, as of a task that has run anew; a member's first outcome stands.
         """
-        if answer.to.position is not None:
-            self._join(answer.to.id, answer.to.position, answer, now)
-            return
-        self.additions += 1
-        self.bytes_written += len(answer.value) + BYTES_OF_A_CHANGE
-        self.sql.execute("DELETE FROM outcome WHERE expires <= ?", (now,))
-        self.sql.execute(
-            f"INSERT OR {'REPLACE' if instead else 'IGNORE'} INTO outcome VALUES (?, ?, ?, ?)",
-            (answer.to.id, answer.failed, answer.value, now + answer.to.ttl),
-        )
+        kept = [answer for answer in answers if answer.to.position is None]
+        if kept:
+            self.additions += 1
+            self.bytes_written += sum(len(answer.value) + BYTES_OF_A_CHANGE for answer in kept)
+            self.sql.execute("DELETE FROM outcome WHERE expires <= ?", (now,))
+            self.sql.executemany(
+                f"INSERT OR {'REPLACE' if instead else 'IGNORE'} INTO outcome VALUES (?, ?, ?, ?)",
+                [(answer.to.id, answer.failed, answer.value, now + answer.to.ttl) for answer in kept],
+            )
+        for answer in answers:
+            if answer.to.position is not None:
+                self._join(answer.to.id, answer.to.position, answer, now)
 
     # What defines a group is the row of its member -1, there until it ends: in `task_group`, to count a member would be
     # to write it anew.
@@ -3399,7 +3416,7 @@ class Store(Connection):
         self.sql.execute("UPDATE task_group SET due = ? WHERE group_id = ?", (now + GROUP_KEPT, group_id))
         self.insert(ending.messages, now)
         if ending.answer is not None:
-            self.tell(ending.answer, now)
+            self.tell([ending.answer], now)
 
     def _see_to_groups(self, queue_id: int, now: float) -> None:
         """End a queue's group whose time has run out, or forget one that ended long ago, if there is one."""
@@ -3438,22 +3455,26 @@ class Store(Connection):
 
     def _tell_endings(self, queue: str, endings: Iterable[tuple[str | bytes, str, str]], now: float) -> None:
         """Tell of messages that end without a run, by their bodies, with reason and description."""
-        for body, reason, description in endings:
-            if (answer := ended_by(body, queue.removesuffix(DEAD_LETTER_SUFFIX), reason, description)) is not None:
-                self.tell(answer, now, instead=False)
+        home = queue.removesuffix(DEAD_LETTER_SUFFIX)
+        answers = [ended_by(body, home, reason, description) for body, reason, description in endings]
+        self.tell([answer for answer in answers if answer is not None], now, instead=False)
 
     def outcomes(self, ids: Sequence[str], now: float) -> dict[str, tuple[bool, str]]:
-        """Of some tasks the outcomes that are there, by id: whether it failed, and the value."""
+        """Of some tasks the outcomes that are there, by id: whether it failed, and the value.
+
+        In no transaction: it reads beside whoever writes, in other processes, and none of them waits for it.
+        """
         found: dict[str, tuple[bool, str]] = {}
-        for place in range(0, len(ids), READ_AT_ONCE):
-            some = ids[place : place + READ_AT_ONCE]
-            sql = f"""
-                SELECT task_id, failed, value
-                FROM   outcome
-                WHERE  task_id IN ({",".join("?" * len(some))}) AND expires > ?
-            """
-            for task_id, failed, value in self.sql.execute(sql, (*some, now)):
-                found[task_id] = bool(failed), value
+        with self.mutex:
+            for place in range(0, len(ids), READ_AT_ONCE):
+                some = ids[place : place + READ_AT_ONCE]
+                sql = f"""
+                    SELECT task_id, failed, value
+                    FROM   outcome
+                    WHERE  task_id IN ({",".join("?" * len(some))}) AND expires > ?
+                """
+                for task_id, failed, value in self.sql.execute(sql, (*some, now)):
+                    found[task_id] = bool(failed), value
         return found
 
     # -- for operators
@@ -4031,6 +4052,19 @@ class QueueFile:
             with self._checkpointing:
                 self._checkpoint()
         return self.store.run(works)
+
+    async def outcomes(self, ids: Sequence[str]) -> dict[str, tuple[bool, str]]:
+        """Of some tasks the outcomes that are there: read here, or, where that would wait, in a thread."""
+        read = functools.partial(self.store.outcomes, ids, time.time())
+        if not self.store.mutex.locked():
+            with contextlib.suppress(sqlite3.Error):  # whatever it is, the thread meets it again
+                return read()
+
+        def read_patiently() -> dict[str, tuple[bool, str]]:
+            with _explained(self.store.path):
+                return _patiently(self.store.path, read)
+
+        return await self.in_a_thread(read_patiently)
 
     def log_is_full(self) -> bool:
         """Whether the log is so long that who writes waits for a checkpoint; looked at after some writing only."""
@@ -4651,7 +4685,7 @@ class LocalOutcomes:
         """
         if timeout == 0:
             commit = await self._bus.commit(keep_settings=False)
-            found = await commit.do(functools.partial(commit.file.store.outcomes, [task_id], time.time()))
+            found = await commit.file.outcomes([task_id])
             if task_id not in found:
                 raise TimeoutError
             return found[task_id]
@@ -4681,8 +4715,7 @@ class LocalOutcomes:
                 began = self._loop.time()
                 try:
                     commit.file.check(CHECK_INTERVAL)
-                    look = functools.partial(commit.file.store.outcomes, list(self._waiting), time.time())
-                    found = await commit.do(look)
+                    found = await commit.file.outcomes(list(self._waiting))
                 except ServiceBusUnavailable as error:
                     logger.warning("Looking for results failed, will try again: %s", error)
                     found = {}
@@ -7520,7 +7553,9 @@ class Worker:
             await self._wake.wait()
 
     def _may_receive(self) -> bool:
-        busy = self._receiving is not None or self._alone is not None or len(self._settling) >= self._concurrency
+        """Not beside a suspect, unless that awaits a result, which may be of what is to be received."""
+        beside_suspect = self._alone is not None and self._alone.task not in self._awaiting
+        busy = self._receiving is not None or beside_suspect or len(self._settling) >= self._concurrency
         return not busy and not self._dry
 
     async def _receive(self, free: int) -> None:
@@ -8779,7 +8814,7 @@ class Boilermaker:
                 was such a task.
             UsageError: on Azure, this process has not published it; or too many tasks of a worker await results.
         """
-        if not isinstance(task_id, str) or not task_id:
+        if not _is_text(task_id):
             raise UsageError(f"task_id={_short(task_id)} must be that of a published task, a string.")
         return await self._result(self.service_bus_client.address_of(task_id), timeout)
 
@@ -8996,6 +9031,9 @@ RESTART_PAUSE, LONGEST_RESTART_PAUSE = 0.5, 30.0
 PAGE = 1000
 """Messages that are looked at by one peek."""
 
+WAITER_TTL = 600
+"""Seconds for which an outcome is kept that `publish --wait` waits for, where nothing else keeps it."""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command `boilermaker`; its exit code.
@@ -9115,6 +9153,14 @@ def _parser() -> argparse.ArgumentParser:
     publish.add_argument("--delay", type=seconds, metavar="S", help="seconds from now")
     publish.add_argument(
         "--task-id", metavar="ID", help="an id of your own: a second publish of it is dropped for a while"
+    )
+    publish.add_argument(
+        "--wait",
+        type=seconds,
+        nargs="?",
+        const=math.inf,
+        metavar="S",
+        help="wait for the result, for S seconds if given, and print it as JSON; exit with 1 if there is none",
     )
 
     cancel = add("cancel", _command(_cancel), "take back messages that are scheduled, or wait", "tasks.db 17 18")
@@ -9517,16 +9563,28 @@ async def _publish(args: argparse.Namespace, bus: ServiceBus) -> int:
     app = args.application or Boilermaker(None, bus)
     payload = {"args": arguments} if isinstance(arguments, list) else {"kwargs": arguments}
     task = Task.default(args.name, payload=payload)
+    kept = False
     if args.application is not None:
         registration = app.registration(args.name)
         if registration is None:
             raise UsageError(
                 f"the application has no task {args.name!r}; it has {', '.join(app.task_names) or 'none'}."
             )
-        task._function = registration.function
-    await app.publish_task(task, delay=args.delay, task_id=args.task_id)
+        task._function, kept = registration.function, registration.result_ttl is not None
+    result_ttl = None if args.wait is None or kept else WAITER_TTL
+    await app.publish_task(task, delay=args.delay, task_id=args.task_id, result_ttl=result_ttl)
     number = "" if task.sequence_number is None else f" sequence_number={task.sequence_number}"
-    print(f"Published {_printable(args.name)} task_id={_printable(task.task_id)}{number}")
+    published = f"Published {_printable(args.name)} task_id={_printable(task.task_id)}{number}"
+    if args.wait is None:
+        print(published)
+        return DONE
+    print(published, file=sys.stderr)  # standard output is for the result
+    try:
+        result = await task.result(None if args.wait == math.inf else args.wait)
+    except (TaskFailed, TimeoutError) as error:
+        print(f"{args.program}: {_printable(str(error))}", file=sys.stderr)
+        return WRONG
+    print(json.dumps(result))
     return DONE
 
 
