@@ -2005,9 +2005,8 @@ class Settlement:
 
     @property
     def is_plain(self) -> bool:
-        """Whether the message is to be deleted, and nothing follows it; an outcome may be told."""
-        ends_group = self.answer is not None and self.answer.to.position is not None
-        return self.action is Action.COMPLETE and not self.messages and not ends_group
+        """Whether the message is to be deleted, and nothing follows it; its outcome may be told."""
+        return self.action is Action.COMPLETE and not self.messages
 
 
 class MessageState(enum.StrEnum):
@@ -3361,9 +3360,12 @@ class Store(Connection):
                 f"INSERT OR {'REPLACE' if instead else 'IGNORE'} INTO outcome VALUES (?, ?, ?, ?)",
                 [(answer.to.id, answer.failed, answer.value, now + answer.to.ttl) for answer in kept],
             )
-        for answer in answers:
-            if answer.to.position is not None:
-                self._join(answer.to.id, answer.to.position, answer, now)
+        by_group: dict[str, list[tuple[Any, ...]]] = {}
+        for to, failed, value, _ in answers:
+            if to.position is not None:
+                by_group.setdefault(to.id, []).append((to.id, to.position, failed, value))
+        for group_id, members in by_group.items():
+            self._join(group_id, members, now)
 
     # What defines a group is the row of its member -1, there until it ends: in `task_group`, to count a member would be
     # to write it anew.
@@ -3388,20 +3390,23 @@ class Store(Connection):
             self._end_group(group_id, now)
         return 0
 
-    def _join(self, group_id: str, position: int, answer: Answer, now: float) -> None:
-        """Note how a member of a group ended, the first time that it does; the last member ends the group."""
+    def _join(self, group_id: str, members: Sequence[tuple[Any, ...]], now: float) -> None:
+        """Note how members of a group ended, each the first time that it does; the last one ends the group.
+
+        Args:
+            members: their rows.
+        """
         is_open = "SELECT total, ended FROM task_group JOIN group_member USING (group_id) WHERE group_id = ?"
         row = self._one(f"{is_open} AND position = -1", (group_id,))
-        if row is None or not 0 <= position < row[0]:
+        if row is None:
             return
         total, ended = row
-        self.bytes_written += len(answer.value) + BYTES_OF_A_CHANGE
-        if self._changed(
-            "INSERT OR IGNORE INTO group_member VALUES (?, ?, ?, ?)",
-            (group_id, position, answer.failed, answer.value),
-        ):
-            self.sql.execute("UPDATE task_group SET ended = ended + 1 WHERE group_id = ?", (group_id,))
-            if ended + 1 == total:
+        known = [member for member in members if 0 <= member[1] < total]
+        self.bytes_written += sum(len(member[3]) + BYTES_OF_A_CHANGE for member in known)
+        joined = self.sql.executemany("INSERT OR IGNORE INTO group_member VALUES (?, ?, ?, ?)", known).rowcount
+        if joined > 0:
+            self.sql.execute("UPDATE task_group SET ended = ended + ? WHERE group_id = ?", (joined, group_id))
+            if ended + joined == total:
                 self._end_group(group_id, now)
 
     def _end_group(self, group_id: str, now: float) -> None:
