@@ -1619,7 +1619,7 @@ def _write_address(address: Address) -> str:
 
 
 def _read_address(document: dict[str, Any], name: str, where: str) -> Address:
-    address = Address(*(document.get(part, default) for part, default in _ADDRESS_DEFAULTS.items()))
+    address = Address(*[document.get(part, default) for part, default in _ADDRESS_DEFAULTS.items()])
     try:
         known = _is_text(address.id) and (address.session is None or _is_text(address.session))
         if address.position is None:
