@@ -7939,6 +7939,7 @@ class Worker:
             del self._running[run.delivery]
             run.settlement = Settlement(run.delivery, run.stopped.action)
             self._finished.append(run)
+            self._places_changed()
             self._wake.set()
 
     # -- the end
@@ -8827,9 +8828,10 @@ class Boilermaker:
         seconds = None if timeout is None else _seconds("timeout", timeout)
         waiting = self.service_bus_client.outcome(address, seconds)
         task = _current_task.get(None)
+        worker = None if task is None else task._worker
         try:
-            if task is not None and task._worker is not None and seconds != 0:
-                answer = await task._worker.wait_for(waiting, task)
+            if task is not None and worker is not None and worker.loop is asyncio.get_running_loop() and seconds != 0:
+                answer = await worker.wait_for(waiting, task)
             else:
                 answer = await waiting
         except TimeoutError:

@@ -8115,6 +8115,22 @@ async def test_an_outcome_is_kept_for_as_long_as_was_said_or_the_longest_that_a_
         assert await ttl_in_message(app) == ttl
 
 
+@pytest.mark.parametrize("role", ["on_success", "on_failure"])
+async def test_how_long_an_outcome_is_kept_is_said_of_the_head(open_bus, role):
+    app, tasks = keeping_app(open_bus())
+    head, step = tasks.give.si(), tasks.forget.options(result_ttl=5).si()
+    setattr(head, role, step)
+    with pytest.raises(UsageError, match="follows another task: result_ttl= is for the head of what is published"):
+        await app.publish_task(head)
+
+
+async def test_a_tick_keeps_no_result(open_bus):
+    app, tasks = keeping_app(open_bus())
+    schedule = app.schedule(tasks.give.si(), every=datetime.timedelta(hours=1), name="hourly")
+    await app.publish_ticks(schedule, schedule.next_times(1))
+    assert [message.task.outcome_to for message in await app.service_bus_client.peek()] == [None]
+
+
 async def test_where_nothing_is_kept_nothing_appears(open_bus):
     """No field in a message, no row in the file, nobody who looks."""
     bus = open_bus()
@@ -8530,6 +8546,23 @@ asyncio.run(main())
 """
 
 
+async def test_who_awaits_a_dead_letter_that_is_discarded_hears_of_it(open_bus, start_program):
+    """One that told nothing when it died, as where a former version buried it."""
+    bus = open_bus()
+    app, tasks = keeping_app(bus)
+    published = await tasks.give.delay()
+    async with receiving(bus) as receiver:
+        [delivery] = await receiver.receive(1, PATIENCE)
+        await settle(receiver, delivery, DEAD_LETTER)
+    waiting = asyncio.create_task(app.result(published.task_id, None))
+    program = start_program(AWAITING_PROGRAM, published.task_id)
+    await until(lambda: "awaits" in program[1].read_text())
+    await removed(bus, "discard")
+    assert (await failure_of_result(waiting)).error == "Discarded"
+    assert await exit_code(program) == 0
+    assert program[1].read_text().splitlines()[1:] == [f"failed: give {published.task_id}: Discarded"]
+
+
 async def test_a_retry_that_is_cancelled_ends_the_workflow(open_bus):
     app, _ = keeping_app(open_bus())
 
@@ -8621,6 +8654,40 @@ async def test_a_replay_of_a_later_step_takes_back_the_failure_of_the_workflow(o
     assert kept_outcomes(bus) == {}
     await work_off(app)
     assert (await failure_of_result(published.result(0))).message == "x"
+
+
+async def test_a_worker_on_the_dead_letter_queue_tells_what_becomes_of_a_dead_letter(open_bus):
+    app, tasks = keeping_app(open_bus())
+    published = await (tasks.fail.si() | tasks.double.s()).publish()
+    await work_off(app)
+    assert (await failure_of_result(published.result(0))).error == "LookupError"
+    mended = Boilermaker(None, open_bus(DEAD))
+
+    @mended.task(name="fail")
+    async def succeed(state):
+        return 4
+
+    await work_off(mended)
+    await work_off(app)
+    assert await published.result(0) == 8
+
+
+async def test_who_has_lost_the_lock_tells_nothing(open_bus):
+    """Nor do those whose messages are settled together with one of which the lock is lost: they tell their own."""
+    bus = open_bus(lock_duration=0.2)
+    await bus.send([letter(name) for name in "abc"])
+    [lost] = await take_and_drop(bus)
+    await asyncio.sleep(0.3)
+    async with receiving(bus) as receiver:
+        held = {each.body: each for each in await receiver.receive(3, PATIENCE)}
+        settlements = [
+            boilermaker.Settlement(each, COMPLETE, answer=boilermaker.Answer(TO._replace(id=each.body), False, "1"))
+            for each in (held["b"], lost, held["c"])
+        ]
+        await receiver.settle(settlements)
+        assert [type(each.error) for each in settlements] == [type(None), MessageLockLost, type(None)]
+    assert lost.body == "a"
+    assert kept_outcomes(bus) == {"b": "1", "c": "1"}
 
 
 async def test_the_next_publish_of_a_given_id_takes_back_the_outcome_and_a_duplicate_does_not(open_bus):
@@ -8905,6 +8972,30 @@ async def test_what_is_there_is_asked_without_giving_up_a_place(open_bus):
     missing = await tasks.ask.delay("unknown", 0)
     await work_off(app, concurrency=1)
     assert (await failure_of_result(missing.result(0))).error == "TimeoutError"
+
+
+async def test_a_task_may_await_a_result_in_another_event_loop_where_it_keeps_its_place(open_bus):
+    app, tasks = keeping_app(open_bus())
+    awaited, begun = await tasks.give.options(delay=3600).delay(), threading.Event()
+
+    async def ask():
+        waiting = asyncio.create_task(awaited.result(None))
+        await asyncio.sleep(0)  # it has begun to wait
+        begun.set()
+        return await waiting
+
+    @app.task(result_ttl=60)
+    async def ask_in_a_thread(state):
+        return await asyncio.to_thread(lambda: asyncio.run(ask()))
+
+    asking = await ask_in_a_thread.delay()
+    async with working(app, concurrency=2):
+        await until(begun.is_set)
+        [worker] = app.workers
+        assert (list(worker._awaiting), worker._free_places()) == ([], 1)
+        await app.service_bus_client.cancel(awaited.sequence_number)
+        assert (await failure_of_result(asking.result(PATIENCE))).error == "TaskFailed"
+        assert await idle_places(app) == 2
 
 
 @pytest.mark.parametrize("ends_by", ["its own timeout", "the option", "the middleware's", "wait_for"])
