@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import asyncio
+import base64
 import contextlib
 import contextvars
 import copy
@@ -50,7 +51,10 @@ from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import fastapi
 import freezegun
+import httpx
+import prometheus_client.parser
 import pytest
 from azure.core.credentials import AccessToken
 from opentelemetry import trace
@@ -99,6 +103,7 @@ from boilermaker import (
     retries,
     root_of,
 )
+from examples import dashboard
 from examples.servicebus_emulator import ServiceBusEmulator
 
 # ======================================================================================================================
@@ -12668,6 +12673,738 @@ async def test_a_queue_on_azure_is_operated_by_the_same_commands(azure_bus, emul
 
 
 # ======================================================================================================================
+# The page, probes and metrics
+# ======================================================================================================================
+
+ACTION = {"Boilermaker-Action": "test"}
+
+
+@pytest.fixture(autouse=True)
+def no_password_in_the_environment(monkeypatch):
+    monkeypatch.delenv("BOILERMAKER_WEB_AUTH", raising=False)
+
+
+@contextlib.asynccontextmanager
+async def page_of(app_or_bus, **options):
+    """A client of the page that is served beside."""
+    options = {"has_worker": False} | options
+    async with (
+        dashboard.beside(app_or_bus, options.pop("address", "0"), **options) as url,
+        httpx.AsyncClient(base_url=url, timeout=PATIENCE) as client,
+    ):
+        yield client
+
+
+def shop_app(bus):
+    """An application whose tasks fail in several ways, and which has a schedule."""
+    app = Boilermaker(None, bus)
+
+    @app.task
+    async def resize(state, image, width=800):
+        if image.startswith("lost"):
+            raise FileNotFoundError(f"no such image: {image}")
+
+    @app.task
+    async def mail(state, address):
+        raise ConnectionError("connection refused")
+
+    @app.task(every=datetime.timedelta(minutes=5))
+    async def tidy(state): ...
+
+    app.resize, app.mail = resize, mail
+    return app
+
+
+async def shop_after_a_night(bus):
+    """Its application after three resizes and two mails have failed, with two messages scheduled and one waiting."""
+    app = shop_app(bus)
+    await app.publish_many([app.resize.si(f"lost{number}.png", width=number) for number in range(3)])
+    await app.publish_many([app.mail.si(f"{name}@example.org") for name in ("ada", "bob")])
+    await work_off(app)
+    await app.publish_task(app.resize.si("later.png"), delay=7200)
+    await app.publish_task(app.mail.si("soon@example.org"), delay=3600)
+    await app.publish_task(app.resize.si("now.png"))
+    return app
+
+
+async def shown_by(client, **query):
+    """What the page shows, once all of it was read."""
+
+    async def answer():
+        shown = (await client.get("api", params=query)).json()
+        return None not in shown.values() and shown
+
+    return await until(answer, "an answer with all its parts")
+
+
+def column(part, name):
+    return [row[name] for row in part["rows"]]
+
+
+async def test_the_page_shows_counts_tasks_messages_and_schedules(open_bus):
+    app = await shop_after_a_night(open_bus())
+    async with page_of(app) as client:
+        shown = await shown_by(client)
+    counts = shown["counts"]
+    assert (counts["active"], counts["running"], counts["scheduled"], counts["dead_letter"]) == (1, 0, 2, 5)
+    assert counts["oldest"] >= 0
+    by_task = {row["task"]: (row["active"], row["scheduled"], row["dead_letter"]) for row in shown["tasks"]["rows"]}
+    assert by_task == {"resize": (1, 1, 3), "mail": (0, 1, 2)}
+    dead = shown["dead"]
+    assert (dead["matching"], dead["complete"]) == (5, True)
+    assert sorted(column(dead, "arguments")) == [
+        '"ada@example.org"',
+        '"bob@example.org"',
+        *[f'"lost{number}.png", width={number}' for number in range(3)],
+    ]
+    assert column(dead, "time") == sorted(column(dead, "time"), reverse=True)
+    assert set(column(dead, "reason")) == {"TaskFailed"}
+    assert column(shown["scheduled"], "task") == ["mail", "resize"]  # what is due first comes first
+    [schedule] = shown["schedules"]["rows"]
+    assert (schedule["name"], schedule["task"], len(schedule["next"])) == ("tidy", "tidy", 3)
+    assert (shown["queue"], shown["read_only"], shown["errors"]) == ("tasks", False, [])
+
+
+async def test_the_filter_of_the_page_is_over_all(open_bus):
+    app = await shop_after_a_night(open_bus())
+    async with page_of(app) as client:
+        shown = await shown_by(client, text="REFUSED")
+        assert column(shown["dead"], "task") == ["mail", "mail"]
+        assert (column(shown["tasks"], "task"), shown["scheduled"]["rows"], shown["schedules"]["rows"]) == (
+            ["mail"],
+            [],
+            [],
+        )
+        shown = await shown_by(client, task="resize", text="lost1")
+        assert column(shown["dead"], "arguments") == ['"lost1.png", width=1']
+        assert (await shown_by(client, task="nobody"))["dead"]["matching"] == 0
+
+
+async def test_the_page_turns_pages_of_fifty(open_bus):
+    bus = open_bus()
+    await bury(bus, bodies_of(bus, *["a"] * 120))
+    async with page_of(bus) as client:
+        pages = [(await shown_by(client, dead_from=start))["dead"] for start in (0, 50, 100, 9_999)]
+        wrong = await client.get("api?dead_from=first")
+    assert [len(page["rows"]) for page in pages] == [50, 50, 20, 20]
+    assert len({number for page in pages for number in column(page, "number")}) == 120
+    assert pages[3]["from"] == 100  # the last there is
+    assert wrong.status_code == 400
+
+
+async def test_one_message_is_shown_in_full(open_bus):
+    bus = open_bus()
+    await bury(bus, bodies_of(bus, "a"), description="ValueError: " + "x" * 1000)
+    async with page_of(bus) as client:
+        [row] = (await shown_by(client))["dead"]["rows"]
+        full = (await client.get("api/message", params={"number": row["number"], "dead_letter": 1})).json()
+        assert len(row["error"]) == dashboard.SHOWN
+        assert (full["error"], full["traceback"]) == ("ValueError: " + "x" * 1000, "Traceback: no")
+        assert json.loads(full["arguments"]) == {"args": [0], "kwargs": {}}
+        for query, status in ({"number": row["number"]}, 404), ({"number": 99}, 404), ({"number": "x"}, 400), ({}, 400):
+            assert (await client.get("api/message", params=query)).status_code == status
+
+
+async def test_dead_letters_are_replayed_and_discarded_by_number_or_as_they_match(open_bus, caplog):
+    app = await shop_after_a_night(bus := open_bus())
+    caplog.set_level(logging.INFO, "boilermaker.dashboard")
+    async with page_of(app) as client:
+
+        async def post(action, **body):
+            answer = await client.post(f"api/{action}", json=body, headers=ACTION)
+            return answer.status_code, answer.json()["count"]
+
+        first, second, *_ = [message.sequence_number for message in await bus.peek(dead_letter=True)]
+        assert await post("replay", numbers=[first, str(second), 999]) == (200, 2)
+        assert await post("replay", numbers=[first]) == (404, 0)
+        assert await post("discard", matching={"task": "mail", "text": "ada"}) == (200, 1)
+        assert column((await shown_by(client))["dead"], "arguments") == ['"bob@example.org"', '"lost2.png", width=2']
+        assert await post("replay", matching={}) == (200, 2)
+        assert (await shown_by(client))["counts"]["dead_letter"] == 0
+        assert await post("discard", matching={"text": "nothing"}) == (200, 0)
+    assert [len(task.args) for task in [message.task for message in await bus.peek()] if task] == [1] * 7
+    lines = [record.getMessage() for record in caplog.records if "Page: " in record.getMessage()]
+    assert lines[0].startswith(f"Page: replay [{first}, {second}, 999] by anybody (127.0.0.1): messages=2")
+    assert len(lines) == 5
+
+
+async def test_what_is_scheduled_is_cancelled_by_number_or_as_it_matches_and_nothing_else_is(open_bus):
+    app = await shop_after_a_night(bus := open_bus())
+    async with page_of(app) as client:
+        soon = max(message.sequence_number for message in await bus.peek() if message.state == "scheduled")
+        answer = await client.post("api/cancel", json={"numbers": [soon, 999]}, headers=ACTION)
+        assert (answer.status_code, answer.json()["count"]) == (200, 1)
+        answer = await client.post("api/cancel", json={"numbers": [soon]}, headers=ACTION)
+        assert answer.status_code == 404
+        answer = await client.post("api/cancel", json={"matching": {}}, headers=ACTION)
+        assert (answer.status_code, answer.json()["count"]) == (200, 1)
+        assert (await shown_by(client))["scheduled"]["rows"] == []
+    assert [message.task.args for message in await bus.peek()] == [["now.png"]]
+    assert (await bus.counts()).dead_letter == 5
+
+
+BODIES = {
+    "no JSON": b"numbers",
+    "no text": b"\xff",
+    "nothing": b"",
+    "no object": b"[1]",
+    "neither": b"{}",
+    "something else": b'{"all": true}',
+    "both": b'{"numbers": [1], "matching": {}}',
+    "a number that is no list": b'{"numbers": 1}',
+    "a float": b'{"numbers": [1.0]}',
+    "a truth": b'{"numbers": [true]}',
+    "a negative number": b'{"numbers": [-1]}',
+    "a filter that is none": b'{"matching": "all"}',
+    "a filter by something else": b'{"matching": {"reason": "TaskFailed"}}',
+    "a filter by no text": b'{"matching": {"text": null}}',
+    "nested without end": b"[" * 100_000,
+    "too large": b'{"numbers": [' + b"1," * 1_000_000 + b"1]}",
+}
+
+
+@pytest.mark.parametrize("body", BODIES.values(), ids=BODIES)
+async def test_a_body_that_is_wrong_is_refused_and_nothing_is_done(open_bus, body):
+    bus = open_bus()
+    await bury(bus, bodies_of(bus, "a"))
+    async with page_of(bus) as client:
+        answer = await client.post("api/discard", content=body, headers=ACTION)
+        assert (answer.status_code, answer.json()["error"][:18]) == (400, "the body is wrong:")
+    assert (await bus.counts()).dead_letter == 1
+
+
+async def test_an_action_needs_the_header_that_no_foreign_page_can_send(open_bus):
+    bus = open_bus()
+    await bury(bus, bodies_of(bus, "a"))
+    async with page_of(bus) as client:
+        for action in ("replay", "discard", "cancel"):
+            answer = await client.post(f"api/{action}", json={"matching": {}})
+            assert answer.status_code == 403
+            assert "Boilermaker-Action" in answer.json()["error"]
+        preflight = await client.options(
+            "api/discard", headers={"Access-Control-Request-Headers": "boilermaker-action"}
+        )
+        assert not any(name.startswith("access-control") for name in preflight.headers)
+    assert (await bus.counts()).dead_letter == 1
+
+
+async def test_who_comes_by_a_foreign_name_is_refused_but_for_probes(open_bus):
+    async with page_of(bus := open_bus(), allow_hosts=["Tasks.Example.org"]) as client:
+        port = client.base_url.port
+
+        async def status(host, path, method="GET"):
+            return (await client.request(method, path, headers={"Host": host} | ACTION)).status_code
+
+        for host in ("evil.example", f"evil.example:{port}", "localhost.evil.example", "127.0.0.1.evil.example", ""):
+            for path in ("/", "api", "api/message", "nowhere"):
+                assert await status(host, path) == 403, (host, path)
+            assert await status(host, "api/replay", "POST") == 403
+            assert [await status(host, path) for path in ("healthz", "readyz", "metrics")] == [200] * 3
+        for host in (
+            "localhost",
+            f"localhost:{port}",
+            "127.0.0.1",
+            f"[::1]:{port}",
+            "tasks.example.org",
+            "TASKS.example.org.",
+        ):
+            assert await status(host, "/") == 200, host
+    assert await bus.peek() == []
+
+
+async def test_the_password_is_asked_for_but_by_probes(open_bus):
+    async with page_of(open_bus(), auth="ann:se:cret") as client:
+        wrong = [None, "ann:se", "ann:se:cret ", "bob:se:cret", ":", "ann"]
+        for path in ("/", "api", "api/message", "metrics", "nowhere"):
+            for pair in wrong:
+                header = {} if pair is None else {"Authorization": "Basic " + base64.b64encode(pair.encode()).decode()}
+                answer = await client.get(path, headers=header)
+                assert (answer.status_code, answer.headers["WWW-Authenticate"][:6]) == (401, "Basic "), (path, pair)
+        for header in ("Basic", "Basic *", "Bearer YW5uOnNlOmNyZXQ=", "Basic ünlaut".encode()):
+            assert (await client.get("api", headers={"Authorization": header})).status_code == 401
+        for path in ("/", "api", "metrics"):
+            assert (await client.get(path, auth=("ann", "se:cret"))).status_code == 200
+        assert (await client.get("metrics", auth=("ann", "se:cret"), headers={"Host": "10.1.2.3"})).status_code == 200
+        for path in ("healthz", "readyz"):
+            assert (await client.get(path, headers={"Host": "10.1.2.3:8080"})).status_code == 200
+
+
+async def test_a_page_that_is_read_only_changes_nothing(open_bus):
+    bus = open_bus()
+    await bury(bus, bodies_of(bus, "a"))
+    async with page_of(bus, read_only=True) as client:
+        for action in ("replay", "discard", "cancel"):
+            answer = await client.post(f"api/{action}", json={"matching": {}}, headers=ACTION)
+            assert (answer.status_code, answer.json()) == (403, {"error": "this page is read-only"})
+        assert (await shown_by(client))["read_only"] is True
+    assert (await bus.counts()).dead_letter == 1
+
+
+async def test_an_unknown_path_is_not_found_and_an_action_is_no_page(open_bus):
+    async with page_of(open_bus()) as client:
+        paths = ("nowhere", "api/nothing", "dashboard.py", "..%2fdashboard.py", "healthz/x")
+        assert [(await client.get(path)).status_code for path in paths] == [404] * len(paths)
+        assert (await client.post("api/purge", headers=ACTION)).status_code == 404
+        assert (await client.get("api/replay")).status_code == 405
+
+
+async def test_the_page_allows_itself_nothing_but_its_own_text_and_its_own_api(open_bus):
+    async with page_of(open_bus()) as client:
+        answer = await client.get("/")
+    policy = dict(part.split(" ", 1) for part in answer.headers["Content-Security-Policy"].split("; "))
+    assert policy["default-src"] == policy["frame-ancestors"] == policy["form-action"] == "'none'"
+    assert policy["connect-src"] == "'self'"
+    assert re.fullmatch(r"'sha256-[\w+/=]+'", policy["script-src"])
+    assert re.findall(r"(?:src|href)=.(?:https?:)?//", answer.text) == []
+
+
+@pytest.mark.parametrize("place", ["/tasks", "/deeper/inside/tasks"])
+async def test_the_page_can_be_mounted_at_any_path_of_another_application(open_bus, place):
+    app = await shop_after_a_night(open_bus())
+    api = fastapi.FastAPI()
+    api.mount(place, dashboard.asgi(app))
+    api.mount("/open", dashboard.asgi(app, read_only=False))
+    api.mount("/closed", dashboard.asgi(app, auth="ann:secret"))
+    transport = httpx.ASGITransport(api)
+    async with httpx.AsyncClient(transport=transport, base_url="https://api.example.org", follow_redirects=True) as web:
+        page = await web.get(place)
+        assert (page.status_code, str(page.url)) == (200, f"https://api.example.org{place}/")
+        assert (await shown_by(web_at := Under(web, place)))["read_only"] is True
+        assert (await web_at.get("readyz")).text == "ok"
+        refused = await web.post(f"{place}/api/replay", json={"matching": {}}, headers=ACTION)
+        assert refused.status_code == 403
+        assert (await web.get("/closed/")).status_code == 401
+        done = await web.post("/open/api/replay", json={"matching": {"task": "mail"}}, headers=ACTION)
+        assert done.json()["count"] == 2
+        shown = (await web.get("/closed/api", auth=("ann", "secret"))).json()
+        assert shown["read_only"] is False
+
+
+class Under:
+    """A client, below a path."""
+
+    def __init__(self, client, place):
+        self.client, self.place = client, place
+
+    def get(self, path, **options):
+        return self.client.get(f"{self.place}/{path}", **options)
+
+
+async def test_what_messages_hold_comes_as_text_whatever_it_is(open_bus):
+    bus = open_bus()
+    names = ["<img src=x onerror=alert(1)>", "\u202eevil", "x" * 128]
+    tasks = [named(name, args=["<script>alert(2)</script>", "\x00\x1b[31m", "y" * 100_000, 2**70]) for name in names]
+    await bury(bus, [letter(encode(task, "tasks", "tasks"), message_id=task.task_id) for task in tasks])
+    surrogate = body_with(payload={"args": ["\ud800"], "kwargs": {"\udfff": "\ud83d"}})
+    await bury(bus, [letter(surrogate), letter("no task <b>"), letter('{"function_name": 5}')], description="<b>")
+    async with page_of(bus) as client:
+        shown = await shown_by(client)
+        rows = shown["dead"]["rows"]
+        assert sorted(str(row["task"]) for row in rows) == sorted([*names, "None", "None", "fetch_page"])
+        assert max(len(row["arguments"]) for row in rows) == dashboard.SHOWN
+        for row in rows:
+            full = await client.get("api/message", params={"number": row["number"], "dead_letter": 1})
+            assert full.headers["Content-Type"] == "application/json"
+            assert full.headers["X-Content-Type-Options"] == "nosniff"
+            assert row["task"] not in names or json.loads(full.json()["arguments"])["args"][2:] == [
+                "y" * 100_000,
+                2**70,
+            ]
+        answer = await client.post("api/discard", json={"matching": {"task": ""}}, headers=ACTION)
+        assert answer.json()["count"] == 2  # what is no task
+
+
+async def test_numbers_larger_than_javascript_counts_come_back_as_they_are(open_bus, tmp_path):
+    bus = open_bus()
+    await bury(bus, bodies_of(bus, "a", "b"))
+    large = 2**60 + 1
+    with contextlib.closing(sqlite3.connect(tmp_path / "queue.db")) as connection, connection:
+        connection.execute("UPDATE message SET sequence_number = sequence_number + ?", [large - 1])
+    async with page_of(bus) as client:
+        numbers = column((await shown_by(client))["dead"], "number")
+        assert sorted(numbers) == [str(large), str(large + 1)]
+        answer = await client.post("api/discard", json={"numbers": [str(large)]}, headers=ACTION)
+        assert answer.json()["count"] == 1
+    assert numbers_of(await bus.peek(dead_letter=True)) == [large + 1]
+
+
+async def test_a_queue_that_cannot_be_read_is_said_to_be_so_and_the_page_goes_on(tmp_path):
+    path = tmp_path / "queue.db"
+    path.write_text("This is no queue's file, but a letter. " * 100)
+    bus = LocalServiceBus(path)
+    async with page_of(bus) as client:
+        shown = (await client.get("api")).json()
+        assert (shown["counts"], shown["tasks"], shown["dead"]) == (None, None, None)
+        assert str(path) in shown["errors"][0]
+        answer = await client.post("api/replay", json={"matching": {}}, headers=ACTION)
+        assert (answer.status_code, answer.json()["count"]) == (400, 0)
+        assert (await client.get("healthz")).status_code == 200
+        assert "boilermaker_messages{" not in (await client.get("metrics")).text
+        path.unlink()
+        await until(lambda: shown_by(client), "a queue that can be read")
+
+
+async def test_what_is_read_is_read_once_at_a_time_and_the_less_often_the_longer_it_takes():
+    reads, go_on = [], asyncio.Event()
+
+    async def read():
+        reads.append(len(reads))
+        await go_on.wait()
+        if len(reads) == 3:
+            raise ServiceBusUnavailable("away")
+        return reads[-1]
+
+    cached = dashboard.Cached(read, pause=0)
+    asking = [asyncio.create_task(cached.get()) for _ in range(20)]
+    await asyncio.sleep(0.1)
+    assert reads == [0]
+    go_on.set()
+    assert await asyncio.gather(*asking) == [0] * 20
+    assert await cached.get() == 0  # it took a tenth of a second, and so is not read again for two
+    assert reads == [0]
+    cached.forget()
+    assert await cached.get() == 1
+    cached.forget()
+    assert (await cached.get(), cached.error) == (1, "away")  # what was known stays
+    cached.forget()
+    assert (await cached.get(), cached.error) == (3, "")
+
+
+async def test_an_answer_does_not_wait_for_what_takes_long_to_read(monkeypatch):
+    monkeypatch.setattr(dashboard, "PATIENCE", 0.05)
+    go_on = asyncio.Event()
+    cached = dashboard.Cached(go_on.wait, pause=0)
+    assert await cached.get() is None
+    go_on.set()
+    assert await until(cached.get) is True
+
+
+# -- probes and metrics
+
+
+async def statuses(client):
+    return [(await client.get(path)).status_code for path in ("healthz", "readyz")]
+
+
+async def test_a_worker_is_ready_from_its_start_to_its_stop_and_healthy_all_the_while(open_bus):
+    may_start, may_end, running = asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app):
+        await may_start.wait()
+        yield
+
+    app = Boilermaker(None, open_bus(), lifespan=lifespan)
+
+    @app.task
+    async def work(state):
+        running.set()
+        await may_end.wait()
+
+    await work.delay()
+    async with page_of(app, has_worker=True) as client:
+        assert ((await client.get("readyz")).text, await statuses(client)) == ("no worker", [200, 503])
+        worker = asyncio.create_task(app.run())
+        await until(lambda: app.workers)
+        assert ((await client.get("readyz")).text, await statuses(client)) == ("connecting", [200, 503])
+        may_start.set()
+        await running.wait()
+        assert ((await client.get("readyz")).text, await statuses(client)) == ("ok", [200, 200])
+        stopping = asyncio.create_task(app.stop())
+        await until(lambda: [each.phase for each in app.workers] == [boilermaker.Phase.STOPPING])
+        assert ((await client.get("readyz")).text, await statuses(client)) == ("stopping", [200, 503])
+        may_end.set()
+        await asyncio.gather(worker, stopping)
+        assert await statuses(client) == [200, 503]
+
+
+async def test_through_an_outage_of_the_bus_a_worker_is_healthy_and_not_ready(azure_bus, emulator):
+    app = Boilermaker(None, azure_bus())
+    ran = []
+
+    @app.task
+    async def work(state):
+        ran.append(1)
+
+    async with page_of(app, has_worker=True) as client, working(app):
+        await until(lambda: app.workers)
+        await until_phase(client, "ok")
+        emulator.control("refuse 2")
+        emulator.control("drop")
+
+        async def is_reconnecting():
+            assert (await client.get("healthz")).status_code == 200
+            return (await client.get("readyz")).text == "reconnecting"
+
+        await until(is_reconnecting)
+        await until_phase(client, "ok")
+        assert (await client.get("healthz")).status_code == 200
+        await work.delay()
+        await until(lambda: ran)
+
+
+async def until_phase(client, phase):
+    async def is_there():
+        return (await client.get("readyz")).text == phase
+
+    await until(is_there, phase)
+
+
+async def test_a_worker_whose_receives_fail_is_not_ready_until_one_succeeds(open_bus, tmp_path, monkeypatch):
+    monkeypatch.setattr(boilermaker, "MAX_WAIT", 0.05)
+    monkeypatch.setattr(boilermaker, "LOCK_PATIENCE", 1)
+    app = Boilermaker(None, open_bus())
+    app.register_async(clean_up)
+    async with page_of(app, has_worker=True) as client, working(app):
+        await until_phase(client, "ok")
+        with contextlib.closing(sqlite3.connect(tmp_path / "queue.db", isolation_level=None)) as other:
+            other.execute("BEGIN IMMEDIATE")
+            await until_phase(client, "reconnecting")
+            assert (await client.get("healthz")).status_code == 200
+        await until_phase(client, "ok")
+
+
+async def test_a_worker_whose_event_loop_is_stuck_is_not_healthy(open_bus, monkeypatch):
+    monkeypatch.setattr(dashboard, "UNRESPONSIVE", 0.2)
+    app = Boilermaker(None, open_bus())
+    codes = []
+
+    @app.task
+    async def block(state):
+        deadline = time.monotonic() + PATIENCE
+        while 503 not in codes and time.monotonic() < deadline:
+            time.sleep(0.01)
+
+    async with page_of(app) as client, working(app):
+        ended = threading.Event()
+
+        def probe():
+            while not ended.is_set():
+                codes.append(httpx.get(f"{client.base_url}healthz").status_code)
+                time.sleep(0.05)
+
+        prober = threading.Thread(target=probe)
+        prober.start()
+        try:
+            await until(lambda: codes)
+            await block.delay()
+            await until(lambda: 503 in codes and codes[-1] == 200)
+        finally:
+            ended.set()
+            await asyncio.to_thread(prober.join)
+    assert codes[0] == 200
+
+
+async def test_a_worker_that_was_ended_by_an_error_is_not_healthy_until_another_works(open_bus):
+    app = Boilermaker(None, open_bus())
+    app.register_async(clean_up)
+    transport = httpx.ASGITransport(dashboard.asgi(app))
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        assert await statuses(client) == [200, 200]  # a process that only publishes
+        worker = asyncio.create_task(app.run())
+        await until(lambda: [each.phase for each in app.workers] == [boilermaker.Phase.WORKING])
+        assert await statuses(client) == [200, 200]
+        await app.service_bus_client.close()
+        await asyncio.wait([worker], timeout=PATIENCE)
+        assert isinstance(worker.exception(), UsageError)
+        assert await statuses(client) == [503, 503]
+        async with working(app):
+            await until_phase(client, "ok")
+            assert await statuses(client) == [200, 200]
+
+
+async def samples_of(client):
+    """The values of the metrics, by name and labels, as Prometheus reads them."""
+    answer = await client.get("metrics")
+    assert answer.headers["Content-Type"].startswith("text/plain; version=")
+    families = prometheus_client.parser.text_string_to_metric_families(answer.text)
+    return {
+        (sample.name.removeprefix("boilermaker_"), *sorted(sample.labels.values())): sample.value
+        for family in families
+        for sample in family.samples
+        if not sample.name.endswith("_created")
+    }
+
+
+async def test_metrics_count_what_was_settled_how_long_it_ran_and_what_is_there(open_bus):
+    app = await shop_after_a_night(bus := open_bus())
+    going_on = asyncio.Event()
+
+    @app.task
+    async def wait(state):
+        await going_on.wait()
+
+    async with page_of(app) as client:
+        assert (await samples_of(client))["concurrency",] == 0
+        await wait.delay()
+        await app.publish_task(app.mail.si("eve@example.org"))
+        await bus.send([letter(body_with(function_name=f"foreign{number}"), message_id=str(number)) for number in "12"])
+        await bus.send([letter("no task")])
+        async with working(app, concurrency=7, schedules=False):
+            await until(lambda: bus.counts(), "counts")
+
+            async def is_settled():
+                samples = await samples_of(client)
+                return samples.get(("messages", "dead_letter", "tasks")) == 9 and samples
+
+            samples = await until(is_settled)
+            assert (samples["tasks_running",], samples["concurrency",]) == (1, 7)
+            assert samples["messages", "running", "tasks"] == 1
+            going_on.set()
+
+            async def has_ended():
+                samples = await samples_of(client)
+                return samples.get(("tasks_total", "returned", "wait")) and samples
+
+            samples = await until(has_ended)
+    assert samples["tasks_total", "resize", "returned"] == 1
+    assert samples["tasks_total", "failed", "mail"] == 1
+    assert samples["tasks_total", "?", "unregistered"] == 2
+    assert samples["tasks_total", "?", "undecodable"] == 1
+    assert not [key for key in samples if any("foreign" in label for label in key)]
+    assert samples["task_duration_seconds_count", "mail"] == samples["task_wait_seconds_count", "mail"] == 1
+    assert samples["task_duration_seconds_bucket", "+Inf", "wait"] == 1
+    assert samples["task_wait_seconds_sum", "wait"] >= 0
+    assert ("task_duration_seconds_count", "?") not in samples  # they did not run
+    assert samples["messages", "scheduled", "tasks"] == 2
+
+
+# -- started as a command
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        (["--web", "TAKEN"], "--web TAKEN: cannot listen there: Address already in use."),
+        (["--web", "0", "--auth", "secret"], "auth must be USER:PASSWORD, with a colon."),
+        (["--web", "0", "--auth", ":secret"], "auth must be USER:PASSWORD, with a colon."),
+        (["--web", "0.0.0.0:0"], "--web 0.0.0.0:0: any host but loopback wants --auth USER:PASSWORD"),
+        (["--web", "[::]:0"], "--web [::]:0: any host but loopback wants --auth USER:PASSWORD"),
+        (["--web", "example.org:0"], "--web example.org:0: any host but loopback wants --auth USER:PASSWORD"),
+        (["--web", "eighty"], "--web 'eighty' must be [HOST:]PORT"),
+        (["--web", "70000"], "--web '70000' must be [HOST:]PORT"),
+        (["--web", "nowhere.invalid:0", "--auth", "a:b"], "--web nowhere.invalid:0: cannot listen there: "),
+    ],
+)
+@pytest.mark.parametrize("command", ["worker", "dashboard"])
+def test_where_the_page_cannot_be_served_one_is_told_why(night, capsys, command, options, problem):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        options = [option.replace("TAKEN", port) for option in options]
+        if command == "worker":
+            code, _, err = ran(capsys, "worker", night, *options)
+        else:
+            code, err = dashboard.main(["night.db", *options]), capsys.readouterr().err
+    assert code == boilermaker.USAGE
+    assert problem.replace("TAKEN", port) in err.splitlines()[-1]
+    assert "Traceback" not in err
+    assert "secret" not in err
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        (["--web", "0", "--processes", 2], "--web is for one process, which listens on the port"),
+        (["--auth", "a:b"], "--auth and --allow-host are of the page: give --web too."),
+        (["--allow-host", "example.org"], "--auth and --allow-host are of the page: give --web too."),
+    ],
+)
+def test_options_of_the_page_that_do_not_fit_are_told(night, capsys, options, problem):
+    code, _, err = ran(capsys, "worker", night, *options)
+    assert (code, problem in err) == (boilermaker.USAGE, True)
+
+
+@pytest.mark.parametrize("bus", ["nowhere.db", "night.db#nothing", "nomodule"])
+def test_the_page_of_what_is_not_there_is_an_error_that_says_so(night, capsys, bus):
+    assert dashboard.main([bus, "--web", "0"]) == boilermaker.USAGE
+    assert capsys.readouterr().err.startswith("dashboard: ")
+    assert not os.path.exists("nowhere.db")
+
+
+PACKAGES_OF_THE_PAGE = ("starlette", "uvicorn", "prometheus_client")
+
+
+@pytest.mark.parametrize("missing", [*[(name,) for name in PACKAGES_OF_THE_PAGE], PACKAGES_OF_THE_PAGE])
+@pytest.mark.parametrize("command", ["dashboard", "worker", "import"])
+def test_packages_that_the_page_lacks_are_named(night, missing, command):
+    code = {
+        "dashboard": "sys.argv = ['', 'night.db']; runpy.run_module('examples.dashboard', run_name='__main__')",
+        "worker": f"sys.exit(boilermaker.main(['worker', '{night}', '--web', '0']))",
+        "import": "import examples.dashboard",
+    }[command]
+    hidden = f"import runpy, sys, boilermaker; sys.modules |= dict.fromkeys({missing}); {code}"
+    environment = example_environment(PYTHONWARNINGS="ignore")
+    run = subprocess.run([sys.executable, "-c", hidden], env=environment, capture_output=True, text=True)
+    assert f"The page needs {', '.join(missing)}: pip install {' '.join(missing)}" in run.stderr.splitlines()[-1]
+    assert (run.returncode, "Traceback" in run.stderr) == ((1, True) if command == "import" else (2, False))
+
+
+def test_a_worker_that_is_started_again_keeps_its_page(night):
+    given = ["worker", night, "--web", "0.0.0.0:80", "--auth=a:-b", "--allow-host", "x.org", "--allow-host", "y.org"]
+    parser = boilermaker._parser()
+    again = parser.parse_args(boilermaker._arguments_of_child(parser.parse_args(given)))
+    assert (again.web, again.auth, again.allow_host) == ("0.0.0.0:80", "a:-b", ["x.org", "y.org"])
+
+
+async def url_in(log):
+    """Where a page is, as its log says."""
+
+    def found():
+        return re.search(r"The page of .* is at (http://\S+/)", log.read_text())
+
+    return (await until(found, f"the page: {log.read_text()}"))[1]
+
+
+async def test_a_worker_has_its_page_beside_it_until_it_has_ended(night, tmp_path, monkeypatch):
+    monkeypatch.setenv("BOILERMAKER_WEB_AUTH", "ann:secret")
+    with command_running(tmp_path, "worker", night, "--web", "0", "--allow-host", "tasks.example") as (process, log):
+        async with httpx.AsyncClient(base_url=await url_in(log), auth=("ann", "secret")) as client:
+            await until_phase(client, "ok")
+            shown = await shown_by(client)
+            assert [row["name"] for row in shown["schedules"]["rows"]] == ["tidy"]
+            assert (await samples_of(client))["concurrency",] == 10
+            assert (await client.get("api", headers={"Host": "tasks.example"})).status_code == 200
+            answer = await client.post("api/discard", json={"matching": {"task": "mail"}}, headers=ACTION)
+            assert answer.json()["count"] == 1
+            assert (await client.get("api", auth=("ann", "Secret"))).status_code == 401
+            process.send_signal(signal.SIGTERM)
+            await until(lambda: process.poll() is not None, "the end")
+    assert process.returncode == 0
+    assert "Page: discard Matching(text='', task='mail') by ann (127.0.0.1): messages=1" in log.read_text()
+    assert "secret" not in log.read_text()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_the_page_alone_serves_until_a_signal(night, tmp_path, number):
+    log = tmp_path / "page.log"
+    with log.open("wb") as stream:
+        command = [sys.executable, "-m", "examples.dashboard", "night.db", "--web", "localhost:0", "--read-only"]
+        process = subprocess.Popen(command, env=example_environment(), stdout=stream, stderr=stream)
+    try:
+        async with httpx.AsyncClient(base_url=await url_in(log)) as client:
+            shown = await shown_by(client)
+            assert (shown["read_only"], shown["counts"]["dead_letter"]) == (True, 6)
+            assert await statuses(client) == [200, 200]
+        process.send_signal(number)
+        await until(lambda: process.poll() is not None, "the end")
+        assert process.returncode == 0
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_the_installed_package_has_the_page(clean_python, tmp_path):
+    [packages] = clean_python.parent.parent.glob("lib/python*/site-packages")
+    command = [sys.executable, "-m", "boilermaker.dashboard", "--help"]
+    environment = {**os.environ, "PYTHONPATH": str(packages)}
+    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert run.stdout.startswith("usage: dashboard [-h] [--web [HOST:]PORT]"), run.stderr
+    code = "import boilermaker; print(boilermaker._dashboard().__file__)"
+    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert run.stdout == f"{packages}/boilermaker/dashboard.py\n", run.stderr
+
+
+# ======================================================================================================================
 # Examples: each runs as its docstring says
 # ======================================================================================================================
 
@@ -13089,7 +13826,8 @@ def test_the_tests_test_this_checkout():
 
 def test_the_wheel_holds_the_module_and_its_types_and_nothing_else(wheel):
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
-    assert names == {"boilermaker/__init__.py", "boilermaker/__main__.py", "boilermaker/py.typed"}
+    files = ("__init__.py", "__main__.py", "dashboard.py", "dashboard.html", "py.typed")
+    assert names == {f"boilermaker/{name}" for name in files}
 
 
 def test_the_wheel_names_what_it_needs(wheel):

@@ -48,6 +48,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -493,8 +494,9 @@ def as_response(content: object, status: int = 200) -> Response:
 class Page:
     """The page, and what it asks for."""
 
-    def __init__(self, queue: Queue, read_only: bool) -> None:
+    def __init__(self, queue: Queue, user: str, read_only: bool) -> None:
         self._queue = queue
+        self._user = user
         self._read_only = read_only
         self._html = Path(__file__).with_name("dashboard.html").read_text("utf-8")
         policy = {"default-src": "'none'", "connect-src": "'self'", "img-src": "data:", "base-uri": "'none'"}
@@ -532,22 +534,16 @@ class Page:
             return as_response({"error": str(error)}, 503)
         return as_response(found or {"error": "It is gone."}, 200 if found else 404)
 
-    async def act(self, request: Request) -> Response:
+    async def act(self, action: str, request: Request) -> Response:
         """Do what a POST asks for, after a look at whether it may."""
-        action = request.path_params["action"]
-        if action not in ("replay", "discard", "cancel"):
-            return as_response({"error": f"there is no api/{action[:SHOWN]}"}, 404)
         if "boilermaker-action" not in request.headers:
             return as_response({"error": "an action needs the header Boilermaker-Action"}, 403)
         if self._read_only:
             return as_response({"error": "this page is read-only"}, 403)
         try:
             numbers, matching = asked_for(await self._body(request))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             return as_response({"error": f"the body is wrong: {error}"}, 400)
-
-        who = f"{request.client.host if request.client else 'somebody'} ({self._user(request)})"
-        what = f"numbers {numbers}" if numbers is not None else f"all that match {matching}"
         count, problem, status = 0, "", 200
         try:
             count = await self._queue.act(action, numbers, matching)
@@ -559,7 +555,9 @@ class Page:
             problem, status = str(error), 503
         if numbers is not None and count == 0 and not problem:
             problem, status = "Gone: somebody else was first, or it runs already.", 404
-        logger.info("%s by %s of %s: messages=%d %s", action, who, what, count, problem)
+        what = matching if numbers is None else numbers if len(numbers) < ROWS else f"{len(numbers)} numbers"
+        who = request.client.host if request.client else "?"
+        logger.info("Page: %s %s by %s (%s): messages=%d %s", action, what, self._user, who, count, problem)
         return as_response({"count": count, "error": problem}, status)
 
     async def _body(self, request: Request) -> Any:
@@ -570,12 +568,6 @@ class Page:
                 raise ValueError(f"it is larger than {LARGEST_BODY} bytes")
         return json.loads(body)
 
-    def _user(self, request: Request) -> str:
-        _, _, credentials = request.headers.get("authorization", "").partition(" ")
-        with contextlib.suppress(ValueError):
-            return repr(base64.b64decode(credentials).decode().partition(":")[0])
-        return "''"
-
 
 def asked_for(body: Any) -> tuple[list[int] | None, Matching]:
     """The sequence numbers that a POST names, or what its messages match; ValueError where it is neither."""
@@ -584,7 +576,7 @@ def asked_for(body: Any) -> tuple[list[int] | None, Matching]:
     if "matching" in body:
         return None, Matching.of(body["matching"])
     numbers = body["numbers"]
-    if not isinstance(numbers, list) or not all(re.fullmatch(r"\d{1,19}", str(number)) for number in numbers):
+    if not isinstance(numbers, list) or not all(re.fullmatch("[0-9]{1,19}", str(number)) for number in numbers):
         raise ValueError('"numbers" must be a list of sequence numbers')
     return [int(number) for number in numbers], Matching()
 
@@ -616,13 +608,14 @@ def asgi(
     if auth is not None and not re.fullmatch(r"[^:]+:.+", auth, re.DOTALL):
         raise boilermaker.UsageError("auth must be USER:PASSWORD, with a colon.")
     queue = Queue(app, bus)
-    page = Page(queue, (auth is None) if read_only is None else read_only)
+    user = "anybody" if auth is None else auth.partition(":")[0]
+    page = Page(queue, user, (auth is None) if read_only is None else read_only)
     probes, metrics = Probes(app, has_worker), Metrics(queue)
     guarded = [
         Route("/", page.html),
         Route("/api", page.api),
         Route("/api/message", page.message),
-        Route("/api/{action}", page.act, methods=["POST"]),
+        *(Route(f"/api/{name}", partial(page.act, name), methods=["POST"]) for name in ("replay", "discard", "cancel")),
     ]
     return Starlette(
         routes=[
@@ -646,7 +639,8 @@ def listen(address: str) -> socket.socket:
     try:
         return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except OSError as error:
-        raise boilermaker.UsageError(f"--web {address}: cannot listen there: {error.strerror or error}.") from error
+        why = (error.strerror or str(error)).partition(" (while")[0]
+        raise boilermaker.UsageError(f"--web {address}: cannot listen there: {why}.") from error
 
 
 def is_loopback(host: str) -> bool:
@@ -680,11 +674,8 @@ async def beside(
     hosts = {"localhost", "127.0.0.1", "[::1]", named, *(host.lower().rstrip(".") for host in allow_hosts)} - {""}
     page = asgi(app_or_bus, auth, read_only, allow_hosts=hosts, has_worker=has_worker)
     listening = listen(address)
-    config = uvicorn.Config(
-        page, log_config=None, log_level="warning", access_log=False, server_header=False, ws="none", lifespan="off"
-    )
-    config.timeout_graceful_shutdown = 2
-    server = uvicorn.Server(config)
+    quiet: dict[str, Any] = {"log_config": None, "log_level": "warning", "access_log": False, "server_header": False}
+    server = uvicorn.Server(uvicorn.Config(page, ws="none", lifespan="off", timeout_graceful_shutdown=2, **quiet))
 
     async def serve() -> None:
         await server.serve(sockets=[listening])
