@@ -41,6 +41,7 @@ import termios
 import textwrap
 import threading
 import time
+import urllib.parse
 import uuid
 import venv
 import weakref
@@ -56,12 +57,17 @@ import freezegun
 import httpx
 import prometheus_client.parser
 import pytest
+import uvicorn
 from azure.core.credentials import AccessToken
 from opentelemetry import trace
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanKind, StatusCode
+from selenium import webdriver
+from selenium.webdriver.chrome.service import Service as ChromeService
+from selenium.webdriver.common.action_chains import ActionChains
+from selenium.webdriver.common.keys import Keys
 
 import boilermaker
 from boilermaker import Action as Do
@@ -13402,6 +13408,453 @@ def test_the_installed_package_has_the_page(clean_python, tmp_path):
     code = "import boilermaker; print(boilermaker._dashboard().__file__)"
     run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert run.stdout == f"{packages}/boilermaker/dashboard.py\n", run.stderr
+
+
+# -- in a browser
+
+CHROMIUM, CHROMEDRIVER = "/usr/bin/chromium", "/usr/bin/chromedriver"
+CHROMIUM_OPTIONS = (
+    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+    "--disable-component-update --disable-sync --window-size=1280,1000"
+)
+
+
+class Browser:
+    """Headless Chromium, and what somebody sees and does there."""
+
+    def __init__(self, profile):
+        options = webdriver.ChromeOptions()
+        options.binary_location = CHROMIUM
+        for option in [*CHROMIUM_OPTIONS.split(), f"--user-data-dir={profile}"]:
+            options.add_argument(option)
+        options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+        self.driver = webdriver.Chrome(options=options, service=ChromeService(CHROMEDRIVER))
+
+    async def open(self, url):
+        self.driver.get(str(url))
+        await self.until_text("#status", "Live")
+        await until(lambda: "\u2013" not in self.text("#dead_letter b"), "the first counts")
+
+    def run(self, script, *arguments):
+        return self.driver.execute_script(script, *arguments)
+
+    def text(self, selector):
+        """What is shown there: nothing where it is hidden."""
+        visible = "[...document.querySelectorAll(arguments[0])].filter(e => e.checkVisibility())"
+        return self.run(f"return {visible}.map(e => e.innerText).join('|')", selector)
+
+    def count(self, selector):
+        return self.run("return document.querySelectorAll(arguments[0]).length", selector)
+
+    async def until_text(self, selector, expected):
+        try:
+            await until(lambda: re.search(expected, self.text(selector)))
+        except AssertionError:
+            raise AssertionError(f"{selector} shows {self.text(selector)!r}, not {expected!r}") from None
+
+    def click(self, selector):
+        element = self.driver.find_element("css selector", selector)
+        self.run("arguments[0].scrollIntoView({block: 'center'})", element)
+        element.click()
+
+    def type(self, *keys):
+        """Type where the focus is."""
+        ActionChains(self.driver).send_keys(*keys).perform()
+
+    def focus(self):
+        return self.run("return document.activeElement.getAttribute('aria-label') || document.activeElement.innerText")
+
+    async def act(self, selector, question, done):
+        """Press a button, read the question, agree, and wait for what is said then."""
+        self.click(selector)
+        await self.until_text("dialog[open]", question)
+        self.click("dialog .go")
+        await self.until_text("#done", done)
+
+    def complaints(self):
+        """What the console has of warnings and errors since the last call."""
+        return [entry["message"] for entry in self.driver.get_log("browser")]
+
+    def foreign_requests(self):
+        names = self.run("return performance.getEntriesByType('resource').map(entry => entry.name)")
+        return [name for name in names if not name.startswith((self.run("return location.origin"), "data:"))]
+
+
+@pytest.fixture(scope="session")
+def chromium(tmp_path_factory):
+    if not (os.path.exists(CHROMIUM) and os.path.exists(CHROMEDRIVER)):
+        if os.environ.get("BROWSER_TESTS") == "required":
+            pytest.fail(f"There is no {CHROMIUM}, or no {CHROMEDRIVER}.")
+        pytest.skip("needs Chromium: apt-get install chromium chromium-driver")
+    browser = Browser(tmp_path_factory.mktemp("profile"))
+    yield browser
+    browser.driver.quit()
+
+
+@pytest.fixture
+def browser(chromium):
+    """The browser, of which a test must leave no complaint."""
+    chromium.complaints()
+    yield chromium
+    complaints, foreign = chromium.complaints(), chromium.foreign_requests()
+    chromium.driver.get("about:blank")
+    assert (complaints, foreign) == ([], [])
+
+
+async def test_counts_change_on_the_page_without_a_reload(browser, open_bus):
+    app = await shop_after_a_night(open_bus())
+    going_on = asyncio.Event()
+
+    @app.task
+    async def wait(state):
+        await going_on.wait()
+
+    async with page_of(app) as client:
+        await browser.open(client.base_url)
+        browser.run("window.same = true")
+        tiles = [browser.text(f"#{name} b") for name in ("active", "running", "scheduled-count", "dead_letter")]
+        assert tiles == ["1", "0", "2", "5"]
+        assert browser.text("#tasks tbody tr:first-child button") == "resize"
+        async with working(app):
+            await wait.delay()
+            await browser.until_text("#running b", "^1$")
+            await browser.until_text("#tasks", r"wait\s+0\s+1\s+0\s+0")
+            await app.mail.delay("eve@example.org")
+            await browser.until_text("#dead_letter b", "^6$")
+            await browser.until_text("#dead tbody:nth-of-type(1)", "eve@example.org")
+            going_on.set()
+            await browser.until_text("#running b", "^0$")
+        assert browser.count("#tiles svg path.line[d^=M]") == 5
+        assert browser.driver.title == "(6 dead) tasks · boilermaker"
+        assert browser.run("return window.same") is True
+
+
+async def test_the_page_is_filtered_by_text_and_by_task_and_a_traceback_is_unfolded(browser, open_bus):
+    app = await shop_after_a_night(open_bus())
+    async with page_of(app) as client:
+        await browser.open(client.base_url)
+        browser.click("#text")
+        browser.type("lost2")
+        await browser.until_text("#dead-note", "^1 match")
+        assert browser.count("#dead tbody") == 1
+        assert browser.text("#scheduled-note") == browser.text("#schedules tbody") == ""
+        browser.click("#dead .unfold")
+        await browser.until_text("#dead .detail", r"Traceback \(most recent call last\)")
+        await browser.until_text("#dead .detail", "FileNotFoundError: no such image: lost2.png")
+        await browser.until_text("#dead .detail", r'"width": 2')
+        browser.run("document.querySelector('#dead .detail').dataset.same = 1")
+        await app.mail.delay("eve@example.org")
+        await browser.until_text("#active b", "^2$")  # a poll later
+        assert browser.count("#dead .detail[data-same]:not([hidden])") == 1
+        browser.click("#dead .unfold")
+        assert browser.text("#dead .detail") == ""
+
+        browser.run("document.querySelector('#text').select()")
+        browser.type(Keys.BACKSPACE)
+        await browser.until_text("#dead-note", "^5$")
+        browser.click("#tasks tbody tr:nth-child(2) button")
+        await browser.until_text("#dead-note", "^2 match")
+        assert set(browser.text("#dead tbody td[data-label=Task]").split("|")) == {"mail"}
+        assert browser.run("return location.search") == "?task=mail"
+        browser.driver.refresh()
+        await browser.until_text("#dead-note", "^2 match")
+        browser.click("#task")
+        await browser.until_text("#dead-note", "^5$")
+
+
+async def test_dead_letters_are_replayed_and_discarded_and_what_is_scheduled_is_cancelled_on_the_page(
+    browser, open_bus
+):
+    app = await shop_after_a_night(bus := open_bus())
+    async with page_of(app) as client:
+        await browser.open(client.base_url)
+        browser.click("#dead tbody [aria-label^='Replay ']")
+        await browser.until_text("dialog[open]", "Replay this dead letter[?]")
+        browser.type(Keys.ESCAPE)
+        assert browser.count("dialog[open]") == 0
+        browser.click("#dead tbody [aria-label^='Replay ']")
+        browser.click("dialog [value=no]")
+        await asyncio.sleep(0.1)
+        assert (await bus.counts()).dead_letter == 5
+
+        await browser.act("#dead [aria-label^='Replay ']", "Replay this dead letter[?]", "^1 dead letter replayed.$")
+        await browser.until_text("#dead-note", "^4$")
+        await browser.act("#dead [aria-label^='Discard ']", "deleted for good", "^1 dead letter discarded.$")
+        await browser.until_text("#dead-note", "^3$")
+        browser.click("#text")
+        browser.type("lost")
+        await browser.until_text("#dead-note", "^(\\d) match")
+        left = int(browser.text("#dead-note").split()[0])
+        await browser.act("[data-all=replay]", "with “lost”", f"^{left} dead letters? replayed.$")
+        await browser.until_text("#dead-note", "^$")
+        assert browser.text("#dead ~ p") in ("No dead letter matches.", "None: all is well.")
+        browser.run("document.querySelector('#text').select()")
+        browser.type(Keys.BACKSPACE)
+        await browser.until_text("#scheduled-note", "^2$")
+        await browser.act("#scheduled [aria-label^='Cancel ']", "Cancel this", "^1 scheduled message cancelled.$")
+        await browser.act("[data-all=cancel]", "Cancel all scheduled messages[?]", "^1 scheduled message cancelled.$")
+        await browser.until_text("#scheduled ~ p", "^Nothing is scheduled.$")
+    counts = await bus.counts()
+    assert (counts.active, counts.scheduled, counts.dead_letter) == (2 + left, 0, 3 - left)
+
+
+async def test_what_is_gone_already_is_said_to_be(browser, open_bus):
+    app = await shop_after_a_night(bus := open_bus())
+    async with page_of(app) as client:
+        await browser.open(client.base_url)
+        browser.click("#dead tbody [aria-label^='Replay ']")
+        await browser.until_text("dialog[open]", "Replay this")
+        await bus.discard(lambda message: True)
+        browser.click("dialog .go")
+        await browser.until_text("#done", "^Replay did not work: Gone")
+        await browser.until_text("#dead ~ p", "^None: all is well.$")
+    assert [message for message in browser.complaints() if "404" not in message] == []
+
+
+async def test_a_server_that_goes_away_is_said_to_be_and_found_again(browser, open_bus):
+    app = await shop_after_a_night(open_bus())
+    async with page_of(app) as client:
+        await browser.open(client.base_url)
+    await browser.until_text("#status", r"^No connection to the server since \d\d:\d\d:\d\d, trying again$")
+    assert browser.text("#dead_letter b") == "5"  # what was last seen
+    await app.mail.delay("eve@example.org")
+    await work_off(app, schedules=False)
+    async with page_of(app, address=str(client.base_url.port)):
+        await browser.until_text("#status", "^Live$")
+        await browser.until_text("#dead_letter b", "^6$")
+    assert [message for message in browser.complaints() if "net::ERR" not in message] == []
+
+
+async def test_a_hidden_page_does_not_ask(browser, open_bus, monkeypatch):
+    asked = []
+    show = dashboard.Queue.show
+
+    async def counted(*arguments):
+        asked.append(arguments)
+        return await show(*arguments)
+
+    monkeypatch.setattr(dashboard.Queue, "show", counted)
+    async with page_of(open_bus()) as client:
+        await browser.open(client.base_url)
+        await until(lambda: len(asked) >= 2)
+        page = browser.driver.current_window_handle
+        browser.driver.switch_to.new_window("tab")
+        await asyncio.sleep(0.5)
+        seen = len(asked)
+        await asyncio.sleep(5)
+        assert len(asked) == seen
+        browser.driver.close()
+        browser.driver.switch_to.window(page)
+        await until(lambda: len(asked) > seen)
+        await browser.until_text("#status", "^Live$")
+
+
+async def test_ten_thousand_dead_letters_are_shown_page_by_page(browser, open_bus):
+    bus = open_bus()
+    await bury(bus, bodies_of(bus, *["a", "b"] * 5000))
+    async with page_of(bus) as client:
+        await browser.open(client.base_url)
+        await browser.until_text("#dead-note", "^10,000$")
+        assert browser.count("#dead tbody") == 50
+        answer = await client.get("api")
+        assert len(answer.content) < 100_000
+        browser.click("[aria-label='Pages of dead letters'] [data-turn='1']")
+        await browser.until_text("[aria-label='Pages of dead letters']", "51 to 100 of 10,000")
+        assert browser.count("#dead tbody") == 50
+        browser.click("#text")
+        browser.type("4321")
+        await browser.until_text("#dead-note", "^[1-9] match")
+        await browser.act("[data-all=discard]", "with “4321”", "^[1-9] dead letters? discarded.$")
+        await browser.until_text("#dead_letter b", "^9,99[0-9]$")
+
+
+async def test_what_is_hostile_is_shown_as_text(browser, open_bus):
+    bus = open_bus()
+    name, argument = "<img src=x onerror='window.bad=1'>", "<script>window.bad=2</script>\u202egnp.exe\u0000"
+    tasks = [named(name, args=[argument]), named("large", args=["y" * 100_000])]
+    messages = [letter(encode(task, "tasks", "tasks"), message_id=task.task_id) for task in tasks]
+    await bury(bus, messages, description="<b onclick=alert(3)>bold</b>", traceback="<i>slanted</i>" * 3)
+    async with page_of(bus) as client:
+        await browser.open(client.base_url)
+        rows = browser.text("#dead tbody")
+        assert name in rows
+        assert r"<script>window.bad=2</script>\u202egnp.exe" in rows
+        assert "<b onclick=alert(3)>bold</b>" in rows
+        browser.click("#dead tbody:nth-of-type(1) .unfold")
+        browser.click("#dead tbody:nth-of-type(2) .unfold")
+        await until(lambda: browser.text("#dead .detail").count("<i>slanted</i>") == 6)
+        assert "y" * 100_000 in browser.text("#dead .detail").replace("\n", "")
+        browser.click("#dead tbody:nth-of-type(1) [aria-label^='Discard ']")
+        await browser.until_text("dialog[open]", "Discard this")
+        browser.type(Keys.ESCAPE)
+        browser.driver.get(f"{client.base_url}?task={urllib.parse.quote(name)}&text=%3Cb")
+        await browser.until_text("#dead-note", "^1 match")
+        assert name in browser.text("#task")
+        assert browser.run("return window.bad") is None
+        assert browser.count("main img, main script, main i, td b") == 0
+        assert browser.run("return document.documentElement.scrollWidth <= window.innerWidth")
+
+
+async def test_the_page_works_at_a_path_of_another_application_with_a_password(browser, open_bus):
+    app = await shop_after_a_night(open_bus())
+    api = fastapi.FastAPI()
+    api.mount("/deep/tasks", dashboard.asgi(app, auth="ann:secret"))
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        server = uvicorn.Server(uvicorn.Config(api, log_config=None, ws="none"))
+        thread = threading.Thread(target=asyncio.run, args=(server.serve(sockets=[listening]),))
+        thread.start()
+        try:
+            place = f"127.0.0.1:{listening.getsockname()[1]}/deep/tasks/"
+            browser.driver.get(f"http://ann:secret@{place}")
+            await browser.until_text("#dead-note", "^5$")
+            await browser.act("#dead [aria-label^='Replay ']", "Replay this", "^1 dead letter replayed.$")
+            await browser.until_text("#dead-note", "^4$")
+        finally:
+            server.should_exit = True
+            await asyncio.to_thread(thread.join)
+    browser.complaints()  # the server is gone
+
+
+async def test_a_page_that_is_read_only_has_no_buttons_for_actions(browser, open_bus):
+    app = await shop_after_a_night(open_bus())
+    async with page_of(app, read_only=True) as client:
+        await browser.open(client.base_url)
+        await browser.until_text("#dead-note", "^5$")
+        assert "read-only" in browser.text("#footer")
+        buttons = browser.run(
+            "return [...document.querySelectorAll('main button')].filter(b => b.checkVisibility())"
+            ".map(b => b.className)"
+        )
+        assert set(buttons) == {"link", "unfold"}
+
+
+async def test_the_page_can_be_used_by_keyboard_alone(browser, open_bus):
+    app = await shop_after_a_night(bus := open_bus())
+    async with page_of(app) as client:
+        await browser.open(client.base_url)
+        await browser.until_text("#dead-note", "^5$")
+        browser.type(Keys.TAB)
+        assert browser.focus() == "Skip to the content"
+
+        def tab_to(label):
+            for _ in range(40):
+                browser.type(Keys.TAB)
+                if browser.focus().startswith(label):
+                    return
+            raise AssertionError(f"no way by Tab to {label}")
+
+        tab_to("resize")
+        tab_to("Details of ")
+        browser.type(Keys.ENTER)
+        await browser.until_text("#dead .detail", "Traceback")
+        browser.type(Keys.SPACE)
+        tab_to("Discard ")
+        label = browser.focus()
+        browser.type(Keys.ENTER)
+        await browser.until_text("dialog[open]", "Discard this dead letter")
+        assert browser.focus() == "Leave as is"
+        browser.type(Keys.ESCAPE)
+        assert browser.focus() == label
+        browser.type(Keys.ENTER)
+        await browser.until_text("dialog[open]", "Discard this dead letter")
+        browser.type(Keys.TAB, Keys.ENTER)
+        await browser.until_text("#done", "^1 dead letter discarded.$")
+        await browser.until_text("#dead-note", "^4$")
+        assert browser.focus() == "Dead letters"  # what had the focus is gone
+    assert (await bus.counts()).dead_letter == 4
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+async def test_the_page_fits_a_phone_and_its_tables_stay_tables_for_screen_readers(browser, open_bus, width):
+    app = await shop_after_a_night(open_bus())
+    metrics = {"width": width, "height": 844, "deviceScaleFactor": 1, "mobile": width < 500}
+    browser.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+    try:
+        async with page_of(app) as client:
+            await browser.open(client.base_url)
+            await browser.until_text("#dead-note", "^5$")
+            browser.click("#dead .unfold")
+            await browser.until_text("#dead .detail", "Traceback")
+            assert browser.run("return document.documentElement.scrollWidth") <= width
+            nodes = browser.driver.execute_cdp_cmd("Accessibility.getFullAXTree", {})["nodes"]
+            seen = [
+                (each["role"]["value"], each.get("name", {}).get("value", "")) for each in nodes if not each["ignored"]
+            ]
+            roles = Counter(role for role, _ in seen)
+            assert (roles["table"], roles["columnheader"]) == (4, 7 + 5 + 4 + 4)
+            assert roles["row"] >= 4 + 2 + 5 + 2 + 1
+            assert [role for role, name in seen if role in ("button", "searchbox", "table", "image") and not name] == []
+    finally:
+        browser.driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+async def test_the_page_has_enough_contrast(browser, open_bus, scheme):
+    app = await shop_after_a_night(open_bus())
+    feature = {"name": "prefers-color-scheme", "value": scheme}
+    browser.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
+    try:
+        async with page_of(app) as client:
+            await browser.open(client.base_url)
+            await browser.until_text("#dead-note", "^5$")
+            browser.click("#dead .unfold")
+            await browser.until_text("#dead .detail", "Traceback")
+            assert browser.run(LOW_CONTRAST) == []
+            browser.click("[data-all=discard]")
+            await browser.until_text("dialog[open]", "Discard all")
+            assert browser.run(LOW_CONTRAST) == []
+    finally:
+        browser.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+
+
+LOW_CONTRAST = """
+const numbers = (color) => color.match(/[\\d.]+/g).map(Number);
+const light = (color) => numbers(color).slice(0, 3).map((value) => value / 255)
+  .map((value) => value <= 0.03928 ? value / 12.92 : ((value + 0.055) / 1.055) ** 2.4)
+  .reduce((sum, value, place) => sum + value * [0.2126, 0.7152, 0.0722][place], 0);
+const behind = (element) => {
+  for (let each = element; each; each = each.parentElement) {
+    const color = getComputedStyle(each).backgroundColor;
+    if (numbers(color)[3] !== 0) return color;
+  }
+};
+return [...document.querySelectorAll("body *")]
+  .filter((e) => e.checkVisibility() && [...e.childNodes].some((n) => n.nodeType === 3 && n.data.trim()))
+  .map((e) => [e.innerText, light(getComputedStyle(e).color), light(behind(e))])
+  .map(([text, a, b]) => [text, (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05)])
+  .filter(([, contrast]) => contrast < 4.5);
+"""
+
+
+async def test_a_queue_on_azure_is_shown_and_acted_on_and_asked_sparingly(browser, azure_bus, monkeypatch):
+    app = shop_app(bus := azure_bus())
+    await app.publish_many([app.resize.si(f"lost{number}.png") for number in range(3)])
+    await work_off(app, schedules=False)
+    await app.publish_task(app.mail.si("soon@example.org"), delay=3600)
+    looked = Counter()
+    for name in ("counts", "counts_by_task"):
+        monkeypatch.setattr(bus, name, counting(looked, name, getattr(bus, name)))
+    async with page_of(app) as client:
+        await browser.open(client.base_url)
+        await browser.until_text("#dead-note", "^3$")
+        assert (browser.text("#dead_letter b"), browser.text("#running b")) == ("≥ 3", "\u2013")
+        await browser.until_text("#tasks", "resize.*3")
+        await browser.until_text("#scheduled-note", "^1$")
+        await browser.act("#dead [aria-label^='Replay ']", "Replay this", "^1 dead letter replayed.$")
+        await browser.until_text("#dead-note", "^2$")
+        await browser.act("[data-all=cancel]", "Cancel all", "^1 scheduled message cancelled.$")
+        await browser.until_text("#scheduled ~ p", "^Nothing is scheduled.$")
+        await browser.until_text("#dead_letter b", "^≥ 2$")
+    assert looked["counts_by_task"] == 1
+    assert looked["counts"] <= 5
+
+
+def counting(counts, name, function):
+    async def counted():
+        counts[name] += 1
+        return await function()
+
+    return counted
 
 
 # ======================================================================================================================

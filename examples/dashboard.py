@@ -684,7 +684,7 @@ async def beside(
     thread = threading.Thread(target=asyncio.run, args=(serve(),), name="boilermaker-web", daemon=True)
     thread.start()
     url = "http://{}:{}/".format(named or "127.0.0.1", listening.getsockname()[1])
-    logger.info("The page of %r is at %s", app_or_bus, url)
+    logger.info("The page of %r is at %s", getattr(app_or_bus, "service_bus_client", app_or_bus), url)
     try:
         yield url
     finally:
