@@ -12786,15 +12786,15 @@ async def test_the_filter_of_the_page_is_over_all(open_bus):
         assert (await shown_by(client, task="nobody"))["dead"]["matching"] == 0
 
 
-async def test_the_page_turns_pages_of_fifty(open_bus):
+async def test_the_page_turns_pages(open_bus):
     bus = open_bus()
-    await bury(bus, bodies_of(bus, *["a"] * 120))
+    await bury(bus, bodies_of(bus, *["a"] * 60))
     async with page_of(bus) as client:
-        pages = [(await shown_by(client, dead_from=start))["dead"] for start in (0, 50, 100, 9_999)]
+        pages = [(await shown_by(client, dead_from=start))["dead"] for start in (0, 25, 50, 9_999)]
         wrong = await client.get("api?dead_from=first")
-    assert [len(page["rows"]) for page in pages] == [50, 50, 20, 20]
-    assert len({number for page in pages for number in column(page, "number")}) == 120
-    assert pages[3]["from"] == 100  # the last there is
+    assert [len(page["rows"]) for page in pages] == [25, 25, 10, 10]
+    assert len({number for page in pages for number in column(page, "number")}) == 60
+    assert pages[3]["from"] == 50  # the last there is
     assert wrong.status_code == 400
 
 
@@ -13655,12 +13655,12 @@ async def test_ten_thousand_dead_letters_are_shown_page_by_page(browser, open_bu
     async with page_of(bus) as client:
         await browser.open(client.base_url)
         await browser.until_text("#dead-note", "^10,000$")
-        assert browser.count("#dead tbody") == 50
+        assert browser.count("#dead tbody") == dashboard.ROWS
         answer = await client.get("api")
         assert len(answer.content) < 100_000
         browser.click("[aria-label='Pages of dead letters'] [data-turn='1']")
-        await browser.until_text("[aria-label='Pages of dead letters']", "51 to 100 of 10,000")
-        assert browser.count("#dead tbody") == 50
+        await browser.until_text("[aria-label='Pages of dead letters']", "26 to 50 of 10,000")
+        assert browser.count("#dead tbody") == dashboard.ROWS
         browser.click("#text")
         browser.type("4321")
         await browser.until_text("#dead-note", "^[1-9] match")

@@ -77,14 +77,14 @@ logger = logging.getLogger("boilermaker.dashboard")
 
 T = TypeVar("T")
 
-ROWS = 50
+ROWS = 25
 """Messages, tasks or schedules that the page shows at once."""
 
 SHOWN = 300
 """Characters of an argument list or an error in a row; all of it is in `api/message`."""
 
-LOOKED_AT, LOOKED_AT_ON_AZURE = 10_000, 1_000
-"""Messages, from the first on, among which the page finds what it shows; actions find all."""
+LOOKED_AT, LOOKED_AT_ON_AZURE = (200, 51), (1_000, 1)
+"""Messages among which the page finds what it shows: so many at once, so many times. Actions find all."""
 
 LONGEST_LOOK = 5.0
 """Seconds after which it looks no further."""
@@ -176,9 +176,9 @@ class Matching:
 
 @dataclass(frozen=True)
 class Look:
-    """Rows, and whether there are no more than these."""
+    """Rows, and whether all there is was looked at."""
 
-    rows: Sequence[Mapping[str, Any]] = ()
+    rows: Sequence[dict[str, Any]] = ()
     complete: bool = True
 
     def page(self, matching: Matching, start: int) -> dict[str, Any]:
@@ -188,6 +188,7 @@ class Look:
         return {
             "rows": found[start : start + ROWS],
             "from": start,
+            "size": ROWS,
             "matching": len(found),
             "looked_at": len(self.rows),
             "complete": self.complete,
@@ -213,9 +214,11 @@ class Cached(Generic[T]):
             await asyncio.wait([self._reading], timeout=PATIENCE)
         return self.value
 
-    def forget(self) -> None:
-        """Read it again when somebody asks."""
-        self._again, self._reading = 0.0, None
+    def forget(self, at_once: bool = True) -> None:
+        """What is being read is out of date already; read it again when somebody asks, or when it is time."""
+        self._reading = None
+        if at_once:
+            self._again = 0.0
 
     async def _read(self) -> None:
         began, this = time.monotonic(), asyncio.current_task()
@@ -226,7 +229,7 @@ class Cached(Generic[T]):
             if not isinstance(failure, boilermaker.BoilermakerError):
                 logger.exception("Cannot read the queue")
             value, error, cost = self.value, str(failure), 0.0
-        if self._reading is this:  # else it is out of date
+        if self._reading is this:  # else it was forgotten meanwhile
             self.value, self.error = value, error
             self._again = time.monotonic() + max(self.pause, cost)
 
@@ -239,12 +242,24 @@ class Queue:
         self.bus = bus
         self.is_local = bus.system == "boilermaker"
         # To look at Azure opens links, which take half a second each, and shows some messages only.
-        self._limit = LOOKED_AT if self.is_local else LOOKED_AT_ON_AZURE
+        self._looked_at = LOOKED_AT if self.is_local else LOOKED_AT_ON_AZURE
         pause = 1.0 if self.is_local else 30.0
         self.counts = Cached(bus.counts, 0.5 if self.is_local else 10.0)
-        self.tasks = Cached(bus.counts_by_task, pause)
+        self.tasks = Cached(self._look_at_tasks, pause)
         self.dead = Cached(self._look_at_dead, pause)
         self.scheduled = Cached(self._look_at_scheduled, pause)
+
+    async def _look_at_tasks(self) -> Look:
+        def look() -> Look:
+            rows = [
+                dataclasses.asdict(each) | {"task": name, "last_error": (each.last_error or "")[:SHOWN]}
+                for name, each in counts.items()
+            ]
+            rows.sort(key=lambda row: (-row["dead_letter"], -row["active"], row["task"]))
+            return Look(rows, all(row["exact"] for row in rows))
+
+        counts = await self.bus.counts_by_task()
+        return await asyncio.to_thread(look)
 
     async def _look_at_dead(self) -> Look:
         look = await self._look(dead_letter=True)
@@ -261,17 +276,17 @@ class Queue:
         """Rows of dead letters, or of what is scheduled, among the first messages."""
         rows: list[dict[str, Any]] = []
         state = boilermaker.MessageState.DEAD_LETTER if dead_letter else boilermaker.MessageState.SCHEDULED
-        number, step, began = 0, self._limit if not self.is_local else 200, time.monotonic()
-        for _ in range(0, self._limit, step):
-            messages = await self.bus.peek(step, dead_letter, number)
+        number, (at_once, times), began = 0, self._looked_at, time.monotonic()
+        for _ in range(times):
+            messages = await self.bus.peek(at_once, dead_letter, number)
             wanted = [message for message in messages if message.state is state]
             rows += await asyncio.to_thread(lambda some: [row_of(message) for message in some], wanted)
-            if len(messages) < step:
+            if len(messages) < at_once:
                 return Look(rows)
             number = messages[-1].sequence_number + 1
             if time.monotonic() - began > LONGEST_LOOK:
                 break
-        return Look(rows, complete=not await self.bus.peek(1, dead_letter, number))
+        return Look(rows, complete=False)
 
     async def show(self, matching: Matching, dead_from: int, scheduled_from: int) -> dict[str, Any]:
         """What the page shows, for as far as it can be read."""
@@ -283,21 +298,12 @@ class Queue:
             "queue": self.bus.queue_name,
             "bus": repr(self.bus),
             "counts": counts and dataclasses.asdict(counts),
-            "tasks": None if tasks is None else self._tasks(tasks, matching),
+            "tasks": tasks and tasks.page(matching, 0),
             "dead": dead and dead.page(matching, dead_from),
             "scheduled": scheduled and scheduled.page(matching, scheduled_from),
             "schedules": self._schedules(matching),
             "errors": sorted({part.error for part in parts if part.error}),
         }
-
-    def _tasks(self, tasks: Mapping[str, boilermaker.TaskCounts], matching: Matching) -> dict[str, Any]:
-        rows = [
-            dataclasses.asdict(each) | {"task": name, "last_error": (each.last_error or "")[:SHOWN]}
-            for name, each in tasks.items()
-        ]
-        rows = [row for row in rows if matching.has(row)]
-        rows.sort(key=lambda row: (-row["dead_letter"], -row["active"], row["task"]))
-        return {"rows": rows[:ROWS], "matching": len(rows), "exact": all(row["exact"] for row in rows)}
 
     def _schedules(self, matching: Matching) -> dict[str, Any]:
         schedules = {} if self.app is None else self.app.schedules
@@ -305,10 +311,10 @@ class Queue:
             {"name": name, "when": str(each.when), "task": each.workflow.function_name}
             for name, each in schedules.items()
         ]
-        rows = [row for row in rows if matching.has(row)]
-        for row in rows[:ROWS]:
+        page = Look(rows).page(matching, 0)
+        for row in page["rows"]:
             row["next"] = [moment.isoformat() for moment in schedules[row["name"]].next_times(3)]
-        return {"rows": rows[:ROWS], "matching": len(rows)}
+        return page
 
     async def message(self, number: int, dead_letter: bool) -> dict[str, Any] | None:
         """One message in full, None if it is gone."""
@@ -351,10 +357,8 @@ class Queue:
             if part.value is not None:
                 part.value = Look([row for row in part.value.rows if row["number"] not in numbers], part.value.complete)
         self.counts.forget()
-        if self.is_local:
-            self.tasks.forget()
-            self.dead.forget()
-            self.scheduled.forget()
+        for part in (self.tasks, self.dead, self.scheduled):
+            part.forget(at_once=self.is_local)
 
 
 # -- probes and metrics
