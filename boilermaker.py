@@ -8173,7 +8173,7 @@ def _worker(args: argparse.Namespace) -> int:
         raise UsageError("--reload is for one process: leave out --processes.")
     if args.web is not None and args.processes > 1:
         raise UsageError("--web is for one process, which listens on the port: leave out --processes.")
-    if args.web is None and (args.auth or args.allow_host):
+    if args.web is None and (args.auth is not None or args.allow_host):
         raise UsageError("--auth and --allow-host are of the page: give --web too.")
     logging.basicConfig(level=args.log_level, stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s")
     logging.getLogger("azure").setLevel(logging.WARNING)

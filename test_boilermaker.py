@@ -13043,11 +13043,13 @@ async def test_a_queue_that_cannot_be_read_is_said_to_be_so_and_the_page_goes_on
         assert (shown["counts"], shown["tasks"], shown["dead"]) == (None, None, None)
         assert str(path) in shown["errors"][0]
         answer = await client.post("api/replay", json={"matching": {}}, headers=ACTION)
-        assert (answer.status_code, answer.json()["count"]) == (400, 0)
+        assert (answer.status_code, answer.json()["count"]) == (503, 0)
+        assert (await client.get("api/message?number=1")).status_code == 503
         assert (await client.get("healthz")).status_code == 200
         assert "boilermaker_messages{" not in (await client.get("metrics")).text
         path.unlink()
         await until(lambda: shown_by(client), "a queue that can be read")
+    await bus.close()
 
 
 async def test_what_is_read_is_read_once_at_a_time_and_the_less_often_the_longer_it_takes():
@@ -13284,6 +13286,7 @@ async def test_metrics_count_what_was_settled_how_long_it_ran_and_what_is_there(
         (["--web", "TAKEN"], "--web TAKEN: cannot listen there: Address already in use."),
         (["--web", "0", "--auth", "secret"], "auth must be USER:PASSWORD, with a colon."),
         (["--web", "0", "--auth", ":secret"], "auth must be USER:PASSWORD, with a colon."),
+        (["--web", "0", "--auth", ""], "auth must be USER:PASSWORD, with a colon."),
         (["--web", "0.0.0.0:0"], "--web 0.0.0.0:0: any host but loopback wants --auth USER:PASSWORD"),
         (["--web", "[::]:0"], "--web [::]:0: any host but loopback wants --auth USER:PASSWORD"),
         (["--web", "example.org:0"], "--web example.org:0: any host but loopback wants --auth USER:PASSWORD"),
@@ -13343,6 +13346,23 @@ def test_packages_that_the_page_lacks_are_named(night, missing, command):
     run = subprocess.run([sys.executable, "-c", hidden], env=environment, capture_output=True, text=True)
     assert f"The page needs {', '.join(missing)}: pip install {' '.join(missing)}" in run.stderr.splitlines()[-1]
     assert (run.returncode, "Traceback" in run.stderr) == ((1, True) if command == "import" else (2, False))
+
+
+def test_the_page_is_found_beside_the_module_under_whatever_name_that_is_vendored(tmp_path, monkeypatch):
+    folder = tmp_path / f"vendored{uuid.uuid4().hex}"
+    folder.mkdir()
+    shutil.copy(MODULE, folder / "queueing.py")
+    monkeypatch.syspath_prepend(tmp_path)
+    queueing = importlib.import_module(f"{folder.name}.queueing")
+    with pytest.raises(queueing.UsageError, match=f"--web needs dashboard.py and dashboard.html, in {folder}"):
+        queueing._dashboard()
+    source = Path(dashboard.__file__).read_text()
+    (folder / "dashboard.py").write_text(
+        source.replace("import boilermaker  #", f"from {folder.name} import queueing as boilermaker  #")
+    )
+    shutil.copy(Path(dashboard.__file__).with_suffix(".html"), folder)
+    assert queueing._dashboard().boilermaker is queueing
+    assert queueing._dashboard() is queueing._dashboard()
 
 
 def test_a_worker_that_is_started_again_keeps_its_page(night):

@@ -50,7 +50,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapp
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeGuard, TypeVar
 
 import boilermaker  # where it is vendored under another name: that one, here and in `python -m`
 
@@ -228,7 +228,7 @@ class Cached(Generic[T]):
         except Exception as failure:
             if not isinstance(failure, boilermaker.BoilermakerError):
                 logger.exception("Cannot read the queue")
-            value, error, cost = self.value, str(failure), 0.0
+            value, error, cost = self.value, str(failure) or repr(failure), 0.0
         if self._reading is this:  # else it was forgotten meanwhile
             self.value, self.error = value, error
             self._again = time.monotonic() + max(self.pause, cost)
@@ -251,7 +251,7 @@ class Queue:
 
     async def _look_at_tasks(self) -> Look:
         def look() -> Look:
-            rows = [
+            rows: list[dict[str, Any]] = [
                 dataclasses.asdict(each) | {"task": name, "last_error": (each.last_error or "")[:SHOWN]}
                 for name, each in counts.items()
             ]
@@ -466,7 +466,7 @@ class Guard:
     def __init__(self, app: ASGIApp, auth: str | None = None, hosts: Collection[str] | None = None) -> None:
         self._app = app
         self._auth = auth
-        self._hosts = hosts
+        self._hosts = None if hosts is None else {host.lower().rstrip(".") for host in hosts}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         app = self._app if scope["type"] != "http" else self._refusal(Headers(scope=scope)) or self._app
@@ -521,20 +521,19 @@ class Page:
 
     async def api(self, request: Request) -> Response:
         given = request.query_params
-        try:
-            starts = [int(given.get(name, 0)) for name in ("dead_from", "scheduled_from")]
-        except ValueError as error:
-            return as_response({"error": f"dead_from and scheduled_from are numbers: {error}"}, 400)
-        shown = await self._queue.show(Matching(given.get("text", ""), given.get("task")), *starts)
+        starts = [given.get(name, "0") for name in ("dead_from", "scheduled_from")]
+        if not all(map(is_number, starts)):
+            return as_response({"error": "dead_from and scheduled_from must be numbers"}, 400)
+        shown = await self._queue.show(Matching(given.get("text", ""), given.get("task")), *map(int, starts))
         return as_response({**shown, "read_only": self._read_only})
 
     async def message(self, request: Request) -> Response:
         given = request.query_params
+        if not is_number(number := given.get("number")):
+            return as_response({"error": "number must be a sequence number"}, 400)
         try:
-            found = await self._queue.message(int(given.get("number", "")), bool(given.get("dead_letter")))
-        except ValueError as error:
-            return as_response({"error": f"number is a sequence number: {error}"}, 400)
-        except boilermaker.ServiceBusUnavailable as error:
+            found = await self._queue.message(int(number), bool(given.get("dead_letter")))
+        except boilermaker.BoilermakerError as error:
             return as_response({"error": str(error)}, 503)
         return as_response(found or {"error": "It is gone."}, 200 if found else 404)
 
@@ -553,8 +552,6 @@ class Page:
             count = await self._queue.act(action, numbers, matching)
         except boilermaker.OperationStopped as stopped:
             count, problem, status = len(stopped.messages), str(stopped), 503
-        except boilermaker.UsageError as error:
-            problem, status = str(error), 400
         except boilermaker.BoilermakerError as error:
             problem, status = str(error), 503
         if numbers is not None and count == 0 and not problem:
@@ -573,6 +570,11 @@ class Page:
         return json.loads(body)
 
 
+def is_number(given: object) -> TypeGuard[int | str]:
+    """Whether it is a sequence number, or an offset: an int, or its digits."""
+    return type(given) in (int, str) and re.fullmatch("[0-9]{1,19}", str(given)) is not None
+
+
 def asked_for(body: Any) -> tuple[list[int] | None, Matching]:
     """The sequence numbers that a POST names, or what its messages match; ValueError where it is neither."""
     if not isinstance(body, dict) or len(body) != 1 or not body.keys() <= {"numbers", "matching"}:
@@ -580,7 +582,7 @@ def asked_for(body: Any) -> tuple[list[int] | None, Matching]:
     if "matching" in body:
         return None, Matching.of(body["matching"])
     numbers = body["numbers"]
-    if not isinstance(numbers, list) or not all(re.fullmatch("[0-9]{1,19}", str(number)) for number in numbers):
+    if not isinstance(numbers, list) or not all(map(is_number, numbers)):
         raise ValueError('"numbers" must be a list of sequence numbers')
     return [int(number) for number in numbers], Matching()
 
@@ -669,26 +671,28 @@ async def beside(
     Raises:
         UsageError: it cannot listen there; or others than this machine could, and there is no password.
     """
-    auth = auth or os.environ.get("BOILERMAKER_WEB_AUTH") or None
+    auth = auth if auth is not None else os.environ.get("BOILERMAKER_WEB_AUTH") or None
     named = address.rpartition(":")[0].lower()
     if named and not is_loopback(named.strip("[]")) and auth is None:
         raise boilermaker.UsageError(
             f"--web {address}: any host but loopback wants --auth USER:PASSWORD, or BOILERMAKER_WEB_AUTH."
         )
-    hosts = {"localhost", "127.0.0.1", "[::1]", named, *(host.lower().rstrip(".") for host in allow_hosts)} - {""}
+    hosts = {"localhost", "127.0.0.1", "[::1]", named, *allow_hosts} - {""}
     page = asgi(app_or_bus, auth, read_only, allow_hosts=hosts, has_worker=has_worker)
+    bus = getattr(app_or_bus, "service_bus_client", app_or_bus)
     listening = listen(address)
     quiet: dict[str, Any] = {"log_config": None, "log_level": "warning", "access_log": False, "server_header": False}
     server = uvicorn.Server(uvicorn.Config(page, ws="none", lifespan="off", timeout_graceful_shutdown=2, **quiet))
 
     async def serve() -> None:
         await server.serve(sockets=[listening])
-        await getattr(app_or_bus, "service_bus_client", app_or_bus).close()  # what this event loop has opened
+        if not isinstance(bus, boilermaker.LocalServiceBus):  # whose file other event loops use too
+            await bus.close()
 
     thread = threading.Thread(target=asyncio.run, args=(serve(),), name="boilermaker-web", daemon=True)
     thread.start()
     url = "http://{}:{}/".format(named or "127.0.0.1", listening.getsockname()[1])
-    logger.info("The page of %r is at %s", getattr(app_or_bus, "service_bus_client", app_or_bus), url)
+    logger.info("The page of %r is at %s", bus, url)
     try:
         yield url
     finally:
@@ -713,8 +717,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with contextlib.suppress(NotImplementedError):  # on Windows
             asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, ended.set)
         named = boilermaker.named(args.bus)
-        async with beside(named, args.web, args.auth, args.allow_host, args.read_only, has_worker=False):
-            await ended.wait()
+        try:
+            async with beside(named, args.web, args.auth, args.allow_host, args.read_only, has_worker=False):
+                await ended.wait()
+        finally:
+            await getattr(named, "service_bus_client", named).close()
 
     sys.path.insert(0, os.getcwd())
     try:
