@@ -1,5 +1,5 @@
 # mypy: disable-error-code="import-not-found"
-# pyright: basic, reportMissingImports=false
+# pyright: basic, reportMissingImports=false, reportMissingModuleSource=false
 """Async background tasks: Azure Service Bus in production, a durable SQLite queue everywhere else.
 
     import asyncio
@@ -21,15 +21,16 @@ A task is an `async def` whose first argument is the application's state. Publis
 arguments into a JSON message on a queue; a worker receives the message under a lock, runs the function, and settles
 the message: completed, retried later, or dead-lettered. What must follow (a callback, the next step of a chain, a
 retry) is a message too, published before its parent is settled, so that a worker may die at any instant and nothing
-is lost. Deciding what follows is pure (section 6); only the worker and the application (sections 12 and 13) talk to
-a bus.
+is lost. How a workflow ended is told, in the same way, to who awaits its result or to the group that it is a member of.
+Deciding what follows, and what is told to whom, is pure (section 6); only the worker and the application (sections 12
+and 13) talk to a bus.
 
     1.  Vocabulary      errors, limits, checks, clocks
     2.  Retries         policies and the exceptions that carry them
-    3.  Tasks           a task, its callbacks, chains; the decorated function
+    3.  Tasks           a task, its callbacks, chains, groups; the decorated function
     4.  Wire format     a task as JSON, compatible with boilermaker-servicebus 1.x
     5.  Messages        what travels between the application and a bus
-    6.  Decisions       what happens to a message: a table and a pure function
+    6.  Decisions       what happens to a message, and how a group ends: a table and pure functions
     7.  Store           the embedded queue as SQL
     8.  Local bus       group commit, waking up, lock renewal around the store
     9.  Azure bus       the same protocol over azure-servicebus
@@ -55,7 +56,7 @@ a *settlement* is what to do with the message, and what is published before that
     9.  decode                  its body becomes a task,
     10. Worker._call            whose function is called,
     11. decide                  and what follows from how that ended;
-    12. Boilermaker.outgoing    makes the messages of it
+    12. Boilermaker.messages_of makes the messages of it
     13. LocalReceiver.settle    into the next transaction   AzureReceiver.settle
     14. Store.settle            deletes the message         AzureReceiver._settle
 """
@@ -99,11 +100,13 @@ from pathlib import Path
 from typing import (
     TYPE_CHECKING,
     Any,
+    ClassVar,
     Concatenate,
     Generic,
     NamedTuple,
     ParamSpec,
     Protocol,
+    Self,
     TypeAlias,
     TypedDict,
     TypeVar,
@@ -128,6 +131,7 @@ __all__ = [
     "Config",
     "ConfigurationError",
     "Counts",
+    "Group",
     "InvalidArguments",
     "LocalServiceBus",
     "Message",
@@ -138,6 +142,7 @@ __all__ = [
     "OperationStopped",
     "Outcome",
     "Phase",
+    "Progress",
     "RequestRefused",
     "RetryException",
     "RetryExceptionDefault",
@@ -148,16 +153,25 @@ __all__ = [
     "Schedule",
     "ServiceBusUnavailable",
     "Task",
+    "TaskFailed",
     "TaskFailureResult",
     "TaskFunction",
     "UsageError",
     "current_task",
+    "group",
     "retries",
 ]
 
 P = ParamSpec("P")
 R = TypeVar("R")
 T = TypeVar("T")
+if TYPE_CHECKING:  # which knows defaults of type variables; Python does from 3.13 on
+    from typing_extensions import TypeVar as TypeVarWithDefault
+
+    R_co = TypeVarWithDefault("R_co", covariant=True, default=Any)
+else:
+    R_co = TypeVar("R_co", covariant=True)
+TaskT = TypeVar("TaskT", bound="Task[Any]")
 
 # ======================================================================================================================
 # 1. Vocabulary: errors, limits, checks, clocks
@@ -229,6 +243,32 @@ class BoilermakerAppException(ServiceBusUnavailable):
         self.errors = list(errors)
 
 
+class TaskFailed(BoilermakerError):
+    """A task whose result was awaited has failed for good.
+
+    Its attributes are what an `on_failure` callback receives: `task_id` and `function_name` of the step that failed,
+    `error` (the name of the exception's type, or the reason of an ending without one, such as `Expired` or
+    `Cancelled`), `message`, `traceback`, `attempts`. The traceback is its note, too.
+
+    Args:
+        failure: these, by name.
+    """
+
+    def __init__(self, failure: Mapping[str, Any]) -> None:
+        super().__init__(failure)
+        self.task_id: str = failure.get("task_id", "")
+        self.function_name: str = failure.get("function_name", "")
+        self.error: str = failure.get("error", "")
+        self.message: str = failure.get("message", "")
+        self.traceback: str = failure.get("traceback", "")
+        self.attempts: int = failure.get("attempts", 0)
+        if self.traceback:
+            self.add_note(self.traceback)
+
+    def __str__(self) -> str:
+        return f"{self.function_name} {self.task_id}: {self.error}{': ' if self.message else ''}{self.message}"
+
+
 class TaskFailureResultType:
     """What a task returns to fail without raising: the singleton `TaskFailureResult`."""
 
@@ -256,6 +296,14 @@ def _short(value: object) -> str:
 def _printable(text: str) -> str:
     """Foreign text for a line of the log: with a line break in it, it would forge another."""
     return text if text.isprintable() else text.encode("unicode_escape").decode("ascii")
+
+
+def _is_text(value: object) -> bool:
+    """Whether it may be an id: a string that is not empty, and that can be encoded."""
+    try:
+        return isinstance(value, str) and bool(value.encode())
+    except UnicodeEncodeError:
+        return False
 
 
 def _positive(name: str, value: float, or_zero: bool = False) -> float:
@@ -552,7 +600,7 @@ def _members_of(group: BaseExceptionGroup[Any]) -> Iterator[Any]:
 
 
 # ======================================================================================================================
-# 3. Tasks: a task, its callbacks, chains; the decorated function
+# 3. Tasks: a task, its callbacks, chains, groups; the decorated function
 # ======================================================================================================================
 
 TaskCallable: TypeAlias = Callable[Concatenate[Any, P], Coroutine[Any, Any, R]]
@@ -573,6 +621,14 @@ def new_task_id() -> str:
     bits = milliseconds << 80 | 0x7 << 76 | _random.getrandbits(12) << 64 | 0b10 << 62 | _random.getrandbits(62)
     text = f"{bits:032x}"
     return f"{text[:8]}-{text[8:12]}-{text[12:16]}-{text[16:20]}-{text[20:]}"
+
+
+def derived_id(text: str) -> str:
+    """A UUID of version 5: the same for the same text."""
+    return str(uuid.uuid5(_ID_NAMESPACE, text))
+
+
+_ID_NAMESPACE = uuid.UUID("5f6a1c1e-7b5c-5a53-9d0c-6d1f2f3c7b10")
 
 
 class Options(NamedTuple):
@@ -603,6 +659,8 @@ class TaskOptions(TypedDict, total=False):
             reason `Expired`. A retry counts anew. None: never.
         retry_on: the errors that count as a RetryException.
         dont_retry_on: the types of those that do not, whatever `retry_on` says.
+        result_ttl: seconds, or a timedelta, for which the outcome is kept, from when it is there, for those who await
+            its `result`. None: it is not kept.
     """
 
     name: str | None
@@ -613,6 +671,7 @@ class TaskOptions(TypedDict, total=False):
     expires: float | datetime.timedelta | None
     retry_on: RetryOn | None
     dont_retry_on: type[Exception] | tuple[type[Exception], ...]
+    result_ttl: float | datetime.timedelta | None
 
 
 class _KeywordOptions(TypedDict, total=False):
@@ -622,6 +681,7 @@ class _KeywordOptions(TypedDict, total=False):
     policy: RetryPolicy | None
     expires: float | datetime.timedelta | None
     task_id: str | None
+    result_ttl: float | datetime.timedelta | None
 
 
 class PublishOptions(_KeywordOptions, total=False):
@@ -636,6 +696,8 @@ class PublishOptions(_KeywordOptions, total=False):
         expires: seconds, or a timedelta, after it was due when it is not begun any more.
         task_id: the caller's own id, of 1 to 128 characters. A second publish of one id within the window of duplicate
             detection (on the local bus without one: 600 s) is not enqueued, and is no error.
+        result_ttl: seconds, or a timedelta, for which the workflow's outcome is kept; if None, the longest that is
+            registered for a step of its chain.
     """
 
     delay: float | datetime.timedelta | None
@@ -653,6 +715,7 @@ class Registration:
     expires: float | None = None
     retry_on: RetryOn | None = None
     dont_retry_on: tuple[type[Exception], ...] = ()
+    result_ttl: float | None = None
 
     @classmethod
     def of(cls, function: Callable[..., Any], given: TaskOptions) -> Registration:
@@ -688,6 +751,7 @@ class Registration:
             _time_limit(f"{name}: expires", given.get("expires")),
             retry_on,
             dont_retry_on if isinstance(dont_retry_on, tuple) else (dont_retry_on,),
+            _time_limit(f"{name}: result_ttl", given.get("result_ttl")),
         )
 
     def fill_in(self, task: Task) -> None:
@@ -731,6 +795,39 @@ def _are_exceptions(types: object) -> bool:
     return all(isinstance(member, type) and issubclass(member, Exception) for member in members)
 
 
+class Address(NamedTuple):
+    """Who is told how a workflow ends: those who await the result of a task, or the group that it is a member of.
+
+    It travels with all that continues the workflow: retries, `on_success`, tasks that take over.
+    """
+
+    id: str
+    """The task whose outcome is awaited, the head of the workflow as it was published; or the group."""
+    ttl: float = 0
+    """Seconds for which an outcome is kept, from when it is there; a group needs it until it ends."""
+    position: int | None = None
+    """The member's, in a group."""
+    queue: str | None = None
+    """Where outcomes are sent; None where the bus keeps them in its file."""
+    session: str | None = None
+    """The session, in that queue, of the process that awaits."""
+
+
+class GroupSettings(NamedTuple):
+    """How a group ends.
+
+    `names` tell who its members are once they are on their way: function names in order, each with how many of it.
+    """
+
+    return_exceptions: bool
+    timeout: float
+    names: tuple[tuple[str, int], ...] = ()
+
+    @property
+    def total(self) -> int:
+        return sum(count for _, count in self.names)
+
+
 class _Bound:
     """What a task knows besides its fields; it is not compared or pickled with them."""
 
@@ -741,10 +838,13 @@ class _Bound:
     _published: Options = Options()
     """The options of the registration where the task was published: on the wire they stand for what was not given."""
     _publishing: PublishOptions = {}  # noqa: RUF012 (it is replaced, never changed)
-    """What was said of its publishing before that: `delay`, `eta`, `publish_attempts`."""
+    """What was said of its publishing before that: `delay`, `eta`, `publish_attempts`, `result_ttl`."""
     _id_is_given: bool = False
     """The caller chose the id, so that a second publish of it is dropped."""
     _due: float | None = None
+    group: GroupSettings | None = None
+    """What makes a task a group of others, its members."""
+    members: Sequence[Task] = ()
 
     @property
     def eta(self) -> datetime.datetime | None:
@@ -753,8 +853,8 @@ class _Bound:
 
 
 @dataclass(eq=False, repr=False, kw_only=True)
-class Task(_Bound):
-    """A call of a registered function, to be run by a worker.
+class Task(_Bound, Generic[R_co]):
+    """A call of a registered function, to be run by a worker; generic in the type of its workflow's result.
 
     Make one with `fn.si(...)`, `Task.si(fn, ...)` or `app.create_task(fn, ...)`; until it is published, every field may
     be set. `sequence_number` and `message_id` are set by publishing, and by receiving. An option that is None was not
@@ -777,6 +877,7 @@ class Task(_Bound):
         queue: the queue it belongs on; None for that of the application that publishes it.
         takes_result: made by `.s()`: its parent's result, or failure, becomes the first argument.
         root: in a retry, what the ids of all that follows the task are made of.
+        outcome_to: who is told how the workflow ends; set by publishing.
     """
 
     function_name: str
@@ -795,6 +896,7 @@ class Task(_Bound):
     queue: str | None = None
     takes_result: bool = False
     root: str | None = None
+    outcome_to: Address | None = None
     sequence_number: int | None = field(default=None, init=False)
     message_id: str | None = field(default=None, init=False)
 
@@ -805,7 +907,7 @@ class Task(_Bound):
         return {each.name: getattr(self, each.name) for each in dataclasses.fields(self)}
 
     @classmethod
-    def default(cls, function_name: str, *, payload: Mapping[str, Any] | None = None, **fields: Any) -> Task:
+    def default(cls, function_name: str, *, payload: Mapping[str, Any] | None = None, **fields: Any) -> Task[Any]:
         """A task by name, with `payload={"args": [...], "kwargs": {...}}` and any other field."""
         payload = payload or {}
         return cls(
@@ -818,14 +920,14 @@ class Task(_Bound):
     @classmethod
     def si(
         cls,
-        fn: TaskFunction[..., Any] | TaskCallable[..., Any],
+        fn: TaskFunction[..., T] | TaskCallable[..., T],
         /,
         *args: Any,
         policy: RetryPolicy | None = None,
         should_dead_letter: bool | None = None,
         acks_late: bool | None = None,
         **kwargs: Any,
-    ) -> Task:
+    ) -> Task[T]:
         """An immutable signature: a call of `fn` with these arguments and no others, not yet published.
 
         Args:
@@ -842,14 +944,14 @@ class Task(_Bound):
     @classmethod
     def s(
         cls,
-        fn: TaskFunction[..., Any] | TaskCallable[..., Any],
+        fn: TaskFunction[..., T] | TaskCallable[..., T],
         /,
         *args: Any,
         policy: RetryPolicy | None = None,
         should_dead_letter: bool | None = None,
         acks_late: bool | None = None,
         **kwargs: Any,
-    ) -> Task:
+    ) -> Task[T]:
         """As `si`, with room for the parent's result as the first argument after `state`.
 
         As an `on_failure` callback it receives a dict of the failure: `task_id`, `function_name`, `error` (the type's
@@ -865,34 +967,55 @@ class Task(_Bound):
         """The arguments as they stand in the message."""
         return {"args": self.args, "kwargs": self.kwargs}
 
-    def copy(self) -> Task:
+    def copy(self) -> Self:
         """The same work as new work: this task and its callbacks with fresh ids, unpublished."""
         twin = _replica(self)
         for task in _workflow(twin):
             task.task_id, task._id_is_given, task.attempts = new_task_id(), False, RetryAttempts.default()
-            task.root = task.retry_policy = None
+            task.root = task.retry_policy = task.outcome_to = None
         return twin
 
-    async def publish(self, **options: Unpack[PublishOptions]) -> Task:
+    async def publish(self, **options: Unpack[PublishOptions]) -> Self:
         """`app.publish_task(self, ...)` of the application the task was made by; options as PublishOptions says."""
         if self._app is None:
             raise UsageError(f"{self!r} belongs to no application: use `await app.publish_task(task)`.")
-        [published] = await self._app._publish([self], options)
-        return published
+        await self._app._publish([self], options)
+        return self
 
-    def __rshift__(self, other: TaskLike) -> Task:
-        """`a >> b` runs b when a has returned, and gives b, so that `a >> b >> c` reads on. Publish a."""
+    async def result(self, timeout: float | datetime.timedelta | None) -> R_co:
+        """What the task returned, or the last step of the workflow that it is the head of; see `app.result`.
+
+        Raises:
+            UsageError: it is not published, or its result is not kept.
+        """
+        if self._app is None or self.message_id is None:
+            raise UsageError(f"{self!r} is not published yet: what publishing gives has the result.")
+        if self.outcome_to is None or self.outcome_to.id != self.task_id:
+            raise UsageError(
+                f"The result of {self!r} is not kept: @app.task(result_ttl=600) above {self.function_name}, or "
+                "publish(result_ttl=600), keeps it for ten minutes."
+            )
+        result: R_co = await self._app._result(self.outcome_to, timeout)
+        return result
+
+    def __rshift__(self, other: Task[T] | TaskFunction[..., T]) -> Task[T]:
+        """`a >> b` runs b when a has returned, and gives b, so that `a >> b >> c` reads on. Publish a.
+
+        It changes a, whose type goes on to say what a alone returns; that of `a | b` says what b does.
+        """
         following = _as_task(other)
+        _refuse_groups(self, following)
         self.on_success, following._predecessor = following, self
         return following
 
-    def __lshift__(self, other: TaskLike) -> Task:
+    def __lshift__(self, other: TaskLike) -> Task[R_co]:
         """`a << b` runs a when b has returned, and gives a. Publish b."""
         preceding = _as_task(other)
+        _refuse_groups(self, preceding)
         preceding.on_success, self._predecessor = self, preceding
         return self
 
-    def __or__(self, other: TaskLike) -> Task:
+    def __or__(self, other: Task[T] | TaskFunction[..., T]) -> Task[T]:
         """`a | b`: a new workflow, copies with fresh ids, b at the end of a's chain. Publish the whole."""
         following = _as_task(other)
         _check_beginning(self)
@@ -902,9 +1025,75 @@ class Task(_Bound):
                 raise UsageError(
                     f"{task!r}: a | b makes copies with fresh ids; give the whole one: publish(task_id=...)."
                 )
-        head = self.copy()
+        head: Any = self.copy()
+        head._app = head._app or following._app  # an empty group has none
         _chain_of(head)[-1].on_success = following.copy()
-        return head
+        return head  # type: ignore[no-any-return]
+
+
+@dataclass(eq=False, repr=False, kw_only=True)
+class Group(Task[list[T]]):
+    """Tasks that run at the same time, and one workflow: see `group`. What ends it follows when all have ended."""
+
+    function_name: str = "group"
+    members: Sequence[Task[T]] = ()
+    group: GroupSettings | None = None
+
+    def __repr__(self) -> str:
+        return f"<Group of {len(self.members)} {_printable(str(self.task_id))}>"
+
+    async def progress(self) -> Progress:
+        """How many of the members have ended; on the local bus, until 600 seconds after the end.
+
+        Raises:
+            UsageError: it is not published, or ended longer ago; or on Azure, which does not tell.
+        """
+        if self._app is None or self.message_id is None:
+            raise UsageError(f"{self!r} is not published yet: what publishing gives has the progress.")
+        return await self._app.service_bus_client.progress(self.message_id)
+
+
+def group(
+    *members: Task[T] | TaskFunction[..., T] | Iterable[Task[T] | TaskFunction[..., T]],
+    return_exceptions: bool = False,
+    timeout: float | datetime.timedelta = 86_400,
+) -> Group[T]:
+    """Tasks that run at the same time: `group(a.si(1), b.si(2)) | report.s()`; its result is the list of theirs.
+
+    What follows it, by `|` or `on_success`, runs when all members have ended, with the list of their results in their
+    order. Where one has failed for good, its `on_failure` runs instead, with the failure of the first of those.
+
+    Args:
+        members: heads of workflows, one by one or as one iterable: tasks, chains, groups.
+        return_exceptions: failures stand in the list, as the dicts that an `on_failure` callback receives.
+        timeout: seconds, or a timedelta, after which a group that has not ended has failed with TimeoutError.
+
+    Raises:
+        UsageError: a member is no task, is not the head of its workflow, or is there twice; or an option is wrong.
+    """
+    [*tasks] = members
+    if len(tasks) == 1 and not isinstance(tasks[0], (Task, TaskFunction)):
+        tasks = _listed(tasks[0], "group")
+    if type(return_exceptions) is not bool:
+        raise UsageError(f"group: return_exceptions={_short(return_exceptions)} must be True or False.")
+    limit = _time_limit("group: timeout", timeout)
+    if limit is None:
+        raise UsageError("group: timeout=None: a group that never ends would be kept for ever; give seconds.")
+    heads: list[Task[Any]] = [_as_task(task, "A group's member") for task in tasks]
+    if len({id(head) for head in heads}) < len(heads):
+        twice = next(head for head, count in collections.Counter(heads).items() if count > 1)
+        raise UsageError(f"{twice!r} is in the group twice: use copy().")
+    for head in heads:
+        _check_beginning(head)
+    whole: Group[T] = Group(members=heads, group=GroupSettings(return_exceptions, limit))
+    whole._app = next((head._app for head in heads if head._app is not None), None)
+    return whole
+
+
+def _refuse_groups(*tasks: Task) -> None:
+    for task in tasks:
+        if task.group is not None:
+            raise UsageError(f"{task!r} has no part in a >> b, which would link the group itself: use a | b.")
 
 
 class TaskFunction(functools.partial[Coroutine[Any, Any, R]], Generic[P, R]):
@@ -935,18 +1124,44 @@ class TaskFunction(functools.partial[Coroutine[Any, Any, R]], Generic[P, R]):
     def __reduce__(self) -> str:
         return str(vars(self).get("__qualname__", self.registration.name))  # by name, as a function
 
-    def si(self, /, *args: P.args, **kwargs: P.kwargs) -> Task:
-        """An immutable signature, see `Task.si`."""
+    @overload
+    def si(self: TaskFunction[P, Task[T]], /, *args: P.args, **kwargs: P.kwargs) -> Task[T]: ...
+
+    @overload
+    def si(self, /, *args: P.args, **kwargs: P.kwargs) -> Task[R]: ...
+
+    def si(self, /, *args: P.args, **kwargs: P.kwargs) -> Task[Any]:
+        """An immutable signature, see `Task.si`; typed by what the function returns, or the task that it returns."""
         task = self._call(args, kwargs)
         _check_arguments(task)
         return task
 
-    def s(self, /, *args: Any, **kwargs: Any) -> Task:
+    @overload
+    def s(self: TaskFunction[P, Task[T]], /, *args: Any, **kwargs: Any) -> Task[T]: ...
+
+    @overload
+    def s(self, /, *args: Any, **kwargs: Any) -> Task[R]: ...
+
+    def s(self, /, *args: Any, **kwargs: Any) -> Task[Any]:
         """A signature with room for the parent's result, see `Task.s`."""
         task = self._call(args, kwargs)
         task.takes_result = True
         _check_arguments(task)
         return task
+
+    def map(self, items: Iterable[Any], /, *args: Any, **kwargs: Any) -> Group[R]:
+        """A group of this function's calls, one for each item: `fn(state, item, *args, **kwargs)`; see `group`."""
+        calls = [self._call((item, *args), dict(kwargs)) for item in _listed(items, f"{self.registration.name}.map")]
+        whole: Group[R] = group(calls)
+        whole._app, whole._publishing = self.app, self._about_sending()
+        if "task_id" in self._publishing:
+            _set_options(whole, {"task_id": self._publishing["task_id"]})
+        for call in calls:
+            _check_arguments(call)
+            call._publishing = {}  # what is said of publishing is said of the group
+            if call._id_is_given:
+                call.task_id, call._id_is_given = new_task_id(), False
+        return whole
 
     def options(self, **options: Unpack[PublishOptions]) -> TaskFunction[P, R]:
         """This function with options for what is published of it: `await fn.options(expires=60).delay("x")`.
@@ -960,7 +1175,13 @@ class TaskFunction(functools.partial[Coroutine[Any, Any, R]], Generic[P, R]):
         twin._publishing = _merged_options(self._publishing, options, self.registration.name)
         return twin
 
-    async def delay(self, /, *args: P.args, **kwargs: P.kwargs) -> Task:
+    @overload
+    async def delay(self: TaskFunction[P, Task[T]], /, *args: P.args, **kwargs: P.kwargs) -> Task[T]: ...
+
+    @overload
+    async def delay(self, /, *args: P.args, **kwargs: P.kwargs) -> Task[R]: ...
+
+    async def delay(self, /, *args: P.args, **kwargs: P.kwargs) -> Task[Any]:
         """Publish a call of this function, to run as soon as a worker is free; the published `Task`.
 
         Raises:
@@ -970,23 +1191,27 @@ class TaskFunction(functools.partial[Coroutine[Any, Any, R]], Generic[P, R]):
         """
         return await self.app.publish_task(self._call(args, kwargs))
 
-    def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Task:
-        task = Task(function_name=self.registration.name, args=list(args), kwargs=kwargs)
+    def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Task[Any]:
+        task: Task[Any] = Task(function_name=self.registration.name, args=list(args), kwargs=kwargs)
         task._app, task._function = self.app, self.function
         if self._publishing:
             _set_options(task, self._publishing)
-            sending = ("delay", "eta", "publish_attempts")
-            about_sending: Any = {name: value for name, value in self._publishing.items() if name in sending}
-            task._publishing = about_sending
+            task._publishing = self._about_sending()
         return task
 
-    def __rshift__(self, other: TaskLike) -> Task:
+    def _about_sending(self) -> PublishOptions:
+        """Of the options, those that are no fields of a task."""
+        sending = ("delay", "eta", "publish_attempts", "result_ttl")
+        about_sending: Any = {name: value for name, value in self._publishing.items() if name in sending}
+        return about_sending  # type: ignore[no-any-return]
+
+    def __rshift__(self, other: Task[T] | TaskFunction[..., T]) -> Task[T]:
         return self._call((), {}) >> other
 
-    def __lshift__(self, other: TaskLike) -> Task:
+    def __lshift__(self, other: TaskLike) -> Task[R]:
         return self._call((), {}) << other
 
-    def __or__(self, other: TaskLike) -> Task:
+    def __or__(self, other: Task[T] | TaskFunction[..., T]) -> Task[T]:
         return self._call((), {}) | other
 
 
@@ -1040,7 +1265,7 @@ def _checked_policy(name: str, policy: RetryPolicy | None) -> RetryPolicy | None
 
 
 def _merged_options(said: PublishOptions, options: PublishOptions, name: str) -> PublishOptions:
-    """Options on top of others, without what is None; checked, and `expires` in seconds.
+    """Options on top of others, without what is None; checked, and spans of time that are kept in seconds.
 
     Raises:
         UsageError: names the option that is wrong.
@@ -1063,8 +1288,9 @@ def _merged_options(said: PublishOptions, options: PublishOptions, name: str) ->
             f"task_id={_short(task_id)} must be a string of 1 to {MAX_MESSAGE_ID_LENGTH} characters that does not "
             "begin with 'cron:', as the ids of periodic tasks do."
         )
-    if "expires" in merged:
-        merged["expires"] = _time_limit("expires", merged["expires"])
+    for name in ("expires", "result_ttl"):
+        if name in merged:
+            merged[name] = _time_limit(name, merged[name])
     options_of_now: PublishOptions = merged
     return options_of_now
 
@@ -1101,7 +1327,7 @@ def _function_name(fn: Any, name: str | None = None) -> str:
 
 
 def _workflow(head: Task) -> list[Task]:
-    """The task and all its callbacks, each once, callbacks before their parents; decorated functions made tasks.
+    """The task, all its callbacks and members, each once, before their parents; decorated functions made tasks.
 
     Without recursion, so that a long chain is no deeper than a short one.
 
@@ -1116,7 +1342,7 @@ def _workflow(head: Task) -> list[Task]:
         for role in ("on_success", "on_failure"):
             if (callback := getattr(task, role)) is not None and not isinstance(callback, Task):
                 setattr(task, role, _as_task(callback, f"{role} of {task!r}"))
-        callbacks = [callback for callback in (task.on_success, task.on_failure) if callback is not None]
+        callbacks = [callback for callback in (task.on_success, task.on_failure, *task.members) if callback is not None]
         following = [callback for callback in callbacks if id(callback) not in finished]
         if id(task) in finished or not following:
             finished[id(task)] = pending.pop()
@@ -1124,7 +1350,9 @@ def _workflow(head: Task) -> list[Task]:
         entered.add(id(task))
         for callback in following:
             if id(callback) in entered:
-                raise UsageError(f"{callback!r} is its own callback: a workflow cannot have a cycle, use copy().")
+                raise UsageError(
+                    f"{callback!r} is its own callback, or member: a workflow cannot have a cycle, use copy()."
+                )
         pending += following
     return list(finished.values())
 
@@ -1138,19 +1366,41 @@ def _chain_of(head: Task) -> list[Task]:
     return steps
 
 
-def _replica(head: Task) -> Task:
+def _beginnings_of(head: Task) -> list[Task]:
+    """What runs first of a workflow: its head, or the members of a group, or of groups among them."""
+    beginnings, pending = [], [head]
+    while pending:
+        task = pending.pop()
+        beginnings += [task] if task.group is None else []
+        pending += task.members
+    return beginnings
+
+
+def _steps_of(head: Task) -> list[Task]:
+    """The steps of a chain, with those of the members of its groups."""
+    steps = _chain_of(head)
+    for step in steps:  # which grows meanwhile
+        for member in step.members:
+            steps += _chain_of(member)
+    return steps
+
+
+def _replica(head: TaskT) -> TaskT:
     """A copy of a workflow, ids included, that can be changed without the original."""
     replicas: dict[int, Task] = {}
     for task in _workflow(head):
-        replicas[id(task)] = replica = dataclasses.replace(
-            task,
-            args=list(task.args),
-            kwargs=dict(task.kwargs),
-            on_success=replicas.get(id(task.on_success)),
-            on_failure=replicas.get(id(task.on_failure)),
-        )
+        parts: dict[str, Any] = {
+            "args": list(task.args),
+            "kwargs": dict(task.kwargs),
+            "on_success": replicas.get(id(task.on_success)),
+            "on_failure": replicas.get(id(task.on_failure)),
+        }
+        if task.group is not None:
+            parts["members"] = [replicas[id(member)] for member in task.members]
+        replicas[id(task)] = replica = dataclasses.replace(task, **parts)
         _bind_like(replica, task)
-    return replicas[id(head)]
+    twin: TaskT = replicas[id(head)]  # type: ignore[assignment]
+    return twin
 
 
 def _bind_like(twin: Task, task: Task) -> None:
@@ -1365,6 +1615,46 @@ def _read_queue(queue: str, name: str, where: str) -> str:
         raise InvalidTaskFormat(f"{name} of {where}: {error}") from error
 
 
+def _write_address(address: Address) -> str:
+    return _to_json({name: value for name, value in address._asdict().items() if value is not None})
+
+
+def _read_address(document: dict[str, Any], name: str, where: str) -> Address:
+    address = Address(*(document.get(part, default) for part, default in _ADDRESS_DEFAULTS.items()))
+    try:
+        known = _is_text(address.id) and (address.session is None or _is_text(address.session))
+        if address.position is None:
+            known = known and _time_limit("ttl", address.ttl) is not None
+        else:
+            known = known and type(address.position) is int and 0 <= address.position <= MAX_SECONDS
+            _seconds("ttl", address.ttl)
+        if address.queue is not None:
+            _checked_queue_name(address.queue)
+    except UsageError:
+        known = False
+    if not known:
+        raise InvalidTaskFormat(f"{name} of {where}: {_short(document)} does not say whom to tell.")
+    return address
+
+
+_ADDRESS_DEFAULTS: Mapping[str, Any] = {"id": "", **Address._field_defaults}
+
+
+def _write_group(settings: GroupSettings) -> str:
+    return _to_json(settings._asdict())
+
+
+def _read_group(document: dict[str, Any], name: str, where: str) -> GroupSettings:
+    try:
+        timeout = _time_limit("timeout", document["timeout"]) or 0
+        names = tuple((str(member), int(count)) for member, count in document["names"])
+        return GroupSettings(document["return_exceptions"] is True, timeout, names)
+    except (KeyError, TypeError, ValueError) as error:
+        raise InvalidTaskFormat(
+            f"{name} of {where}: {_short(document)} are no settings of a group: {error}."
+        ) from error
+
+
 def _read_expires(seconds: float, name: str, where: str) -> float:
     try:
         return _time_limit(name, seconds) or 0
@@ -1398,6 +1688,8 @@ WRITTEN_WHERE_SET = (  # where they are neither None nor False, that is
     Field("takes_result", (bool,), bool),
     Field("root", (str, _NONE), str),
     Field("expires", (float, int, _NONE), float, read=_read_expires),
+    Field("outcome_to", (Address, _NONE), dict, _write_address, _read_address),
+    Field("group", (GroupSettings, _NONE), dict, _write_group, _read_group),
 )
 WRITTEN_WITH_OTHERS = (  # in the payload; the options together, see below; the queue where it is another
     Field("args", (list, tuple), None),
@@ -1514,17 +1806,18 @@ def encode(task: Task, queue: str, home: str) -> str:
         InvalidArguments: JSON cannot carry an argument.
         MessageTooLarge: it would be larger than on any bus.
     """
-    if task.on_success is None and task.on_failure is None:
+    if task.on_success is None and task.on_failure is None and not task.members:
         return _encode_one(task, None, "null", "null")
     texts: dict[int, str] = {}
     depths: dict[int, int] = {}
     members = _workflow(task)
     for member in members:
-        callbacks = id(member.on_success), id(member.on_failure)
-        depths[id(member)] = 1 + max(depths.get(callback, 0) for callback in callbacks)
+        on_success, on_failure, *parts = map(id, (member.on_success, member.on_failure, *member.members))
+        depths[id(member)] = 1 + max(depths.get(part, 0) for part in (on_success, on_failure, *parts))
         own_queue = queue if member is task else member.queue or home
         texts[id(member)] = _encode_one(
-            member, own_queue if own_queue != queue else None, *(texts.get(callback, "null") for callback in callbacks)
+            *(member, own_queue if own_queue != queue else None),
+            *(texts.get(on_success, "null"), texts.get(on_failure, "null"), ",".join(texts[part] for part in parts)),
         )
         if len(texts[id(member)]) > MAX_WORKFLOW_BYTES:
             raise MessageTooLarge(f"{task!r} and its callbacks are over {MAX_WORKFLOW_BYTES} bytes: no bus takes that.")
@@ -1541,13 +1834,15 @@ def encode(task: Task, queue: str, home: str) -> str:
     return texts[id(task)]
 
 
-def _encode_one(task: Task, queue: str | None, on_success: str, on_failure: str) -> str:
+def _encode_one(task: Task, queue: str | None, on_success: str, on_failure: str, members: str = "") -> str:
     """One task around the JSON of its callbacks; a template is twice as fast as a dict."""
     options = _write_options(task.policy, task.retry_policy, task.should_dead_letter, task.acks_late, task._published)
     if any(_where_set(task)):
         for each in WRITTEN_WHERE_SET:
             if value := getattr(task, each.name):
                 options += f',"{each.name}":{each.write(value)}'
+    if members:
+        options += f',"members":[{members}]'
     queue_text = "" if queue is None else f',"queue":{_to_json(queue)}'
     try:
         written = [write(value) for write, value in zip(_WRITERS, _always(task))]  # noqa: B905
@@ -1578,6 +1873,14 @@ def decode(body: str | bytes, queue: str) -> Task:
                 callback = _decode_one(nested, queue, place if len(place) <= 200 else f"{place[:80]}...{place[-80:]}")
                 setattr(parent, role, callback)
                 pending.append((callback, nested, f"{place}."))
+        if parent.group is not None:
+            members = fields.get("members") or []
+            if not isinstance(members, list):
+                raise InvalidTaskFormat(f"{path}members must be an array, not {_short(members)}.")
+            parent.members = [_decode_one(nested, queue, f"{path}members") for nested in members]
+            pending += [
+                (member, nested, f"{path}members.") for member, nested in zip(parent.members, members, strict=True)
+            ]
     return head
 
 
@@ -1599,7 +1902,7 @@ def _decode_one(document: Any, queue: str, where: str) -> Task:
         if name not in fields:
             raise InvalidTaskFormat(f"{name} of {where} is missing.")
     published = _read_options(fields)
-    task = Task(**fields)
+    task: Task = Group(**fields) if "group" in fields else Task(**fields)
     task._published = published
     return task
 
@@ -1621,8 +1924,16 @@ class Outgoing(NamedTuple):
     """The task's, for those who count a queue by task; the body is what counts."""
     given_id: bool = False
     """The id stands for what is meant, a caller's or a tick's: a second one within the bus's `id_window` is dropped."""
+    outcome_id: str | None = None
+    """Of a task that is to run anew: under this id there may be an outcome, to be forgotten."""
     numbered: bool = True
     """Who sends it, scheduled, wants to know its sequence number, which on Azure costs a request for each time."""
+    opens_group: bool = False
+    """It is no message for a worker, but what a group begins with, under the group's id."""
+    session: str | None = None
+    correlation_id: str | None = None
+    time_to_live: float | None = None
+    """Seconds; these three are for Azure alone, and for what tells an outcome."""
 
 
 @dataclass(slots=True, eq=False)
@@ -1655,6 +1966,16 @@ class Action(enum.Enum):
     """Nothing yet: it stays locked until its worker ends."""
 
 
+class Answer(NamedTuple):
+    """What is told to who waits for the outcome of a workflow: its last value, or, where it failed, how; as JSON."""
+
+    to: Address
+    failed: bool
+    value: str
+    message_id: str = ""
+    """Where it is sent: one for all endings of a task, as that of what follows it."""
+
+
 class FollowUp(NamedTuple):
     """A task to publish, under which message id, and in how many seconds."""
 
@@ -1665,21 +1986,28 @@ class FollowUp(NamedTuple):
 
 @dataclass(slots=True, eq=False)
 class Settlement:
-    """What to do with a message, and what to publish before that, or together with it.
+    """What to do with a message, and what to publish, and to tell, before that, or together with it.
 
-    The follow-ups are tasks, the messages the same ready to be sent. The bus notes what went wrong: the error for which
-    it was not settled, and the ids of messages that were dropped as duplicates.
+    The follow-ups are tasks, the messages the same ready to be sent, and the answer too where it is sent. The bus notes
+    what went wrong: the error for which it was not settled, and the ids of messages that were dropped as duplicates.
     """
 
     delivery: Delivery
     action: Action
+    task: Task | None = None
     reason: str = ""
     description: str = ""
     traceback: str = ""
     follow_ups: Sequence[FollowUp] = ()
+    answer: Answer | None = None
     messages: Sequence[Outgoing] = ()
     error: Exception | None = None
     dropped: Sequence[str] = ()
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the message is to be deleted, and nothing follows it; its outcome may be told."""
+        return self.action is Action.COMPLETE and not self.messages
 
 
 class MessageState(enum.StrEnum):
@@ -1717,14 +2045,22 @@ class Message:
     dead_lettered_time_utc: datetime.datetime | None = None
     dead_letter_traceback: str | None = None
     raw_body: bytes | None = field(default=None, repr=False)
+    _decoded: ClassVar[Any] = ...  # until it is; a cached_property would make a dict for each of many thousands
 
-    @functools.cached_property
+    @property
     def task(self) -> Task | None:
-        try:
-            body = self.body if self.raw_body is None else self.raw_body
-            return decode(body, self.queue_name.removesuffix(DEAD_LETTER_SUFFIX))
-        except InvalidTaskFormat:
-            return None
+        if self._decoded is ...:
+            try:
+                body = self.body if self.raw_body is None else self.raw_body
+                task = decode(body, self.queue_name.removesuffix(DEAD_LETTER_SUFFIX))
+            except InvalidTaskFormat:
+                task = None
+            object.__setattr__(self, "_decoded", task)
+        return self._decoded  # type: ignore[no-any-return]
+
+    def forget_task(self) -> None:
+        """Let go of what was decoded: of many thousands, it would take a gigabyte."""
+        object.__setattr__(self, "_decoded", ...)
 
 
 def text_of(body: str | bytes) -> tuple[str, bytes | None]:
@@ -1758,6 +2094,14 @@ class TaskCounts(Counts):
     """How many messages a queue has of one task, and the description of the last that was dead-lettered."""
 
     last_error: str | None = None
+
+
+class Progress(NamedTuple):
+    """How many of a group's members have ended, how many of these failed for good, and how many there are."""
+
+    done: int
+    failed: int
+    total: int
 
 
 Which: TypeAlias = Callable[[Message], object] | Iterable[int]
@@ -1866,6 +2210,49 @@ class ServiceBus(Protocol):
         """Raise UsageError where nothing can be sent to that queue from here."""
         ...
 
+    def address(self, task_id: str, ttl: float) -> Address:
+        """Where this process and event loop would be told the outcome of a task."""
+        ...
+
+    async def expect(self, addresses: Sequence[Address]) -> None:
+        """Be ready to be told, before what is told of is published; ConfigurationError where that cannot be."""
+        ...
+
+    def reply(self, answer: Answer) -> Outgoing | None:
+        """The message that tells an outcome; None where it is told in settling. MessageTooLarge if it is."""
+        ...
+
+    def member_address(self, group_id: str, position: int) -> Address:
+        """Where the outcome of a group's member is told."""
+        ...
+
+    def open_group(self, message: Outgoing) -> list[Outgoing]:
+        """What is to be sent, before its members, for a group to begin.
+
+        Args:
+            message: what defines the group, under its id, with `due` where its members are scheduled.
+
+        Raises:
+            ConfigurationError: the bus has no place for groups.
+        """
+        ...
+
+    async def progress(self, group_id: str) -> Progress:
+        """How far a group is; UsageError where that is not known."""
+        ...
+
+    async def outcome(self, address: Address, timeout: float | None) -> Answer:
+        """What was told, or is within so many seconds: None for without end, 0 for what is there.
+
+        Raises:
+            TimeoutError: nothing was.
+        """
+        ...
+
+    def address_of(self, task_id: str) -> Address:
+        """Where the outcome of a task that is known by its id alone is told; UsageError where it cannot be known."""
+        ...
+
     async def open_receiver(
         self, on_lock_lost: Callable[[Delivery], None], max_renewal: float, suspect_from: int
     ) -> Receiver:
@@ -1929,7 +2316,7 @@ class ServiceBus(Protocol):
 
 
 # ======================================================================================================================
-# 6. Decisions: what happens to a message
+# 6. Decisions: what happens to a message, and how a group ends
 # ======================================================================================================================
 
 # The handling of a message ends in one of the ways that `Outcome` lists, as a table: how the message is settled, by
@@ -1996,6 +2383,9 @@ MAX_DESCRIPTION_LENGTH = 4096
 
 FOLLOW_UP_REJECTED = "FollowUpRejected"
 
+CANCELLED, DISCARDED = "Cancelled", "Discarded"
+"""The names of what ends the outcome of a message that an operator has removed: one that waited, a dead letter."""
+
 
 def decide(run: Run, queue: str) -> Settlement:
     """What happens to a message after its run.
@@ -2005,7 +2395,7 @@ def decide(run: Run, queue: str) -> Settlement:
     """
     task, outcome = run.task, run.outcome
     assert outcome is not None
-    settlement = Settlement(run.delivery, outcome.action)
+    settlement = Settlement(run.delivery, outcome.action, task)
 
     # The table has it, but for the task's own wishes; and a dead letter stays what it is.
     if task is not None and outcome.ran and not task.acks_late:
@@ -2022,6 +2412,7 @@ def decide(run: Run, queue: str) -> Settlement:
         return settlement  # what follows a failure followed when it died
     try:
         settlement.follow_ups = _follow_ups(run, queue)
+        settlement.answer = _answer(run, queue, goes_on=bool(settlement.follow_ups))
     except Exception as error:  # the function has returned: whatever it left behind, it does not run again
         return rejected(settlement, error, queue)
     return settlement
@@ -2029,10 +2420,14 @@ def decide(run: Run, queue: str) -> Settlement:
 
 def rejected(settlement: Settlement, error: Exception, queue: str) -> Settlement:
     """The settlement in place of one whose follow-up can never be published; a dead letter stays what it is."""
-    action = settlement.action
+    action, task = settlement.action, settlement.task
     if action is Action.COMPLETE:
         action = Action.KEEP if queue.endswith(DEAD_LETTER_SUFFIX) else Action.DEAD_LETTER
-    return Settlement(settlement.delivery, action, FOLLOW_UP_REJECTED, describe(error), _traceback_of(error))
+    instead = Settlement(settlement.delivery, action, task, FOLLOW_UP_REJECTED, describe(error), _traceback_of(error))
+    if task is not None and task.outcome_to is not None and action is not Action.KEEP:
+        failure = failure_of(task, type(error).__name__, error, task.attempts.attempts + 1)
+        instead.answer = _answer_of(task, settlement.delivery, queue, failure)
+    return instead
 
 
 def _follow_ups(run: Run, queue: str) -> list[FollowUp]:
@@ -2043,18 +2438,60 @@ def _follow_ups(run: Run, queue: str) -> list[FollowUp]:
     if task is None or outcome is None:
         return []
 
-    root = task.root if task.root and not queue.endswith(DEAD_LETTER_SUFFIX) else root_of(run.delivery, queue)
+    root = _root(task, run.delivery, queue)
     if outcome is Outcome.RETRY:
         return [_retry_of(run, queue, root)]
     following: Task | None = None
     if outcome.follow_up == "on_success":
         following = _successor(task, run.result)
     elif outcome.follow_up == "on_failure" and task.on_failure is not None:
-        following = _given(_as_task(task.on_failure, f"on_failure of {task!r}"), lambda: failure_of(run))
+        following = _given(_as_task(task.on_failure, f"on_failure of {task!r}"), lambda: _failure_in(run))
     if following is None:
         return []
     due = _due_time(following._publishing.get("delay"), following._publishing.get("eta"))
     return [FollowUp(following, root, max(0.0, due - time.time()) if due is not None else 0)]
+
+
+def _answer(run: Run, queue: str, goes_on: bool) -> Answer | None:
+    """What is told when a run has ended its workflow: nothing is of a try that is retried, of a step that goes on."""
+    task, outcome = run.task, run.outcome
+    if task is None or task.outcome_to is None or outcome is None:
+        return None
+    if outcome.reason:
+        return _answer_of(task, run.delivery, queue, _failure_in(run))
+    if outcome is not Outcome.RETURNED or goes_on:
+        return None
+    try:
+        return _answer_of(task, run.delivery, queue, None, run.result)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InvalidArguments(
+            f"{task.function_name} returned {_short(run.result)}, which is to be kept and JSON cannot carry: {error}. "
+            "Return numbers, strings, lists and dicts."
+        ) from error
+
+
+def _answer_of(
+    task: Task, delivery: Delivery, queue: str, failure: Mapping[str, Any] | None, result: object = None
+) -> Answer:
+    assert task.outcome_to is not None
+    value = _to_json(result if failure is None else failure)
+    message_id = f"{_root(task, delivery, queue)}:outcome" if task.outcome_to.queue is not None else ""
+    return Answer(task.outcome_to, failure is not None, value, message_id)
+
+
+def ended_by(body: str | bytes, queue: str, reason: str, message: str) -> Answer | None:
+    """What is told where a message ends without a run; None if nobody waits for its outcome, or it is no task."""
+    mark = "outcome_to"
+    if (mark not in body) if isinstance(body, str) else (mark.encode() not in body):
+        return None
+    try:
+        task = decode(body, queue)
+    except InvalidTaskFormat:
+        return None
+    if task.outcome_to is None:
+        return None
+    failure = failure_of(task, reason, None, task.attempts.attempts)
+    return Answer(task.outcome_to, True, _to_json(failure | {"message": message}))
 
 
 def outcome_of(task: Task, error: BaseException, registration: Registration | None = None) -> Outcome:
@@ -2099,14 +2536,20 @@ def _successor(task: Task, result: Any) -> Task | None:
         for step in steps:
             step.on_failure = step.on_failure or task.on_failure
         steps[-1].on_success = task.on_success
+        head.outcome_to = task.outcome_to
         return head
     if task.on_success is None:
         return None
-    return _given(_as_task(task.on_success, f"on_success of {task!r}"), lambda: result)
+    following = _given(_as_task(task.on_success, f"on_success of {task!r}"), lambda: result)
+    following.outcome_to = task.outcome_to
+    return following
 
 
 def _given(callback: Task, value: Callable[[], Any]) -> Task:
-    """The callback with the value as its first argument, where it takes one."""
+    """The callback with the value as its first argument, where it takes one; of a group, each member that does."""
+    if callback.group is not None:
+        callback.members = [_given(member, value) for member in callback.members]
+        return callback
     if not callback.takes_result:
         return callback
     given = dataclasses.replace(callback, args=[value(), *callback.args], takes_result=False)
@@ -2114,19 +2557,23 @@ def _given(callback: Task, value: Callable[[], Any]) -> Task:
     return given
 
 
-def failure_of(run: Run) -> dict[str, Any]:
-    """What an `on_failure` callback made by `.s()` receives."""
+def _failure_in(run: Run) -> dict[str, Any]:
     task, error, outcome = run.task, run.error, run.outcome
     assert task is not None
     assert outcome is not None
     name = "TaskFailureResult" if error is None else type(error).__name__
+    return failure_of(task, name if outcome.ran else outcome.reason, error, task.attempts.attempts + outcome.ran)
+
+
+def failure_of(task: Task, name: str, error: BaseException | None, attempts: int) -> dict[str, Any]:
+    """What is told of a failure to an `on_failure` callback made by `.s()`, and to who awaits the result."""
     return {
         "task_id": task.task_id,
         "function_name": task.function_name,
-        "error": name if outcome.ran else outcome.reason,
+        "error": name,
         "message": _message_of(error)[:MAX_DESCRIPTION_LENGTH] if error is not None else "",
         "traceback": _traceback_of(error),
-        "attempts": task.attempts.attempts + outcome.ran,
+        "attempts": attempts,
     }
 
 
@@ -2158,9 +2605,6 @@ def _traceback_of(error: BaseException | None) -> str:
     return text.encode("utf-8", "backslashreplace").decode("utf-8")[-MAX_DESCRIPTION_LENGTH:]
 
 
-_ID_NAMESPACE = uuid.UUID("5f6a1c1e-7b5c-5a53-9d0c-6d1f2f3c7b10")
-
-
 def root_of(delivery: Delivery, queue: str) -> str:
     """What the ids of all that follows a task are made of: a UUID of its first try's message.
 
@@ -2168,7 +2612,12 @@ def root_of(delivery: Delivery, queue: str) -> str:
     follows the task, success or failure alike, whichever of its tries ends it: so only one of these can be enqueued,
     even when a worker died between publishing and completing. Retries have `<root>:<attempt>`, and carry the root.
     """
-    return str(uuid.uuid5(_ID_NAMESPACE, f"{queue}\n{delivery.sequence_number}\n{delivery.message_id}"))
+    return derived_id(f"{queue}\n{delivery.sequence_number}\n{delivery.message_id}")
+
+
+def _root(task: Task, delivery: Delivery, queue: str) -> str:
+    """The same of any try of a task; a dead letter's is its own."""
+    return task.root if task.root and not queue.endswith(DEAD_LETTER_SUFFIX) else root_of(delivery, queue)
 
 
 def replay_of(dead_letter: Message) -> Outgoing:
@@ -2188,9 +2637,191 @@ def replay_of(dead_letter: Message) -> Outgoing:
             document["policy"] = document.pop("scheduled_policy")
         body = _to_json(document)
     number = dead_letter.sequence_number
-    message_id = str(uuid.uuid5(_ID_NAMESPACE, f"replay\n{queue}\n{number}\n{dead_letter.message_id}"))
+    message_id = derived_id(f"replay\n{queue}\n{number}\n{dead_letter.message_id}")
     name = None if task is None else task.function_name
-    return Outgoing(body, message_id, queue, None, dead_letter.application_properties, name)
+    is_awaited = task is not None and task.outcome_to is not None and task.outcome_to.position is None
+    outcome_id = task.outcome_to.id if is_awaited and task is not None and task.outcome_to is not None else None
+    return Outgoing(body, message_id, queue, None, dead_letter.application_properties, name, outcome_id=outcome_id)
+
+
+# -- groups: a group is told how each of its members ended, as one who awaits a result is, and ends when all have
+
+
+def outgoing_of(
+    bus: ServiceBus,
+    home: str,
+    task: Task,
+    message_id: str,
+    due: float | None = None,
+    properties: Mapping[str, str] = {},
+) -> Outgoing:
+    """A task's message, checked against the limits of the bus.
+
+    Args:
+        home: the queue of tasks that name none.
+    """
+    queue = task.queue or home
+    if len(message_id) > MAX_MESSAGE_ID_LENGTH:
+        raise UsageError(f"{task!r}: a message id has at most {MAX_MESSAGE_ID_LENGTH} characters.")
+    message = Outgoing(encode(task, queue, home), message_id, queue, due, properties, task.function_name)
+    if (size := bus.size(message)) > bus.max_message_bytes:
+        raise MessageTooLarge(
+            f"{task!r} with its callbacks makes a message of {size} bytes, the limit is {bus.max_message_bytes}: "
+            "store the data elsewhere and pass its id."
+        )
+    return message
+
+
+def messages_of(
+    bus: ServiceBus, make: Callable[[Task, str, float | None], Outgoing], task: Task, message_id: str, due: float | None
+) -> list[Outgoing]:
+    """What is sent for a task; for a group what opens it, then its members, groups among them likewise.
+
+    Args:
+        make: makes one task's message.
+    """
+    if task.group is None:
+        return [make(task, message_id, due)]
+    names = tuple(
+        (name, len(list(same))) for name, same in itertools.groupby(member.function_name for member in task.members)
+    )
+    definition = dataclasses.replace(task, members=(), group=task.group._replace(names=names))  # type: ignore[call-arg]
+    definition.root = root = derived_id(f"group\n{message_id}")
+    _bind_like(definition, task)
+    messages = bus.open_group(make(definition, message_id, due))
+    for position, member in enumerate(task.members):
+        member.outcome_to = bus.member_address(message_id, position)
+        messages += messages_of(bus, make, member, f"{root}:{position}", due)
+    return messages
+
+
+class Ending(NamedTuple):
+    """What follows a group: messages, and what is told to who waits for its outcome."""
+
+    messages: list[Outgoing]
+    answer: Answer | None
+
+
+def ending_of(
+    bus: ServiceBus,
+    home: str,
+    definition: str | bytes,
+    outcomes: Mapping[int, tuple[bool, str]],
+    error: Exception | None = None,
+) -> Ending:
+    """How a group ends: its `on_success` gets the list of the results, or else its `on_failure` the failure.
+
+    Args:
+        home: the queue it was published from.
+        definition: what opened it.
+        outcomes: of its members by position: whether it is a failure, and the value. Where some are missing, its time
+            has run out.
+        error: why it cannot be joined.
+    """
+    group = decode(definition, home)
+    failure = failure_of(group, type(error).__name__, error, 0) if error is not None else None
+    failure = failure or _failure_among(group, outcomes)
+    if failure is None:
+        try:
+            values = [_from_json(outcomes[position][1]) for position in range(len(outcomes))]
+            return _ending(bus, home, group, group.on_success, values, failed=False)
+        except UsageError as error:
+            failure = failure_of(group, type(error).__name__, error, 0)
+    try:
+        return _ending(bus, home, group, group.on_failure, failure, failed=True)
+    except UsageError as error:
+        logger.error("What follows the failure of %r cannot be published: %s", group, error)
+        return _ending(bus, home, group, None, failure, failed=True)
+
+
+def _ending(bus: ServiceBus, home: str, group: Task, following: Task | None, value: Any, failed: bool) -> Ending:
+    root, messages, answer = group.root or "", list[Outgoing](), None
+    if following is not None:
+        following = _given(following, lambda: value)
+        following.outcome_to = following.outcome_to if failed else group.outcome_to
+        messages = messages_of(bus, functools.partial(outgoing_of, bus, home), following, root, None)
+    if group.outcome_to is not None and (failed or following is None):
+        answer = Answer(group.outcome_to, failed, _to_json(value), f"{root}:outcome")
+        reply = bus.reply(answer)
+        messages += [] if reply is None else [reply]
+    return Ending(messages, answer)
+
+
+class GroupState(NamedTuple):
+    """What is known of a group where it is joined from messages: nothing, before the first; or that it has ended.
+
+    Three kinds of messages make it: what opens the group, how a member ended, and, when its time is over, the timer.
+    """
+
+    definition: str = ""
+    outcomes: Mapping[int, tuple[bool, Any]] = {}
+    """Of its members by position: whether it is a failure, and the value."""
+    ended: bool = False
+    timed_out: bool = False
+
+    @classmethod
+    def read(cls, text: str | bytes | None) -> GroupState:
+        """Raises InvalidTaskFormat where another program has written it."""
+        if text is None:
+            return cls()
+        try:
+            document = _from_json(text if isinstance(text, str) else text.decode("utf-8"))
+            outcomes = {int(position): (failed, value) for position, (failed, value) in document["outcomes"].items()}
+            return cls(document["definition"], outcomes, document["ended"])
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise InvalidTaskFormat(f"The state of the session is none of a group: {error}.") from error
+
+    def write(self) -> str | None:
+        """None for nothing."""
+        if self == GroupState():
+            return None
+        return _to_json({"definition": self.definition, "outcomes": self.outcomes, "ended": self.ended})
+
+    def with_message(self, body: str | bytes, home: str) -> GroupState:
+        """What is known after one of its messages, that may have come before; InvalidTaskFormat if it is none."""
+        try:
+            text = body if isinstance(body, str) else body.decode("utf-8")
+            document = _from_json(text)
+            if "group" in document:
+                decode(text, home)
+                return self if self.ended or self.definition else self._replace(definition=text)
+            if "timeout" in document:
+                return self._replace(timed_out=True)
+            position, outcome = int(document["position"]), (document["failed"] is True, document["value"])
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise InvalidTaskFormat(f"The body tells nothing of a group: {error}.") from error
+        if self.ended or not self.definition or position in self.outcomes:
+            return self  # it has ended, or was not begun; or the member had ended before
+        return self._replace(outcomes={**self.outcomes, position: outcome})
+
+    def ends(self, home: str) -> bool:
+        """Whether what follows the group is to be published."""
+        if self.ended or not self.definition:
+            return False
+        group = decode(self.definition, home).group
+        return self.timed_out or (group is not None and all(n in self.outcomes for n in range(group.total)))
+
+    def after_the_end(self) -> GroupState:
+        """What is left to be known of a group that has ended: until its timer comes, that it has."""
+        return GroupState() if self.timed_out else GroupState(ended=True)
+
+
+def _failure_among(group: Task, outcomes: Mapping[int, tuple[bool, str]]) -> dict[str, Any] | None:
+    """How a group has failed: its time ran out, or members have, the first of which is told of; None if it has not."""
+    settings = group.group
+    assert settings is not None
+    total = settings.total
+    names = itertools.chain.from_iterable(itertools.repeat(name, count) for name, count in settings.names)
+    missing = [f"{position} ({name})" for position, name in enumerate(names) if position not in outcomes]
+    if missing:
+        shown = ", ".join(missing[:10]) + (", ..." if len(missing) > 10 else "")
+        message = f"{len(missing)} of {total} members have not ended after {settings.timeout:g} s: {shown}"
+        return failure_of(group, "TimeoutError", None, 0) | {"message": message}
+    failed = [position for position in range(total) if outcomes[position][0]]
+    if not failed or settings.return_exceptions:
+        return None
+    first: dict[str, Any] = _from_json(outcomes[failed[0]][1])
+    return first | {"message": f"{len(failed)} of {total} members failed, the first: {first.get('message', '')}"}
 
 
 # ======================================================================================================================
@@ -2307,6 +2938,15 @@ INSERT = """
 BY_NUMBER = "message NOT INDEXED"
 """The table, for SQLite to go to each number, where else it goes through all of the queue by its index."""
 
+GROUPS_INTERVAL = 1.0
+"""Seconds between two looks whether the time of a group has run out."""
+
+GROUP_MEMBERS_AT_ONCE = 1000
+"""Members of a group that one transaction forgets."""
+
+GROUP_KEPT = 600
+"""Seconds for which a group that has ended is known, for who asks for its progress."""
+
 BURIED_AT_ONCE = 500
 """Messages that one transaction dead-letters of a backlog that has expired, lest everybody else wait for it."""
 
@@ -2377,7 +3017,10 @@ class Store(Connection):
         """Roughly: what went to the write-ahead log."""
         self.inode: int | None = None
         """Which file it is: in another that replaced it, a message of the same number is another message."""
+        self.end_group: Callable[[str, str, Mapping[int, tuple[bool, str]]], Ending] | None = None
+        """Says what follows a group: `ending_of`, of the bus that has opened this."""
         self._queues: dict[str, tuple[int, QueueSettings]] = {}
+        self._groups_seen_to = 0.0
         with _explained(path):
             _patiently(path, functools.partial(super().__init__, path))
             try:
@@ -2494,11 +3137,18 @@ class Store(Connection):
         """
         self.additions += len(messages)
         numbers: list[int] = []
-        for (queue, given_id), group in itertools.groupby(messages, key=_queue_and_given_id):
+        for (queue, given_id, opens_group), together in itertools.groupby(messages, key=_kind):
             queue_id, settings = self._queue(queue)
+            group = list(together)
+            if opens_group:
+                numbers += [self._open_group(queue_id, message, now) for message in group]
+                continue
             rows = [self._row(queue_id, settings.time_to_live, message, now) for message in group]
             if (window := settings.id_window(given_id)) is not None:
-                numbers += [self._insert_once(queue_id, row, now, now + window, dropped) for row in rows]
+                numbers += [
+                    self._insert_once(queue_id, row, message.outcome_id, now, now + window, dropped)
+                    for row, message in zip(rows, group, strict=True)
+                ]
             elif len(rows) == 1:
                 numbers.append(self.sql.execute(INSERT, rows[0]).lastrowid or 0)
             else:
@@ -2519,24 +3169,39 @@ class Store(Connection):
         )
 
     def _insert_once(
-        self, queue_id: int, row: tuple[Any, ...], now: float, expires: float, dropped: list[str] | None
+        self,
+        queue_id: int,
+        row: tuple[Any, ...],
+        outcome_id: str | None,
+        now: float,
+        expires: float,
+        dropped: list[str] | None,
     ) -> int:
         """Enqueue a message unless its id is remembered; it is from now on, until it expires."""
         message_id = row[5]
-        self.sql.execute("DELETE FROM duplicate WHERE queue_id = ? AND expires <= ?", (queue_id, now))
-        original = self._one(
-            "SELECT sequence_number FROM duplicate WHERE queue_id = ? AND message_id = ?", (queue_id, message_id)
-        )
-        if original is not None:
+        if (original := self._original(queue_id, message_id, now)) is not None:
             if dropped is not None:
                 dropped.append(message_id)
-            return int(original[0])
+            return original
         number = self.sql.execute(INSERT, row).lastrowid or 0
+        self._remember(queue_id, message_id, expires, number, outcome_id)
+        return number
+
+    def _original(self, queue_id: int, message_id: str, now: float) -> int | None:
+        """The sequence number of the message that an id is remembered of."""
+        self.sql.execute("DELETE FROM duplicate WHERE queue_id = ? AND expires <= ?", (queue_id, now))
+        row = self._one(
+            "SELECT sequence_number FROM duplicate WHERE queue_id = ? AND message_id = ?", (queue_id, message_id)
+        )
+        return None if row is None else int(row[0])
+
+    def _remember(self, queue_id: int, message_id: str, expires: float, number: int, outcome_id: str | None) -> None:
+        if outcome_id is not None:
+            self.sql.execute("DELETE FROM outcome WHERE task_id = ?", (outcome_id,))
         self.sql.execute(
             "INSERT INTO duplicate (queue_id, message_id, expires, sequence_number) VALUES (?, ?, ?, ?)",
             (queue_id, message_id, expires, number),
         )
-        return number
 
     # -- receiving
 
@@ -2549,6 +3214,8 @@ class Store(Connection):
         with a delivery count of `suspect_from` or more is handed out alone.
         """
         queue_id, settings = self._queue(queue)
+        if not 0 <= now - self._groups_seen_to < GROUPS_INTERVAL:
+            self._see_to_groups(queue_id, now)
         most = MAX_SECONDS if settings.max_delivery_count is None else settings.max_delivery_count
         mortal = not queue.endswith(DEAD_LETTER_SUFFIX)
         buried = 0
@@ -2583,6 +3250,8 @@ class Store(Connection):
             else ("MaxDeliveryCountExceeded", f"It was delivered {count} times, never settled.", number)
             for number, count, _, _, _, expires, _ in rows
         ]
+        endings = [(row[3], reason, description) for row, (reason, description, _) in zip(rows, reasons, strict=True)]
+        self._tell_endings(queue, endings, now)
         self.sql.executemany(
             f"""
             UPDATE message
@@ -2613,10 +3282,10 @@ class Store(Connection):
     # -- settling
 
     def settle(self, queue: str, settlements: Sequence[Settlement], now: float) -> None:
-        """Settle a message and publish what follows, or, if the lock was lost, neither.
+        """Settle a message, publish what follows and tell its outcome, or, if the lock was lost, none of that.
 
-        Several, if all that is to be done about them is to delete them, take one statement. It does not tell which of
-        them had been lost: then it is an error, for the transaction to be undone.
+        Several, if they are to be deleted and nothing follows them, take one statement. It does not tell which of them
+        had been lost: then it is an error, for the transaction to be undone.
         """
         settlement, held = settlements[0], True
         match settlement.action:
@@ -2634,10 +3303,12 @@ class Store(Connection):
             if len(settlements) > 1:
                 raise lost
             settlement.error = lost
-        elif settlement.messages:
+            return
+        if settlement.messages:
             dropped: list[str] = []
             settlement.dropped = dropped
             self.insert(settlement.messages, now, dropped)
+        self.tell([each.answer for each in settlements if each.answer is not None], now)
 
     def complete(self, deliveries: Sequence[Delivery]) -> int:
         """Delete messages; how many of them were still held."""
@@ -2678,13 +3349,153 @@ class Store(Connection):
             ),
         )
 
+    # -- outcomes
+
+    def tell(self, answers: Sequence[Answer], now: float, instead: bool = True) -> None:
+        """Keep outcomes for who awaits them, or for the groups of members; what has expired goes.
+
+        Args:
+            instead: of what may be there, as of a task that has run anew; a member's first outcome stands.
+        """
+        kept = [answer for answer in answers if answer.to.position is None]
+        if kept:
+            self.additions += 1
+            self.bytes_written += sum(len(answer.value) + BYTES_OF_A_CHANGE for answer in kept)
+            self.sql.execute("DELETE FROM outcome WHERE expires <= ?", (now,))
+            self.sql.executemany(
+                f"INSERT OR {'REPLACE' if instead else 'IGNORE'} INTO outcome VALUES (?, ?, ?, ?)",
+                [(answer.to.id, answer.failed, answer.value, now + answer.to.ttl) for answer in kept],
+            )
+        by_group: dict[str, list[tuple[Any, ...]]] = {}
+        for to, failed, value, _ in answers:
+            if to.position is not None:
+                by_group.setdefault(to.id, []).append((to.id, to.position, failed, value))
+        for group_id, members in by_group.items():
+            self._join(group_id, members, now)
+
+    # What defines a group is the row of its member -1, there until it ends: in `task_group`, to count a member would be
+    # to write it anew.
+
+    def _open_group(self, queue_id: int, message: Outgoing, now: float) -> int:
+        """Begin a group, unless its id was given and is remembered, for which its members are dropped too."""
+        group_id, settings = message.message_id, decode(message.body, message.queue).group
+        assert settings is not None
+        if message.given_id:
+            if self._original(queue_id, group_id, now) is not None:
+                return 0
+            window = self._queue(message.queue)[1].id_window(given_id=True) or 0
+            self._remember(queue_id, group_id, now + window, 0, message.outcome_id)
+            self._forget_group(group_id)
+        self.bytes_written += len(message.body) + BYTES_OF_A_CHANGE
+        due = max(message.due or 0, now) + settings.timeout
+        self.sql.execute(
+            "INSERT OR IGNORE INTO task_group VALUES (?, ?, ?, '', ?, 0)", (group_id, queue_id, settings.total, due)
+        )
+        self.sql.execute("INSERT OR IGNORE INTO group_member VALUES (?, -1, 0, ?)", (group_id, message.body))
+        if not settings.total:
+            self._end_group(group_id, now)
+        return 0
+
+    def _join(self, group_id: str, members: Sequence[tuple[Any, ...]], now: float) -> None:
+        """Note how members of a group ended, each the first time that it does; the last one ends the group.
+
+        Args:
+            members: their rows.
+        """
+        is_open = "SELECT total, ended FROM task_group JOIN group_member USING (group_id) WHERE group_id = ?"
+        row = self._one(f"{is_open} AND position = -1", (group_id,))
+        if row is None:
+            return
+        total, ended = row
+        known = [member for member in members if 0 <= member[1] < total]
+        self.bytes_written += sum(len(member[3]) + BYTES_OF_A_CHANGE for member in known)
+        joined = self.sql.executemany("INSERT OR IGNORE INTO group_member VALUES (?, ?, ?, ?)", known).rowcount
+        if joined > 0:
+            self.sql.execute("UPDATE task_group SET ended = ended + ? WHERE group_id = ?", (joined, group_id))
+            if ended + joined == total:
+                self._end_group(group_id, now)
+
+    def _end_group(self, group_id: str, now: float) -> None:
+        """Publish what follows a group, and tell its outcome; members that end from now on change nothing."""
+        rows = self.sql.execute("SELECT position, failed, value FROM group_member WHERE group_id = ?", (group_id,))
+        outcomes = {position: (bool(failed), value) for position, failed, value in rows}
+        (home,) = self._one("SELECT name FROM queue JOIN task_group USING (queue_id) WHERE group_id = ?", (group_id,))
+        assert self.end_group is not None
+        _, definition = outcomes.pop(-1)
+        ending = self.end_group(home, definition, outcomes)
+        self.sql.execute("DELETE FROM group_member WHERE group_id = ? AND position = -1", (group_id,))
+        self.sql.execute("UPDATE task_group SET due = ? WHERE group_id = ?", (now + GROUP_KEPT, group_id))
+        self.insert(ending.messages, now)
+        if ending.answer is not None:
+            self.tell([ending.answer], now)
+
+    def _see_to_groups(self, queue_id: int, now: float) -> None:
+        """End a queue's group whose time has run out, or forget one that ended long ago, if there is one."""
+        is_open = "EXISTS (SELECT 1 FROM group_member AS member WHERE member.group_id = g.group_id AND position = -1)"
+        due = self._one(
+            f"SELECT group_id, {is_open} FROM task_group AS g WHERE due <= ? AND queue_id = ? LIMIT 1", (now, queue_id)
+        )
+        if due is None:
+            self._groups_seen_to = now
+        elif due[1]:
+            self._end_group(due[0], now)
+        else:
+            self._forget_group(due[0], GROUP_MEMBERS_AT_ONCE)
+
+    def _forget_group(self, group_id: str, most: int = MAX_SECONDS) -> None:
+        """Delete what is left of a group; of a large one, only so many members."""
+        members = "SELECT group_id, position FROM group_member WHERE group_id = ? LIMIT ?"
+        deleted = self.sql.execute(
+            f"DELETE FROM group_member WHERE (group_id, position) IN ({members})", (group_id, most)
+        )
+        self.bytes_written += deleted.rowcount * BYTES_OF_A_CHANGE
+        if deleted.rowcount < most:
+            self.sql.execute("DELETE FROM task_group WHERE group_id = ?", (group_id,))
+
+    def progress(self, group_id: str) -> Progress | None:
+        """How far a group is, until some time after its end."""
+        row = self._one(
+            """
+            SELECT ended, (SELECT count(*) FROM group_member WHERE group_id = ?1 AND failed), total
+            FROM   task_group
+            WHERE  group_id = ?1
+            """,
+            (group_id,),
+        )
+        return None if row is None else Progress(*row)
+
+    def _tell_endings(self, queue: str, endings: Iterable[tuple[str | bytes, str, str]], now: float) -> None:
+        """Tell of messages that end without a run, by their bodies, with reason and description."""
+        home = queue.removesuffix(DEAD_LETTER_SUFFIX)
+        answers = [ended_by(body, home, reason, description) for body, reason, description in endings]
+        self.tell([answer for answer in answers if answer is not None], now, instead=False)
+
+    def outcomes(self, ids: Sequence[str], now: float) -> dict[str, tuple[bool, str]]:
+        """Of some tasks the outcomes that are there, by id: whether it failed, and the value.
+
+        In no transaction: it reads beside whoever writes, in other processes, and none of them waits for it.
+        """
+        found: dict[str, tuple[bool, str]] = {}
+        with self.mutex:
+            for place in range(0, len(ids), READ_AT_ONCE):
+                some = ids[place : place + READ_AT_ONCE]
+                sql = f"""
+                    SELECT task_id, failed, value
+                    FROM   outcome
+                    WHERE  task_id IN ({",".join("?" * len(some))}) AND expires > ?
+                """
+                for task_id, failed, value in self.sql.execute(sql, (*some, now)):
+                    found[task_id] = bool(failed), value
+        return found
+
     # -- for operators
 
-    def replace(self, queue: str, successors: Mapping[int, Outgoing | None], now: float) -> set[int]:
+    def replace(self, queue: str, successors: Mapping[int, Outgoing | None], now: float, why: str = "") -> set[int]:
         """Delete messages that are still in the queue and that nobody holds; their numbers.
 
         Args:
             successors: by sequence number, what is to be enqueued in a message's place.
+            why: the name of the error of which who awaits a result is told, where nothing is.
         """
         queue_id, _ = self._queue(queue)
         free = f"""
@@ -2692,8 +3503,13 @@ class Store(Connection):
             WHERE sequence_number IN ({",".join(map(str, successors))}) AND queue_id = ? AND (state != 0 OR due <= ?)
         """
         removed = {row[0] for row in self.sql.execute(f"SELECT sequence_number {free}", (queue_id, now))}
+        if why:
+            awaited = self.sql.execute(f"SELECT body {free} AND instr(body, 'outcome_to')", (queue_id, now))
+            self._tell_endings(queue, [(body, why, "The message was removed.") for (body,) in awaited], now)
         self.sql.execute(f"DELETE {free}", (queue_id, now))
         self.bytes_written += len(removed) * BYTES_OF_A_CHANGE
+        outcome_ids = [(each.outcome_id,) for each in successors.values() if each is not None and each.outcome_id]
+        self.sql.executemany("DELETE FROM outcome WHERE task_id = ?", outcome_ids)
         self.insert([each for number in successors if number in removed and (each := successors[number])], now)
         return removed
 
@@ -2701,7 +3517,7 @@ class Store(Connection):
         """Delete a message that is scheduled or waits; where it was, or, of another, is; None if it is gone."""
         fate = self._fate_of(queue, sequence_number, now)
         if fate in (MessageState.SCHEDULED, MessageState.ACTIVE):
-            self.replace(queue, {sequence_number: None}, now)
+            self.replace(queue, {sequence_number: None}, now, CANCELLED)
         return fate
 
     def _fate_of(self, queue: str, sequence_number: int, now: float) -> MessageState | None:
@@ -2717,7 +3533,7 @@ class Store(Connection):
         return None if row is None else _state_of(row[0], row[1], row[2], now)
 
 
-_queue_and_given_id = operator.attrgetter("queue", "given_id")
+_kind = operator.attrgetter("queue", "given_id", "opens_group")
 
 _connecting = threading.Lock()
 _connections: weakref.WeakSet[Connection] = weakref.WeakSet()
@@ -2839,21 +3655,35 @@ def _select(connection: Connection, table: str, condition: str, *parameters: Any
     )
 
 
+NEAR = """
+    SELECT   sequence_number
+    FROM     (SELECT sequence_number, queue_id FROM message NOT INDEXED
+              WHERE sequence_number >= ?2 ORDER BY sequence_number LIMIT 20 * min(?3, 1000))
+    WHERE    queue_id = (SELECT queue_id FROM queue WHERE name = ?1)
+    ORDER BY sequence_number
+    LIMIT    ?3
+"""
+"""The first numbers of a queue from one on, found among the next rows of all queues: quick in a long queue."""
+
+ANYWHERE = """
+    SELECT   sequence_number
+    FROM     message
+    WHERE    queue_id = (SELECT queue_id FROM queue WHERE name = ?1) AND sequence_number >= ?2
+    ORDER BY sequence_number
+    LIMIT    ?3
+"""
+"""The same by the index that receives, through all of the queue: quick in a short one."""
+
+
 def read_messages(connection: Connection, queue: str, max_message_count: int, sequence_number: int) -> list[Message]:
     """The messages of a queue by sequence number, from that one on, locked and scheduled ones included."""
-    condition = """
-        sequence_number IN (
-            SELECT   sequence_number
-            FROM     message
-            WHERE    queue_id = (SELECT queue_id FROM queue WHERE name = ?) AND sequence_number >= ?
-            ORDER BY sequence_number
-            LIMIT    ?
-        )
-        ORDER BY sequence_number
-    """
+    rows: list[tuple[Any, ...]] = []
     # Held until all is read: a child that is forked in the middle of it could not close the connection.
     with _explained(connection.path), connection.mutex:
-        rows = list(_select(connection, BY_NUMBER, condition, queue, queue, sequence_number, max_message_count))
+        for numbers in (NEAR, ANYWHERE):
+            if len(rows) < max_message_count:
+                condition = f"sequence_number IN ({numbers}) ORDER BY sequence_number"
+                rows = list(_select(connection, BY_NUMBER, condition, queue, sequence_number, max_message_count))
     now = time.time()
     return [_message_of_row(queue, row, now) for row in rows]
 
@@ -2911,25 +3741,22 @@ def count_by_task(connection: Connection, queue: str, now: float) -> dict[str, T
     with _explained(connection.path), connection.mutex:
         version = _version_of(connection)
         connection.sql.create_function("name_in", 1, _name_in, deterministic=True)
-        name = "ifnull(function_name, name_in(body))" if version > 1 else "name_in(body)"
-        died = "ifnull(dead_lettered_time, due)" if version > 1 else "due"
+        by_state = """
+            sum(due <= :now) AS active, sum(state = 0 AND due > :now) AS running,
+            sum(state = 1 AND due > :now) AS scheduled, min(CASE WHEN due <= :now THEN enqueued_time END) AS since
+        """
         waiting = connection.sql.execute(
             f"""
-            SELECT   {name}, sum(due <= :now), sum(state = 0 AND due > :now), sum(state = 1 AND due > :now),
-                     min(CASE WHEN due <= :now THEN enqueued_time END)
-            FROM     message
-            WHERE    queue_id = (SELECT queue_id FROM queue WHERE name = :queue)
-            GROUP BY 1
+            SELECT   name, sum(active), sum(running), sum(scheduled), min(since)
+            FROM     ({_by_name(by_state, version)})
+            GROUP BY name
             """,
             {"queue": queue, "now": now},
         ).fetchall()
+        died = "ifnull(dead_lettered_time, due)" if version > 1 else "due"
+        and_last = f"count(*) AS number, dead_letter_error_description AS error, max({died}) AS died"
         dead = connection.sql.execute(
-            f"""
-            SELECT   {name}, count(*), dead_letter_error_description, max({died})
-            FROM     message
-            WHERE    queue_id = (SELECT queue_id FROM queue WHERE name = :queue)
-            GROUP BY 1
-            """,
+            f"SELECT name, sum(number), error, max(died) FROM ({_by_name(and_last, version)}) GROUP BY name",
             {"queue": dead_letter_queue(queue)},
         ).fetchall()
     counts = {
@@ -2946,6 +3773,26 @@ def count_by_task(connection: Connection, queue: str, now: float) -> dict[str, T
     for name, number, error, _ in dead:
         counts[name] = dataclasses.replace(counts.get(name, none), dead_letter=number, last_error=error)
     return counts
+
+
+def _by_name(columns: str, version: int) -> str:
+    """A select of :queue by function name, once for the names beside the bodies, and once for those in them.
+
+    In one, SQLite would sort all the bodies too. So a name may come twice.
+    """
+    return " UNION ALL ".join(
+        f"""
+        SELECT   {name} AS name, {columns}
+        FROM     message
+        WHERE    queue_id = (SELECT queue_id FROM queue WHERE name = :queue) AND {condition}
+        GROUP BY 1
+        """
+        for name, condition, since in (
+            ("function_name", "function_name IS NOT NULL", 2),
+            ("name_in(body)", "function_name IS NULL" if version > 1 else "1", 1),
+        )
+        if version >= since
+    )
 
 
 def _name_in(body: str | bytes) -> str:
@@ -2986,19 +3833,16 @@ class Walk:
     def ended(self) -> bool:
         return self._read_all and not self._rows
 
-    def step(self, reading: Callable[[], contextlib.AbstractContextManager[Connection]]) -> list[Message]:
+    def step(self, reading: Callable[[], contextlib.AbstractContextManager[Connection]]) -> Iterator[Message]:
         """The next that are asked for; within LONGEST_STEP, so there may be none although there are more to come."""
         if not self._rows:
             with reading() as connection, _explained(connection.path), connection.mutex:
                 self._read(connection)
-        found, now, latest = [], time.time(), time.monotonic() + LONGEST_STEP
-        while self._rows:
+        now, latest = time.time(), time.monotonic() + LONGEST_STEP
+        while self._rows and time.monotonic() < latest:
             message = _message_of_row(self.queue, self._rows.popleft(), now)
             if self._which.has(message):
-                found.append(message)
-            if time.monotonic() > latest:
-                break
-        return found
+                yield message
 
     def _read(self, connection: Connection) -> None:
         if self._last is None:
@@ -3219,6 +4063,19 @@ class QueueFile:
             with self._checkpointing:
                 self._checkpoint()
         return self.store.run(works)
+
+    async def outcomes(self, ids: Sequence[str]) -> dict[str, tuple[bool, str]]:
+        """Of some tasks the outcomes that are there: read here, or, where that would wait, in a thread."""
+        read = functools.partial(self.store.outcomes, ids, time.time())
+        if not self.store.mutex.locked():
+            with contextlib.suppress(sqlite3.Error):  # whatever it is, the thread meets it again
+                return read()
+
+        def read_patiently() -> dict[str, tuple[bool, str]]:
+            with _explained(self.store.path):
+                return _patiently(self.store.path, read)
+
+        return await self.in_a_thread(read_patiently)
 
     def log_is_full(self) -> bool:
         """Whether the log is so long that who writes waits for a checkpoint; looked at after some writing only."""
@@ -3546,6 +4403,7 @@ class LocalServiceBus:
         self._file: QueueFile | None = None
         self._keeps_settings = False
         self._commits: dict[asyncio.AbstractEventLoop, GroupCommit] = {}
+        self._outcomes: dict[asyncio.AbstractEventLoop, LocalOutcomes] = {}
         self.opening = threading.Lock()
         _buses.add(self)
 
@@ -3561,6 +4419,46 @@ class LocalServiceBus:
 
     def check_queue(self, queue: str) -> None:
         """Every queue can be sent to."""
+
+    # -- outcomes are rows of the same file
+
+    def address(self, task_id: str, ttl: float) -> Address:
+        return Address(task_id, ttl)
+
+    def address_of(self, task_id: str) -> Address:
+        """Any process that has the file can ask for any."""
+        return Address(task_id, 0)
+
+    async def expect(self, addresses: Sequence[Address]) -> None:
+        """They are found when somebody looks."""
+
+    def reply(self, answer: Answer) -> Outgoing | None:
+        """None: they are written in settling."""
+        if (size := len(answer.value)) > self.max_message_bytes:
+            raise MessageTooLarge(f"it makes an outcome of {size} bytes, the limit is {self.max_message_bytes}")
+        return None
+
+    def member_address(self, group_id: str, position: int) -> Address:
+        return Address(group_id, position=position)
+
+    def open_group(self, message: Outgoing) -> list[Outgoing]:
+        return [message._replace(opens_group=True)]
+
+    async def progress(self, group_id: str) -> Progress:
+        commit = await self.commit(keep_settings=False)
+        progress = await commit.do(functools.partial(commit.file.store.progress, group_id))
+        if progress is None:
+            raise UsageError(f"Group {group_id} is not known to {self!r}: it ended over {GROUP_KEPT} s ago.")
+        return progress
+
+    async def outcome(self, address: Address, timeout: float | None) -> Answer:
+        loop = asyncio.get_running_loop()
+        if loop not in self._outcomes:
+            for closed in [other for other in list(self._outcomes) if other.is_closed()]:
+                self._outcomes.pop(closed, None)
+            self._outcomes[loop] = LocalOutcomes(self)
+        failed, value = await self._outcomes[loop].get(address.id, timeout)
+        return Answer(address, failed, value)
 
     # -- for operators: to look goes on beside all else, outside of the event loop, and changes nothing
 
@@ -3616,14 +4514,14 @@ class LocalServiceBus:
             OperationStopped: it cannot go on for now; `messages` are those done. Called again, it goes on from there.
         """
         queue = dead_letter_queue(self.queue_name)
-        return await self._operate(queue, replay_of, which, dry_run, on_progress)
+        return await self._operate(queue, replay_of, "", which, dry_run, on_progress)
 
     async def discard(
         self, which: Which, dry_run: bool = False, on_progress: Callable[[int], object] | None = None
     ) -> list[Message]:
         """Delete dead letters; else as `replay`."""
         queue = dead_letter_queue(self.queue_name)
-        return await self._operate(queue, lambda message: None, which, dry_run, on_progress)
+        return await self._operate(queue, lambda message: None, DISCARDED, which, dry_run, on_progress)
 
     async def purge(
         self, which: Which, dry_run: bool = False, on_progress: Callable[[int], object] | None = None
@@ -3631,12 +4529,13 @@ class LocalServiceBus:
         """Delete messages that wait or are scheduled; else as `replay`."""
         if self.queue_name.endswith(DEAD_LETTER_SUFFIX):
             raise UsageError(f"{self.queue_name} has dead letters only: discard() deletes these.")
-        return await self._operate(self.queue_name, lambda message: None, which, dry_run, on_progress)
+        return await self._operate(self.queue_name, lambda message: None, CANCELLED, which, dry_run, on_progress)
 
     async def _operate(
         self,
         queue: str,
         successor_of: Callable[[Message], Outgoing | None],
+        why: str,
         which: Which,
         dry_run: bool,
         on_progress: Callable[[int], object] | None,
@@ -3649,10 +4548,12 @@ class LocalServiceBus:
         walk, done = Walk(queue, selection_of(which)), dict[int, Message]()
 
         def look() -> tuple[list[Message], dict[int, Outgoing | None]]:
-            found = walk.step(self._reading)
-            successors = {message.sequence_number: successor_of(message) for message in found}
-            for message in found:
-                vars(message).pop("task", None)  # of many thousands, what was decoded would take a gigabyte
+            found, successors = list[Message](), dict[int, Outgoing | None]()
+            for message in walk.step(self._reading):
+                found.append(message)
+                if not dry_run:
+                    successors[message.sequence_number] = successor_of(message)
+                message.forget_task()
             return found, successors
 
         try:
@@ -3665,7 +4566,7 @@ class LocalServiceBus:
                     commit = await self.commit(keep_settings=False)
                     if commit.file.store.inode != inode:
                         raise ServiceBusUnavailable(f"{self.path} was replaced meanwhile.")
-                    work = functools.partial(commit.file.store.replace, queue, successors, time.time())
+                    work = functools.partial(commit.file.store.replace, queue, successors, time.time(), why)
                     changed = await commit.do(work, durable=True)
                     found = [message for message in found if message.sequence_number in changed]
                 done |= {message.sequence_number: message for message in found}
@@ -3706,6 +4607,8 @@ class LocalServiceBus:
     async def close(self) -> None:
         """Close the file. The bus opens it again if it is used again; a worker that still receives from it fails."""
         commit = self._commits.get(asyncio.get_running_loop())
+        if (outcomes := self._outcomes.pop(asyncio.get_running_loop(), None)) is not None:
+            outcomes.close()
         try:
             if commit is not None and commit.file is self._file and commit.file.store.state is FileState.OPEN:
                 with contextlib.suppress(ServiceBusUnavailable):
@@ -3754,6 +4657,7 @@ class LocalServiceBus:
                         file.close()
                         raise
                     former.close()
+                file.store.end_group = functools.partial(ending_of, self)
                 self._file, self._keeps_settings = file, False
             if keep_settings and not self._keeps_settings:
                 file.store.open_queue(self.queue_name, self._settings)
@@ -3772,6 +4676,82 @@ def _forget_who_was_opening() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget_who_was_opening)
+
+
+class LocalOutcomes:
+    """Finds outcomes for all who wait for one in an event loop, by one look for all whenever the file has changed."""
+
+    def __init__(self, bus: LocalServiceBus) -> None:
+        self._bus = bus
+        self._loop = asyncio.get_running_loop()
+        self._waiting: dict[str, set[asyncio.Future[tuple[bool, str]]]] = {}
+        self._changes: Changes | None = None
+        self._looking: asyncio.Task[None] | None = None
+
+    async def get(self, task_id: str, timeout: float | None) -> tuple[bool, str]:
+        """An outcome, that is there or comes within so many seconds: whether it is a failure, and the value.
+
+        Raises:
+            TimeoutError: it does not.
+        """
+        if timeout == 0:
+            commit = await self._bus.commit(keep_settings=False)
+            found = await commit.file.outcomes([task_id])
+            if task_id not in found:
+                raise TimeoutError
+            return found[task_id]
+        outcome: asyncio.Future[tuple[bool, str]] = self._loop.create_future()
+        self._waiting.setdefault(task_id, set()).add(outcome)
+        if self._looking is None or self._looking.done():
+            self._looking = self._loop.create_task(self._look())
+        elif self._changes is not None:
+            self._changes.tell(self._loop)  # for a look at this one
+        try:
+            async with asyncio.timeout(timeout):
+                return await outcome
+        finally:
+            self._waiting[task_id].discard(outcome)
+            if not self._waiting[task_id]:
+                del self._waiting[task_id]
+
+    async def _look(self) -> None:
+        """Look for as long as somebody waits; a second look begins no sooner than the first one took."""
+        try:
+            while self._waiting:
+                commit = await self._bus.commit(keep_settings=False)
+                if self._changes is None or self._changes.file is not commit.file:
+                    self._stop_listening()
+                    self._changes = Changes(commit.file)
+                self._changes.clear()
+                began = self._loop.time()
+                try:
+                    commit.file.check(CHECK_INTERVAL)
+                    found = await commit.file.outcomes(list(self._waiting))
+                except ServiceBusUnavailable as error:
+                    logger.warning("Looking for results failed, will try again: %s", error)
+                    found = {}
+                for task_id, outcome in found.items():
+                    for waiting in self._waiting.get(task_id, ()):
+                        _resolve(waiting, outcome)
+                await asyncio.sleep(self._loop.time() - began)
+                await self._changes.wait(MAX_WAIT)
+        except Exception as error:
+            for waiting in itertools.chain(*self._waiting.values()):
+                _resolve(waiting, error)
+        finally:
+            self._stop_listening()
+
+    def _stop_listening(self) -> None:
+        if self._changes is not None:
+            self._changes.close()
+            self._changes = None
+
+    def close(self) -> None:
+        """Leave nobody waiting."""
+        for waiting in itertools.chain(*self._waiting.values()):
+            _resolve(waiting, ServiceBusUnavailable(f"{self._bus!r} was closed while a result was awaited."))
+        if self._looking is not None:
+            self._looking.cancel()
 
 
 class LocalReceiver:
@@ -3862,8 +4842,8 @@ class LocalReceiver:
 
     def settle(self, settlements: Sequence[Settlement], durable: bool = False) -> asyncio.Future[None]:
         self._held.difference_update([each.delivery for each in settlements if each.action is not Action.KEEP])
-        plain = [each for each in settlements if each.action is Action.COMPLETE and not each.messages]
-        groups = [[each] for each in settlements if each.action is not Action.COMPLETE or each.messages]
+        plain = [each for each in settlements if each.is_plain]
+        groups = [[each] for each in settlements if not each.is_plain]
         if plain:
             groups.append(plain)
         attempt = self._attempt(self._commit, groups, durable)
@@ -4067,6 +5047,24 @@ OPERATION_PATIENCE = 60
 TRACEBACK_PROPERTY = "DeadLetterTraceback"
 """The application property of a dead letter that has the end of the traceback."""
 
+JOINED_SESSIONS = 4
+"""Groups that one worker joins at a time."""
+
+JOINED_AT_ONCE = 100
+"""How many members' endings are noted together."""
+
+ACCEPT_WAIT, MORE_WAIT = 30, 2
+"""Seconds for which one request waits for a group that has something to be joined; while there are some, for more."""
+
+JOIN_WAIT = 0.2
+"""Seconds without a message after which a worker leaves a group."""
+
+JOIN_REST = 1.0
+"""Seconds without a group to be joined, after which a worker that ends when all is done takes it for done."""
+
+WITH_SESSIONS = "--enable-session true"
+"""What `az servicebus queue create` makes a queue with, through which results and groups go."""
+
 DEAD_LETTER_PROPERTIES = ("DeadLetterReason", "DeadLetterErrorDescription", TRACEBACK_PROPERTY)
 """Application properties that a message has for being dead; those of another kind travel on when it is replayed."""
 
@@ -4097,6 +5095,8 @@ class Config:
         service_bus_credential: a credential of azure-identity or azure-core, or a function that makes one.
         azure_credential_include_msi: let the default credential try managed identity, which outside of Azure waits
             for an address that never answers; from AZURE_CREDENTIAL_INCLUDE_MSI.
+        service_bus_reply_queue_name: see AzureServiceBus; from SERVICE_BUS_REPLY_QUEUE_NAME.
+        service_bus_join_queue_name: the same; from SERVICE_BUS_JOIN_QUEUE_NAME.
 
     Raises:
         ConfigurationError: names what is missing or cannot be read.
@@ -4107,6 +5107,8 @@ class Config:
     service_bus_connection_string: str | None = field(default=None, repr=False)
     service_bus_credential: Any = field(default=None, repr=False)
     azure_credential_include_msi: bool | None = None
+    service_bus_reply_queue_name: str | None = None
+    service_bus_join_queue_name: str | None = None
 
     def __post_init__(self) -> None:
         if not self.service_bus_namespace_url and not self.service_bus_connection_string:
@@ -4121,6 +5123,8 @@ class Config:
         )
         if self.azure_credential_include_msi is None:
             self.azure_credential_include_msi = _env_flag("AZURE_CREDENTIAL_INCLUDE_MSI")
+        self.service_bus_reply_queue_name = self.service_bus_reply_queue_name or _env("SERVICE_BUS_REPLY_QUEUE_NAME")
+        self.service_bus_join_queue_name = self.service_bus_join_queue_name or _env("SERVICE_BUS_JOIN_QUEUE_NAME")
         self._check()
 
     def _check(self) -> None:
@@ -4197,6 +5201,10 @@ class AzureServiceBus:
         max_message_bytes: the size limit of a message: 262,144 on Standard, up to 100 MB on Premium.
         duplicate_detection: the window, in seconds, that the queue was made with; 0 for none.
         max_delivery_count: how often the queue delivers a message before it dead-letters it.
+        reply_queue_name: the queue with sessions through which results are told; `<queue_name>-replies` if None.
+        join_queue_name: the queue with sessions and duplicate detection through which groups are joined,
+            `<queue_name>-join` if None. A worker that is given one joins from its start on; else from when it first
+            meets a group's member.
         client_options: for the SDK's `ServiceBusClient`: `transport_type`, `http_proxy`, `custom_endpoint_address`,
             `connection_verify` and others.
 
@@ -4225,10 +5233,21 @@ class AzureServiceBus:
         max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
         duplicate_detection: float = 600,
         max_delivery_count: int = 10,
+        reply_queue_name: str | None = None,
+        join_queue_name: str | None = None,
         **client_options: Any,
     ) -> None:
         self.namespace = _namespace_of(namespace_url)
         self.queue_name = _checked_queue_name(queue_name)
+        home = self.queue_name.removesuffix(DEAD_LETTER_SUFFIX)
+        self.reply_queue = _checked_queue_name(f"{home}-replies" if reply_queue_name is None else reply_queue_name)
+        self.join_queue = _checked_queue_name(f"{home}-join" if join_queue_name is None else join_queue_name)
+        if len({home, self.reply_queue, self.join_queue}) < 3:
+            raise ConfigurationError(
+                f"queue_name={home!r}, reply_queue_name={self.reply_queue!r} and join_queue_name={self.join_queue!r} "
+                "must be three queues: who takes what comes next from one would take what is another's."
+            )
+        self.joins = join_queue_name is not None
         self.max_message_bytes = _count("max_message_bytes", max_message_bytes)
         self.duplicate_detection = self.id_window = _positive("duplicate_detection", duplicate_detection, or_zero=True)
         self.max_delivery_count: int | None = _count("max_delivery_count", max_delivery_count)
@@ -4249,18 +5268,17 @@ class AzureServiceBus:
     def from_config(
         cls,
         config: Config,
-        *,
-        max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
-        duplicate_detection: float = 600,
-        max_delivery_count: int = 10,
-        **client_options: Any,
+        **options: Any,
     ) -> AzureServiceBus:
-        """The bus of a `Config`: by its connection string where it has one, else by namespace and credential."""
+        """The bus of a `Config`: by its connection string where it has one, else by namespace and credential.
+
+        Args:
+            options: those of the constructor, by keyword.
+        """
         options = {
-            "max_message_bytes": max_message_bytes,
-            "duplicate_detection": duplicate_detection,
-            "max_delivery_count": max_delivery_count,
-            **client_options,
+            "reply_queue_name": config.service_bus_reply_queue_name,
+            "join_queue_name": config.service_bus_join_queue_name,
+            **options,
         }
         queue = config.service_bus_queue_name or ""
         if config.service_bus_connection_string:
@@ -4272,28 +5290,20 @@ class AzureServiceBus:
         cls,
         conn_str: str,
         queue_name: str,
-        *,
-        max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
-        duplicate_detection: float = 600,
-        max_delivery_count: int = 10,
-        **client_options: Any,
+        **options: Any,
     ) -> AzureServiceBus:
         """The bus of a connection string, as the Azure portal shows it under "Shared access policies".
 
         One with an `EntityPath` is for that queue and its dead-letter queue only.
+
+        Args:
+            options: those of the constructor, by keyword.
         """
         text = conn_str.strip() if isinstance(conn_str, str) else ""
         endpoint = _connection_setting(text, "Endpoint") or _connection_setting(text, "HostName")
         if not endpoint:
             raise ConfigurationError("The connection string has no Endpoint: it begins with 'Endpoint=sb://...'.")
-        bus = cls(
-            endpoint,
-            queue_name,
-            max_message_bytes=max_message_bytes,
-            duplicate_detection=duplicate_detection,
-            max_delivery_count=max_delivery_count,
-            **client_options,
-        )
+        bus = cls(endpoint, queue_name, **options)
         bus.entity_path = _connection_setting(text, "EntityPath") or None
         if bus.entity_path not in (None, queue_name.removesuffix(DEAD_LETTER_SUFFIX)):
             raise ConfigurationError(
@@ -4343,16 +5353,54 @@ class AzureServiceBus:
             given = "its options" if self._connection_string is None else "its connection string, or its options,"
             raise ConfigurationError(f"{self!r}: {given} cannot be read: {error}") from None
         administration = AzureAdministration(self.namespace, self._connection_string, credential, self._client_options)
-        return _Opened(client, {}, administration)
+        return _Opened(client, {}, administration, set())
 
     async def send(self, messages: Sequence[Outgoing]) -> list[int | None]:
-        numbers: list[int | None] = []
-        for queue, group in itertools.groupby(messages, key=lambda message: message.queue):
+        by_queue: dict[str, list[int]] = collections.defaultdict(list)  # what opens groups before their members
+        for place, message in enumerate(messages):
+            by_queue[message.queue].append(place)
+        numbers: list[int | None] = [None] * len(messages)
+        for queue, places in by_queue.items():
             senders = self._of_this_loop().senders
             if queue not in senders:
                 senders[queue] = AzureSender(self, queue)
-            numbers += await senders[queue].send(list(group))
+            sent = await senders[queue].send([messages[place] for place in places])
+            for place, number in zip(places, sent, strict=True):
+                numbers[place] = number
         return numbers
+
+    def address(self, task_id: str, ttl: float) -> Address:
+        raise UsageError("Results are kept on the local bus only.")
+
+    def address_of(self, task_id: str) -> Address:
+        raise UsageError("Results are kept on the local bus only.")
+
+    async def expect(self, addresses: Sequence[Address]) -> None:
+        if any(address.position is not None for address in addresses):
+            await self.check_join_queue()
+
+    def reply(self, answer: Answer) -> Outgoing | None:
+        to = answer.to
+        body = f'{{"position":{to.position},"failed":{_to_json(answer.failed)},"value":{answer.value}}}'
+        return Outgoing(body, f"{to.id}:{to.position}", to.queue or "", session=to.id)
+
+    async def outcome(self, address: Address, timeout: float | None) -> Answer:
+        raise UsageError("Results are kept on the local bus only.")
+
+    def member_address(self, group_id: str, position: int) -> Address:
+        return Address(group_id, position=position, queue=self.join_queue)
+
+    def open_group(self, message: Outgoing) -> list[Outgoing]:
+        """What defines the group, and its timer: messages of a session of its own in the join queue."""
+        group_id, settings = message.message_id, decode(message.body, self.queue_name).group
+        assert settings is not None
+        end = (message.due or time.time()) + settings.timeout
+        opening, timer = (derived_id(f"{part}\n{group_id}") for part in ("opening", "timer"))
+        head = message._replace(message_id=opening, queue=self.join_queue, due=None, session=group_id)
+        return [head, head._replace(message_id=timer, body=_to_json({"timeout": True}), due=end, numbered=False)]
+
+    async def progress(self, group_id: str) -> Progress:
+        raise UsageError(f"{self!r} does not tell how far a group is: only a local bus does.")
 
     def size(self, message: Outgoing) -> int:
         """The body, the ids and properties, and 512 bytes for what AMQP adds to them."""
@@ -4363,8 +5411,23 @@ class AzureServiceBus:
         self, on_lock_lost: Callable[[Delivery], None], max_renewal: float, suspect_from: int = MAX_SECONDS
     ) -> AzureReceiver:
         receiver = AzureReceiver(self, on_lock_lost, max_renewal)
+        if self.joins:
+            await self.check_join_queue()
         await receiver.open()
+        if self.joins:
+            receiver.join_groups()
         return receiver
+
+    async def check_join_queue(self) -> None:
+        """Raise ConfigurationError unless there is a queue with sessions, through which groups are joined."""
+        opened = self._of_this_loop()
+        if self.join_queue not in opened.checked_queues:
+            try:
+                async with self.session_link(self.join_queue, str(uuid.uuid4()), ATTEMPT_TIMEOUT):
+                    opened.checked_queues.add(self.join_queue)
+            except ConfigurationError as error:
+                options = f"{WITH_SESSIONS} --enable-duplicate-detection true"
+                raise self.without_a_queue(self.join_queue, "Groups", options, error) from error
 
     def receiver_link(self, queue: str | None = None) -> AzureLink:
         queue = queue or self.queue_name
@@ -4373,6 +5436,26 @@ class AzureServiceBus:
             options["sub_queue"] = "deadletter"
         client = self._of_this_loop().client
         return AzureLink(self, queue, client.get_queue_receiver(queue.removesuffix(DEAD_LETTER_SUFFIX), **options))
+
+    def session_link(self, queue: str, session: str | None, wait: float) -> AzureLink:
+        """A receiver of one session of a queue.
+
+        Args:
+            session: its id; None for the next that has messages and that nobody holds, which opening waits for.
+            wait: seconds to wait for it.
+        """
+        sdk = _import_azure()
+        options: dict[str, Any] = {"socket_timeout": SOCKET_TIMEOUT, "timeout": ATTEMPT_TIMEOUT, "max_wait_time": wait}
+        options["session_id"] = sdk.NEXT_AVAILABLE_SESSION if session is None else session
+        hint = f"The queue has to be made {WITH_SESSIONS}."
+        return AzureLink(self, queue, self._of_this_loop().client.get_queue_receiver(queue, **options), hint)
+
+    def without_a_queue(self, queue: str, what: str, options: str, error: BoilermakerError) -> ConfigurationError:
+        """The error of a queue that has to be made for what one asks."""
+        return ConfigurationError(
+            f"{what} of {self.queue_name!r} need the queue {queue!r}: az servicebus queue create --namespace-name "
+            f"{self.namespace.partition('.')[0]} --resource-group ... --name {queue} {options} ({error})"
+        )
 
     def sender_link(self, queue: str) -> AzureLink:
         client = self._of_this_loop().client
@@ -4546,6 +5629,7 @@ class _Opened(NamedTuple):
     client: ServiceBusClient
     senders: dict[str, AzureSender]
     administration: AzureAdministration
+    checked_queues: set[str]
 
 
 def _import_azure() -> Any:
@@ -4776,8 +5860,11 @@ class AzureLink:
     opens another. All that is done to internals of the SDK is done in this class.
     """
 
-    def __init__(self, bus: AzureServiceBus, queue: str, sdk: Any) -> None:
+    def __init__(
+        self, bus: AzureServiceBus, queue: str, sdk: Any, hint: str = "Tasks have no sessions: use a queue without."
+    ) -> None:
         self.sdk = sdk
+        self._hint = hint
         self.error: BoilermakerError | None = None
         self.opened = self.heard = 0.0  # the latter is when the service last said something, where that is known
         self.round_trip = 0.0
@@ -4802,7 +5889,7 @@ class AzureLink:
             await asyncio.wait([opening], timeout=CLOSE_TIMEOUT)
             await self.close()
             if isinstance(error, RequestRefused):
-                hint = "Tasks have no sessions: use a queue without." if "session" in str(error) else ""
+                hint = self._hint if "session" in str(error) else ""
                 raise ConfigurationError(f"A link cannot be opened: {error} {hint}") from error
             raise
         # The SDK opens again what was lost, in the middle of any call; and what was closed, for a settlement.
@@ -5094,6 +6181,9 @@ def _sdk_message(message: Outgoing) -> ServiceBusMessage:
             content_type="application/json",
             application_properties=dict(message.application_properties) or None,
             scheduled_enqueue_time_utc=None if message.due is None else _utc(message.due),
+            session_id=message.session,
+            correlation_id=message.correlation_id,
+            time_to_live=None if message.time_to_live is None else datetime.timedelta(seconds=message.time_to_live),
         )
     except (TypeError, ValueError) as error:
         raise RequestRefused(f"Message {message.message_id!r} cannot be sent: {error}") from error
@@ -5144,6 +6234,7 @@ class AzureReceiver:
         self._settling: set[asyncio.Future[None]] = set()
         self._locks: dict[Delivery, _Lock] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._joiner: AzureJoiner | None = None
 
     async def open(self) -> None:
         """Connect, so that what is wrong with the settings shows at the start; a failure that may pass, soon after."""
@@ -5210,9 +6301,16 @@ class AzureReceiver:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+            if self._joiner is not None:
+                await self._joiner.close()
             await self._link.close()
 
         await asyncio.shield(asyncio.ensure_future(close_all()))
+
+    def join_groups(self) -> None:
+        """Begin to end groups too: those of the bus's join queue."""
+        if self._joiner is None:
+            self._joiner = AzureJoiner(self._bus)
 
     # -- receiving
 
@@ -5235,16 +6333,10 @@ class AzureReceiver:
             await asyncio.wait(self._settling, timeout=SETTLE_WAIT)
         while not self._closing:
             link = await self._working_link()
-            receive = functools.partial(link.call, link.sdk.receive_messages)
             try:
-                messages: list[ServiceBusReceivedMessage] = []
-                if self._busy:
-                    wait = max(self._batch_wait, 2 * link.round_trip)
-                    messages = await receive(max_message_count, max_wait_time=wait)
-                if not messages:
-                    messages = await receive(1, max_wait_time=max_wait_time or EMPTY_WAIT)
-                if not messages and time.monotonic() - link.heard > SILENCE:
-                    await link.request(link.sdk.peek_messages, 1, timeout=ATTEMPT_TIMEOUT)
+                messages = await self._receive_over(link, max_message_count, max_wait_time)
+                if not messages and not max_wait_time and self._joiner is not None and await self._joiner.rest():
+                    continue  # what follows a group may have come
             except Throttled:
                 await asyncio.sleep(RETRY_PAUSE)
             except BoilermakerError as error:
@@ -5255,6 +6347,20 @@ class AzureReceiver:
                     link.heard = time.monotonic()
                 return [self._hold(raw) for raw in messages]
         return []
+
+    async def _receive_over(
+        self, link: AzureLink, max_message_count: int, max_wait_time: float
+    ) -> list[ServiceBusReceivedMessage]:
+        receive = functools.partial(link.call, link.sdk.receive_messages)
+        messages: list[ServiceBusReceivedMessage] = []
+        if self._busy:
+            wait = max(self._batch_wait, 2 * link.round_trip)
+            messages = await receive(max_message_count, max_wait_time=wait)
+        if not messages:
+            messages = await receive(1, max_wait_time=max_wait_time or EMPTY_WAIT)
+        if not messages and time.monotonic() - link.heard > SILENCE:
+            await link.request(link.sdk.peek_messages, 1, timeout=ATTEMPT_TIMEOUT)
+        return messages
 
     def _hold(self, raw: ServiceBusReceivedMessage) -> Delivery:
         if raw.enqueued_time_utc is not None:
@@ -5299,6 +6405,8 @@ class AzureReceiver:
         try:
             if settlement.messages:
                 await self._insist(settlement, functools.partial(self._bus.send, settlement.messages))
+            if settlement.answer is not None and settlement.answer.to.queue == self._bus.join_queue:
+                self.join_groups()
             if held:
                 await self._insist(settlement, functools.partial(self._dispose, settlement))
         except BoilermakerError as error:
@@ -5488,6 +6596,145 @@ class AzureReceiver:
     def _lose(self, delivery: Delivery) -> None:
         if self._locks.pop(delivery, None) is not None:
             self._on_lock_lost(delivery)
+
+
+class AzureJoiner:
+    """Ends groups: takes the sessions of the join queue as they have messages, each a group, some at a time.
+
+    The session's state is what is known of the group. In this order: the state is set, what follows is published, the
+    state says that it has ended, the messages are completed. Whoever dies in between is followed by one that does the
+    same again, of which duplicate detection keeps one.
+    """
+
+    def __init__(self, bus: AzureServiceBus) -> None:
+        self._bus = bus
+        self._home = bus.queue_name.removesuffix(DEAD_LETTER_SUFFIX)
+        self._accepting: set[asyncio.Task[None]] = set()
+        self._joining = 0
+        self._last_join = time.monotonic()
+        self._spawn(ACCEPT_WAIT)
+
+    def _spawn(self, wait: float) -> None:
+        task = asyncio.get_running_loop().create_task(self._accept(wait))
+        self._accepting.add(task)
+        task.add_done_callback(self._accepting.discard)
+
+    async def close(self) -> None:
+        tasks = list(self._accepting)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def rest(self) -> bool:
+        """Wait until no group is being joined any more; whether there was something to wait for."""
+        began = self._last_join
+        while self._joining or time.monotonic() - self._last_join < JOIN_REST:
+            await asyncio.sleep(RETRY_PAUSE / 5)
+        return began != self._last_join
+
+    async def _accept(self, wait: float) -> None:
+        """Take one group after the other, as they have messages; where there is one, let others look for more.
+
+        Args:
+            wait: seconds to wait for the next. One waits without end; the others only as long as there is much to do.
+        """
+        failures = 0
+        while True:
+            link = self._bus.session_link(self._bus.join_queue, None, wait)
+            try:
+                await link.__aenter__()
+            except ConfigurationError as error:
+                logger.error("This worker joins no groups: %s", error)
+                return
+            except BoilermakerError as error:
+                if type(error.__cause__).__name__ == "OperationTimeoutError":  # there was none
+                    if wait < ACCEPT_WAIT:
+                        return
+                    continue
+                failures += 1
+                pause = random.uniform(0.5, 1.0) * min(2.0 ** min(failures, 10) / 16, MAX_BACKOFF)
+                logger.warning("Waiting for groups failed, will try again in %.1f s: %s", pause, error)
+                await asyncio.sleep(pause)
+                continue
+            failures = 0
+            for _ in range(JOINED_SESSIONS - len(self._accepting)):
+                self._spawn(MORE_WAIT)
+            self._joining += 1
+            try:
+                await self._join(link)
+            finally:
+                self._joining -= 1
+                self._last_join = time.monotonic()
+
+    async def _join(self, link: AzureLink) -> None:
+        """See to one group, for as long as there are messages about it."""
+        renewing = asyncio.get_running_loop().create_task(self._renew(link))
+        try:
+            state = GroupState.read(await link.request(link.sdk.session.get_state, timeout=ATTEMPT_TIMEOUT))
+            receive, wait = functools.partial(link.call, link.sdk.receive_messages), BATCH_WAIT
+            while messages := await receive(JOINED_AT_ONCE, max_wait_time=wait) or await receive(1, max_wait_time=wait):
+                state, wait = await self._take_in(link, state, messages), JOIN_WAIT
+                if not state.definition:  # it has ended
+                    break
+        except InvalidTaskFormat as error:
+            logger.error("A session of %r is no group's: %s", self._bus.join_queue, error)
+        except BoilermakerError as error:
+            logger.warning("Joining a group was interrupted, somebody will try again: %s", error)
+        finally:
+            renewing.cancel()
+            await asyncio.shield(asyncio.ensure_future(link.close()))
+
+    async def _take_in(
+        self, link: AzureLink, state: GroupState, messages: Sequence[ServiceBusReceivedMessage]
+    ) -> GroupState:
+        """Note what some messages tell; end the group if that was all."""
+        former, understood = state, []
+        for raw in messages:
+            try:
+                state = state.with_message(_body_of(raw), self._home)
+                understood.append(raw)
+            except InvalidTaskFormat as error:  # to close a session counts no delivery: it would come for ever
+                number, why = raw.sequence_number, describe(error)
+                logger.error("Dead-lettered what is no message of a group sequence_number=%s: %s", number, why)
+                await link.call(link.dead_letter, raw, "InvalidTaskFormat", why, {})
+        too_large = self._too_large(state)
+        if too_large is not None or state.ends(self._home):
+            if too_large is None:
+                await self._set(link, state)
+            await self._publish(state, too_large)
+            state = state.after_the_end()
+        elif state.timed_out:
+            state = GroupState()
+        if state != former:
+            await self._set(link, state)
+        await asyncio.gather(*[link.call(link.sdk.complete_message, raw) for raw in understood])
+        return state
+
+    def _too_large(self, state: GroupState) -> MessageTooLarge | None:
+        size, limit = len(state.write() or ""), self._bus.max_message_bytes
+        if size <= limit:
+            return None
+        return MessageTooLarge(
+            f"the results of {len(state.outcomes)} members have {size} bytes, the limit is {limit}: return ids of what "
+            "is stored elsewhere"
+        )
+
+    async def _publish(self, state: GroupState, error: Exception | None) -> None:
+        outcomes = {position: (failed, _to_json(value)) for position, (failed, value) in state.outcomes.items()}
+        ending = ending_of(self._bus, self._home, state.definition, outcomes, error)
+        await self._bus.send(ending.messages)
+
+    async def _set(self, link: AzureLink, state: GroupState) -> None:
+        await link.request(link.sdk.session.set_state, state.write(), timeout=ATTEMPT_TIMEOUT)
+
+    async def _renew(self, link: AzureLink) -> None:
+        """Keep the session, at half of what is left of its lock each time."""
+        with contextlib.suppress(BoilermakerError):  # then it is another's
+            until = link.sdk.session.locked_until_utc
+            while True:
+                left = (until - _utc(time.time())).total_seconds()
+                await asyncio.sleep(max(left, SHORTEST_LOCK) / 2 if left <= LONGEST_LOCK else SHORTEST_LOCK / 2)
+                until = await link.request(link.sdk.session.renew_lock, timeout=ATTEMPT_TIMEOUT)
 
 
 class AzureBrowser:
@@ -5970,7 +7217,7 @@ def tick_id(name: str, when: datetime.datetime) -> str:
     """The task's and the message's id of a tick; where the name is too long for that, of a digest of the name."""
     utc = when.astimezone(datetime.UTC).isoformat()
     message_id = f"cron:{name}:{utc}"
-    return message_id if len(message_id) <= MAX_MESSAGE_ID_LENGTH else f"cron:{uuid.uuid5(_ID_NAMESPACE, name)}:{utc}"
+    return message_id if len(message_id) <= MAX_MESSAGE_ID_LENGTH else f"cron:{derived_id(name)}:{utc}"
 
 
 def when_of(cron: str | None, every: datetime.timedelta | None, timezone: str) -> When | None:
@@ -6008,17 +7255,17 @@ def latest_tick(when: When, since: datetime.datetime, until: datetime.datetime) 
         back *= 4
 
 
-class Progress(NamedTuple):
+class ScheduleProgress(NamedTuple):
     """How far a worker is with a schedule: the ticks up to `published` are; the next are looked for at `look_at`."""
 
     published: datetime.datetime
     look_at: datetime.datetime
 
 
-def first_progress(when: When, now: datetime.datetime, window: datetime.timedelta) -> Progress:
+def first_progress(when: When, now: datetime.datetime, window: datetime.timedelta) -> ScheduleProgress:
     """Where a worker begins that starts: right before the latest tick, if that is not too old to be made up for."""
     latest = latest_tick(when, now - BEHIND * window, now)
-    return Progress(now if latest is None else latest - datetime.timedelta.resolution, now)
+    return ScheduleProgress(now if latest is None else latest - datetime.timedelta.resolution, now)
 
 
 def ticks_to_publish(
@@ -6033,13 +7280,13 @@ def ticks_to_publish(
 
 def next_progress(
     when: When, published: datetime.datetime, now: datetime.datetime, window: datetime.timedelta
-) -> Progress:
+) -> ScheduleProgress:
     """When to publish more: as soon as the next tick is near enough, so that there is always one on the queue where no
     worker is left; but of many at once, when half of those are due that are there."""
     following = next(when.after(published), None)
     if following is None:
-        return Progress(published, datetime.datetime.max.replace(tzinfo=datetime.UTC))
-    return Progress(published, max(following - AHEAD * window, now + (published - now) / 2))
+        return ScheduleProgress(published, datetime.datetime.max.replace(tzinfo=datetime.UTC))
+    return ScheduleProgress(published, max(following - AHEAD * window, now + (published - now) / 2))
 
 
 def is_rarer_than(when: When, span: datetime.timedelta, now: datetime.datetime) -> bool:
@@ -6070,7 +7317,7 @@ class Ticker:
         self._app = app
         self._window = datetime.timedelta(seconds=seconds)
         self._pause = datetime.timedelta(seconds=min(TICKER_PAUSE, seconds / 8))
-        self._progress: dict[Schedule, Progress] = {}
+        self._progress: dict[Schedule, ScheduleProgress] = {}
 
     async def run(self) -> None:
         """Publish what is due soon, from time to time, until cancelled."""
@@ -6101,7 +7348,7 @@ class Ticker:
         pause = (look_at - _utc(time.time())).total_seconds() if available else self._pause.total_seconds()
         return min(max(pause, 0), self._pause.total_seconds())
 
-    def _progress_of(self, schedule: Schedule, now: datetime.datetime) -> Progress:
+    def _progress_of(self, schedule: Schedule, now: datetime.datetime) -> ScheduleProgress:
         """Where this worker is; where the clock was set back so far that its future is another one: anew, from now on.
 
         A smaller step changes nothing: what is published is, and the ids keep others from doing it again.
@@ -6110,7 +7357,7 @@ class Ticker:
         if progress.published - now <= self._window:
             return progress
         logger.warning("The clock was set back: ticks of %s begin anew", schedule.name)
-        return Progress(now, now)
+        return ScheduleProgress(now, now)
 
     async def _name_rare_ones(self) -> None:
         """Say which schedules end when no worker is there for long."""
@@ -6144,6 +7391,9 @@ LONGEST_BLOCK = 1.0
 
 SIGNAL_GAP = 0.5
 """Seconds within which a second signal is the same one: a terminal's to the group, and the supervisor's."""
+
+AWAITING_PER_PLACE = 10
+"""Tasks that may await results, for each that may run."""
 
 MOST_KEPT = 2_000
 """Dead letters that a worker on a dead-letter queue holds which it leaves as they are."""
@@ -6195,6 +7445,10 @@ class Worker:
         self._suspects_until = 0.0
         self._alone: Run | None = None
         self._running: dict[Delivery, Run] = {}
+        self._awaiting: collections.Counter[Task | None] = collections.Counter()
+        self._going_on: collections.deque[tuple[Task, asyncio.Future[None]]] = collections.deque()
+        self._place_freed = asyncio.Event()
+        self._place_freed.set()
         self._finished: list[Run] = []
         self._settling: set[asyncio.Future[None]] = set()
         self._kept: dict[Delivery, Run] = {}
@@ -6334,7 +7588,7 @@ class Worker:
     async def _pump(self) -> None:
         while not self._stopping:
             self._wake.clear()
-            free = self._concurrency - len(self._running) - len(self._waiting)
+            free = self._free_places() - len(self._waiting)
             if self._suspects:
                 self._run_suspect()
             elif self._may_receive() and free > 0:
@@ -6343,7 +7597,9 @@ class Worker:
             await self._wake.wait()
 
     def _may_receive(self) -> bool:
-        busy = self._receiving is not None or self._alone is not None or len(self._settling) >= self._concurrency
+        """Not beside a suspect, unless that awaits a result, which may be of what is to be received."""
+        beside_suspect = self._alone is not None and self._alone.task not in self._awaiting
+        busy = self._receiving is not None or beside_suspect or len(self._settling) >= self._concurrency
         return not busy and not self._dry
 
     async def _receive(self, free: int) -> None:
@@ -6382,8 +7638,12 @@ class Worker:
     async def _begin_waiting(self) -> None:
         """Begin with what was received: as many at once as do not keep the event loop from its turn for long."""
         while self._waiting and not self._stopping:
+            if self._free_places() <= 0:  # a task that awaited a result was first
+                self._place_freed.clear()
+                await self._place_freed.wait()
+                continue
             began = self.loop.time()
-            for _ in range(min(self._together, len(self._waiting))):
+            for _ in range(min(self._together, len(self._waiting), self._free_places())):
                 delivery = self._waiting.popleft()
                 if self._suspect_from <= delivery.delivery_count < self._most_deliveries:
                     self._set_aside(delivery)
@@ -6404,6 +7664,58 @@ class Worker:
         else:
             run.asyncio_task = self.loop.create_task(self._process(run))
 
+    # -- places: a task that awaits a result gives up its own, which may be for what it waits for
+
+    def _free_places(self) -> int:
+        return self._concurrency - len(self._running) + len(self._awaiting)
+
+    async def wait_for(self, waiting: Coroutine[Any, Any, T], task: Task) -> T:
+        """Wait, for a task of this worker, while another runs in its place; it goes on before what is new begins."""
+        if not any(run.task is task for run in self._running.values()):  # it has ended, but for something it began
+            return await waiting
+        if task not in self._awaiting and len(self._awaiting) >= AWAITING_PER_PLACE * self._concurrency:
+            waiting.close()
+            raise UsageError(
+                f"{len(self._awaiting)} tasks of this worker await results, {AWAITING_PER_PLACE} times its "
+                "concurrency, so no more may: a chain, a | b.s(), hands on a result without waiting."
+            )
+        self._awaiting[task] += 1
+        self._places_changed()
+        self._look_again()
+        cancelled = False
+        try:
+            return await waiting
+        except asyncio.CancelledError:
+            cancelled = True
+            raise
+        finally:
+            if cancelled or self._awaiting[task] > 1 or self._free_places() > 0:
+                self._stop_awaiting(task)
+            else:
+                place: asyncio.Future[None] = self.loop.create_future()
+                self._going_on.append((task, place))
+                try:
+                    await place
+                except asyncio.CancelledError:
+                    if place.cancelled():
+                        self._stop_awaiting(task)
+                    raise
+
+    def _stop_awaiting(self, task: Task) -> None:
+        self._awaiting[task] -= 1
+        if self._awaiting[task] <= 0:
+            del self._awaiting[task]
+
+    def _places_changed(self) -> None:
+        """Let those go on that have their results; then what was received begins."""
+        while self._going_on and self._free_places() > 0:
+            task, place = self._going_on.popleft()
+            if not place.done():
+                self._stop_awaiting(task)
+                place.set_result(None)
+        if self._free_places() > 0:
+            self._place_freed.set()  # for what was received
+
     # -- suspects: messages that were delivered often and never settled, since they may be what ends workers
 
     def _set_aside(self, delivery: Delivery) -> None:
@@ -6420,7 +7732,8 @@ class Worker:
 
     def _run_suspect(self) -> None:
         """Run one of them, if all else has ended; give them back where that takes longer than a lock lasts."""
-        if self._receiving is None and not (self._running or self._finished or self._settling):
+        others_run = len(self._running) > len(self._awaiting)
+        if self._receiving is None and not (others_run or self._finished or self._settling):
             self._alone = Run(self._suspects.pop(random.randrange(len(self._suspects))))
             self._start(self._alone)
         elif self._alone is None and self.loop.time() >= self._suspects_until:
@@ -6462,6 +7775,9 @@ class Worker:
             self._finished.append(run)
             if run.settlement.action is Action.KEEP:
                 self._keep(run)
+        if self._awaiting or not self._place_freed.is_set():
+            self._awaiting.pop(run.task, None)  # where what it began still awaits
+            self._places_changed()
         if self._alone is run:
             self._alone = None
         self._wake.set()
@@ -6566,6 +7882,11 @@ class Worker:
         returned = _as_task(result)
         if returned.message_id is None:
             return self._app.bound(returned)
+        if task.outcome_to is not None:
+            raise UsageError(
+                f"{returned!r} is published already, so its outcome is not that of {task.function_name}, which is "
+                f"awaited: return {returned.function_name}.si(...), or await its result()."
+            )
         if task.on_success is not None and _as_task(task.on_success).takes_result:
             raise UsageError(
                 f"{returned!r} is published already and cannot take over: return {returned.function_name}.si(...)."
@@ -6575,14 +7896,13 @@ class Worker:
     def _conclude(self, run: Run) -> None:
         """Say what to do with the message, its follow-ups ready to be sent; then, in the log, how it went."""
         settlement = decide(run, self._queue)
-        if settlement.follow_ups:
+        if settlement.follow_ups or settlement.answer is not None:
             try:
-                settlement.messages = [
-                    self._app.outgoing(self._app.bound(task), message_id, time.time() + delay if delay else None)
-                    for task, message_id, delay in settlement.follow_ups
-                ]
+                self._prepare(settlement)
             except Exception as error:
                 settlement = rejected(settlement, error, self._queue)
+                with contextlib.suppress(Exception):
+                    self._prepare(settlement)
         run.settlement = settlement
         if run.outcome is Outcome.RETURNED:
             self._log(logging.INFO, run, "Completed Task", " in %.5fs", run.seconds)
@@ -6590,6 +7910,17 @@ class Worker:
             self._log_outcome(run, settlement)
         if settlement.reason == FOLLOW_UP_REJECTED:
             self._log(logging.ERROR, run, "Follow-up rejected", ": %s", _printable(settlement.description))
+
+    def _prepare(self, settlement: Settlement) -> None:
+        """Make the messages that go with a settlement."""
+        settlement.messages = [
+            message
+            for task, message_id, delay in settlement.follow_ups
+            for message in self._app.messages_of(task, message_id, time.time() + delay if delay else None)
+        ]
+        if settlement.answer is not None:
+            reply = self._bus.reply(settlement.answer)
+            settlement.messages += [] if reply is None else [reply]
 
     # -- settling
 
@@ -6926,6 +8257,7 @@ class Boilermaker:
         self._registry: dict[str, Registration] = {}
         self._by_function: dict[Callable[..., Any], Registration] = {}
         self._schedules: dict[str, Schedule] = {}
+        self._keeps_results = False
 
     async def __aenter__(self) -> Boilermaker:
         return self
@@ -6982,7 +8314,7 @@ class Boilermaker:
             cron: an expression of five fields, with
             timezone: by whose clocks.
             options: those of TaskOptions: `name`, `policy`, `should_dead_letter`, `acks_late`, `timeout`, `expires`,
-                `retry_on`, `dont_retry_on`.
+                `retry_on`, `dont_retry_on`, `result_ttl`.
 
         Raises:
             UsageError: the name is taken, the function is not `async def`, or an option is wrong.
@@ -7030,6 +8362,7 @@ class Boilermaker:
         if name in self._registry:
             self._check_replacement(name, self._registry[name].function, function)
         self._registry[name] = self._by_function[function] = registration
+        self._keeps_results = self._keeps_results or registration.result_ttl is not None
         logger.info("Registered background function fn=%s", name)
         return registration
 
@@ -7133,8 +8466,11 @@ class Boilermaker:
 
     def _add_schedule(self, name: str | None, workflow: Any, when: When, of_registration: bool = False) -> Schedule:
         try:
-            is_plain = callable(workflow) and not isinstance(workflow, TaskFunction)
-            head = self.create_task(workflow) if is_plain else _as_task(workflow, "What is scheduled")
+            if callable(workflow) and not isinstance(workflow, TaskFunction):
+                head = self._new_task(workflow, (), {}, None)
+                _check_arguments(head)
+            else:
+                head = _as_task(workflow, "What is scheduled")
         except InvalidArguments as error:
             raise InvalidArguments(
                 f"{error} A schedule gives no arguments: app.schedule(fn.si(...), ...) binds them."
@@ -7158,7 +8494,27 @@ class Boilermaker:
 
     # -- making tasks
 
-    def create_task(self, fn: Any, /, *args: Any, policy: RetryPolicy | None = None, **kwargs: Any) -> Task:
+    @overload
+    def create_task(
+        self,
+        fn: TaskFunction[..., Task[T]] | TaskCallable[..., Task[T]],
+        /,
+        *args: Any,
+        policy: RetryPolicy | None = None,
+        **kwargs: Any,
+    ) -> Task[T]: ...
+
+    @overload
+    def create_task(
+        self,
+        fn: TaskFunction[..., T] | TaskCallable[..., T],
+        /,
+        *args: Any,
+        policy: RetryPolicy | None = None,
+        **kwargs: Any,
+    ) -> Task[T]: ...
+
+    def create_task(self, fn: Any, /, *args: Any, policy: RetryPolicy | None = None, **kwargs: Any) -> Task[Any]:
         """A task that is not sent yet.
 
         Args:
@@ -7192,7 +8548,7 @@ class Boilermaker:
         task.policy = _checked_policy(registration.name, policy) or task.policy
         return task
 
-    def chain(self, *tasks: TaskLike, on_failure: TaskLike | None = None) -> Task:
+    def chain(self, *tasks: TaskLike, on_failure: TaskLike | None = None) -> Task[Any]:
         """Link two or more tasks, or chains, by `on_success`; the first, which is the one to publish.
 
         Args:
@@ -7218,6 +8574,32 @@ class Boilermaker:
 
     # -- publishing
 
+    @overload
+    async def apply_async(
+        self,
+        fn: TaskFunction[..., Task[T]] | TaskCallable[..., Task[T]],
+        /,
+        *args: Any,
+        delay: float | datetime.timedelta | None = None,
+        eta: datetime.datetime | None = None,
+        publish_attempts: int | None = None,
+        policy: RetryPolicy | None = None,
+        **kwargs: Any,
+    ) -> Task[T]: ...
+
+    @overload
+    async def apply_async(
+        self,
+        fn: TaskFunction[..., T] | TaskCallable[..., T],
+        /,
+        *args: Any,
+        delay: float | datetime.timedelta | None = None,
+        eta: datetime.datetime | None = None,
+        publish_attempts: int | None = None,
+        policy: RetryPolicy | None = None,
+        **kwargs: Any,
+    ) -> Task[T]: ...
+
     async def apply_async(
         self,
         fn: Any,
@@ -7228,7 +8610,7 @@ class Boilermaker:
         publish_attempts: int | None = None,
         policy: RetryPolicy | None = None,
         **kwargs: Any,
-    ) -> Task:
+    ) -> Task[Any]:
         """Make a task and publish it: `create_task` and `publish_task` in one.
 
         It has the options it had, since each takes a name from the function's own arguments; `fn.options()` has all.
@@ -7252,8 +8634,9 @@ class Boilermaker:
         publish_attempts: int | None = None,
         expires: float | datetime.timedelta | None = None,
         task_id: str | None = None,
+        result_ttl: float | datetime.timedelta | None = None,
         **kwargs: Any,
-    ) -> Task:
+    ) -> Task[Any]:
         """Publish a task by its name alone, for another application to run.
 
         Args:
@@ -7276,9 +8659,28 @@ class Boilermaker:
             "publish_attempts": publish_attempts,
             "expires": expires,
             "task_id": task_id,
+            "result_ttl": result_ttl,
         }
         [published] = await self._publish([task], options)
         return published
+
+    @overload
+    async def publish_task(
+        self,
+        task: TaskT,
+        delay: float | datetime.timedelta | None = None,
+        publish_attempts: int | None = None,
+        **options: Unpack[_KeywordOptions],
+    ) -> TaskT: ...
+
+    @overload
+    async def publish_task(
+        self,
+        task: TaskFunction[..., T],
+        delay: float | datetime.timedelta | None = None,
+        publish_attempts: int | None = None,
+        **options: Unpack[_KeywordOptions],
+    ) -> Task[T]: ...
 
     async def publish_task(
         self,
@@ -7286,13 +8688,13 @@ class Boilermaker:
         delay: float | datetime.timedelta | None = None,
         publish_attempts: int | None = None,
         **options: Unpack[_KeywordOptions],
-    ) -> Task:
+    ) -> Task[Any]:
         """Send a task; its `sequence_number` is set where the bus tells it.
 
         Args:
             task: the head of its workflow.
-            delay: seconds from now, or a timedelta. The other options are `eta`, `policy`, `expires` and `task_id`, see
-                PublishOptions.
+            delay: seconds from now, or a timedelta. The other options are `eta`, `policy`, `expires`, `task_id` and
+                `result_ttl`, see PublishOptions.
             publish_attempts: how often to try, once if None.
 
         Raises:
@@ -7321,31 +8723,57 @@ class Boilermaker:
         checked = _merged_options({}, options, name)
         said = [_merged_options(head._publishing, checked, name) if head._publishing else checked for head in heads]
         for head, its in zip(heads, said, strict=True):
+            if head.group is not None and head.message_id is not None:
+                raise UsageError(f"{head!r} is published already: what is to run once more is its copy().")
             self.bound(head)
             if its:
                 _set_options(head, its)
+            if self._keeps_results or "result_ttl" in its:
+                self._keep_results(head, its)
+        if expected := self._expected(heads):
+            await self.service_bus_client.expect(expected)
         with contextlib.ExitStack() as spans:
-            messages = [
-                self.outgoing(head, head.task_id, _due_time(its.get("delay"), its.get("eta")), spans)
-                for head, its in zip(heads, said, strict=True)
-            ]
-            if any(head._id_is_given for head in heads):
-                messages = [
-                    message._replace(given_id=head._id_is_given) for head, message in zip(heads, messages, strict=True)
-                ]
+            messages, firsts, make = list[Outgoing](), list[int](), self._maker(spans)
+            for head, its in zip(heads, said, strict=True):
+                firsts.append(len(messages))
+                due = _due_time(its.get("delay"), its.get("eta"))
+                some = messages_of(self.service_bus_client, make, head, head.task_id, due)
+                if head._id_is_given:
+                    some = [message._replace(given_id=True) for message in some]
+                    some[0] = some[0]._replace(outcome_id=head.task_id)
+                messages += some
             numbers = await self._send(messages, max((its.get("publish_attempts") or 1 for its in said), default=1))
-        for head, message, number in zip(heads, messages, numbers, strict=True):
-            head.sequence_number, head.message_id = number, message.message_id
+        for head, first in zip(heads, firsts, strict=True):
+            head.sequence_number, head.message_id = numbers[first], head.task_id
         return heads
+
+    def _expected(self, heads: Sequence[Task]) -> list[Address]:
+        """Where the outcomes of workflows are told, and those of the members of their groups."""
+        expected = [head.outcome_to for head in heads if head.outcome_to is not None]
+        for head in heads:
+            if head.on_success is not None or head.on_failure is not None or head.group is not None:
+                groups = [task for task in _workflow(head) if task.group is not None]
+                expected += [self.service_bus_client.member_address(task.task_id, 0) for task in groups]
+        return expected
+
+    def _keep_results(self, head: Task, options: PublishOptions) -> None:
+        """Say where the outcomes of a workflow are told: its own, and those of what follows a failure, each its own."""
+        callbacks = {id(task.on_failure): task.on_failure for task in _workflow(head) if task.on_failure is not None}
+        for first in (*callbacks.values(), head):
+            steps = [self._registration_of(step._function, step.function_name) for step in _steps_of(first)]
+            ttls = [step.result_ttl for step in steps if step is not None and step.result_ttl is not None]
+            given: Any = options.get("result_ttl") if first is head else None
+            ttl = given or max(ttls, default=None)
+            first.outcome_to = None if ttl is None else self.service_bus_client.address(first.task_id, ttl)
 
     async def publish_ticks(self, schedule: Schedule, times: Sequence[datetime.datetime]) -> None:
         """Publish a schedule's ticks of some times, unless the bus remembers that somebody has."""
         with contextlib.ExitStack() as spans:
-            messages = []
+            messages, make = list[Outgoing](), self._maker(spans)
             for when in times:
                 tick = self.bound(schedule.tick(when))
-                message = self.outgoing(tick, tick.task_id, when.timestamp(), spans)
-                messages.append(message._replace(given_id=True, numbered=False))
+                some = messages_of(self.service_bus_client, make, tick, tick.task_id, when.timestamp())
+                messages += [message._replace(given_id=True, numbered=False) for message in some]
             if messages:
                 await self._send(messages, 1)
 
@@ -7356,9 +8784,12 @@ class Boilermaker:
             UsageError: the task is not the head, a function is not registered, or a queue cannot be sent to.
         """
         _check_beginning(head)
-        if head.takes_result:
-            raise UsageError(f"{head!r} was made by .s(), for a parent's result, but has no parent: make it by .si().")
-        single = head.on_success is None and head.on_failure is None
+        for first in _beginnings_of(head) if head.group is not None or head.takes_result else ():
+            if first.takes_result:
+                raise UsageError(
+                    f"{first!r} was made by .s(), for a parent's result, but has no parent: make it by .si()."
+                )
+        single = head.on_success is None and head.on_failure is None and head.group is None
         for task in [head] if single else _workflow(head):
             _check_fields(task)
             registration = self._registration_of(task._function, task.function_name)
@@ -7375,32 +8806,29 @@ class Boilermaker:
             task._app = task._app or self
         return head
 
-    def outgoing(
-        self, task: Task, message_id: str, due: float | None = None, spans: contextlib.ExitStack | None = None
-    ) -> Outgoing:
-        """A task's message, checked against the limits of the bus.
+    def messages_of(self, task: Task, message_id: str, due: float | None = None) -> list[Outgoing]:
+        """What is to be sent for what follows another task."""
+        return messages_of(self.service_bus_client, self._maker(None), self.bound(task), message_id, due)
+
+    def _maker(self, spans: contextlib.ExitStack | None) -> Callable[[Task, str, float | None], Outgoing]:
+        """What makes one task's message, traced if that is wanted.
 
         Args:
             spans: where a span that covers the sending is ended; if None, it covers only the making.
         """
-        bus, home = self.service_bus_client, self.queue_name
-        queue = task.queue or home
-        if len(message_id) > MAX_MESSAGE_ID_LENGTH:
-            raise UsageError(f"{task!r}: a message id has at most {MAX_MESSAGE_ID_LENGTH} characters.")
-        properties = _NO_PROPERTIES
-        if self.tracing is not None:
-            span, properties = self.tracing.publishing(task, queue, message_id)
+        bus, home, tracing = self.service_bus_client, self.queue_name, self.tracing
+        if tracing is None:
+            return functools.partial(outgoing_of, bus, home)
+
+        def make(task: Task, message_id: str, due: float | None) -> Outgoing:
+            span, properties = tracing.publishing(task, task.queue or home, message_id)
             if spans is None:
                 span.end()
             else:
                 spans.push(functools.partial(_end_span, span))
-        message = Outgoing(encode(task, queue, home), message_id, queue, due, properties, task.function_name)
-        if (size := bus.size(message)) > bus.max_message_bytes:
-            raise MessageTooLarge(
-                f"{task!r} with its callbacks makes a message of {size} bytes, the limit is {bus.max_message_bytes}: "
-                "store the data elsewhere and pass its id."
-            )
-        return message
+            return outgoing_of(bus, home, task, message_id, due, properties)
+
+        return make
 
     async def _send(self, messages: Sequence[Outgoing], attempts: int) -> list[int | None]:
         errors: list[Exception] = []
@@ -7413,6 +8841,47 @@ class Boilermaker:
                     raise BoilermakerAppException("Publishing failed", errors) from error
                 logger.warning("Publishing failed [attempt %d of %d]: %s", len(errors), attempts, error)
             await asyncio.sleep(min(0.1 * 2 ** len(errors), MAX_WAIT))
+
+    # -- results
+
+    async def result(self, task_id: str, timeout: float | datetime.timedelta | None) -> Any:
+        """What the workflow returned whose head was published under an id: the value of its last step.
+
+        It can be asked for as often as one likes until it expires, see `result_ttl` in TaskOptions: on the local bus by
+        any process, on Azure by the one that published. A task that awaits a result lets another run in its place.
+
+        Args:
+            task_id: the `task_id` of what publishing gave.
+            timeout: seconds, or a timedelta; None waits without end, 0 for what is there.
+
+        Raises:
+            TaskFailed: it has failed for good, or its message was removed; says how.
+            TimeoutError: there is no outcome in that time; the task goes on. On the local bus also where there never
+                was such a task.
+            UsageError: on Azure, this process has not published it; or too many tasks of a worker await results.
+        """
+        if not _is_text(task_id):
+            raise UsageError(f"task_id={_short(task_id)} must be that of a published task, a string.")
+        return await self._result(self.service_bus_client.address_of(task_id), timeout)
+
+    async def _result(self, address: Address, timeout: float | datetime.timedelta | None) -> Any:
+        seconds = None if timeout is None else _seconds("timeout", timeout)
+        waiting = self.service_bus_client.outcome(address, seconds)
+        task = _current_task.get(None)
+        try:
+            if task is not None and task._worker is not None and seconds != 0:
+                answer = await task._worker.wait_for(waiting, task)
+            else:
+                answer = await waiting
+        except TimeoutError:
+            raise TimeoutError(
+                f"Task {_short(address.id)} has no outcome after {timeout} s: it waits or runs, its outcome is not "
+                "kept (result_ttl=), or has expired."
+            ) from None
+        value = _from_json(answer.value)
+        if answer.failed:
+            raise TaskFailed(value)
+        return value
 
     # -- operating: see the bus's methods of these names
 
@@ -7608,6 +9077,9 @@ RESTART_PAUSE, LONGEST_RESTART_PAUSE = 0.5, 30.0
 PAGE = 1000
 """Messages that are looked at by one peek."""
 
+WAITER_TTL = 600
+"""Seconds for which an outcome is kept that `publish --wait` waits for, where nothing else keeps it."""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command `boilermaker`; its exit code.
@@ -7730,6 +9202,14 @@ def _parser() -> argparse.ArgumentParser:
     publish.add_argument("--delay", type=seconds, metavar="S", help="seconds from now")
     publish.add_argument(
         "--task-id", metavar="ID", help="an id of your own: a second publish of it is dropped for a while"
+    )
+    publish.add_argument(
+        "--wait",
+        type=seconds,
+        nargs="?",
+        const=math.inf,
+        metavar="S",
+        help="wait for the result, for S seconds if given, and print it as JSON; exit with 1 if there is none",
     )
 
     cancel = add("cancel", _command(_cancel), "take back messages that are scheduled, or wait", "tasks.db 17 18")
@@ -8142,16 +9622,28 @@ async def _publish(args: argparse.Namespace, bus: ServiceBus) -> int:
     app = args.application or Boilermaker(None, bus)
     payload = {"args": arguments} if isinstance(arguments, list) else {"kwargs": arguments}
     task = Task.default(args.name, payload=payload)
+    kept = False
     if args.application is not None:
         registration = app.registration(args.name)
         if registration is None:
             raise UsageError(
                 f"the application has no task {args.name!r}; it has {', '.join(app.task_names) or 'none'}."
             )
-        task._function = registration.function
-    await app.publish_task(task, delay=args.delay, task_id=args.task_id)
+        task._function, kept = registration.function, registration.result_ttl is not None
+    result_ttl = None if args.wait is None or kept else WAITER_TTL
+    await app.publish_task(task, delay=args.delay, task_id=args.task_id, result_ttl=result_ttl)
     number = "" if task.sequence_number is None else f" sequence_number={task.sequence_number}"
-    print(f"Published {_printable(args.name)} task_id={_printable(task.task_id)}{number}")
+    published = f"Published {_printable(args.name)} task_id={_printable(task.task_id)}{number}"
+    if args.wait is None:
+        print(published)
+        return DONE
+    print(published, file=sys.stderr)  # standard output is for the result
+    try:
+        result = await task.result(None if args.wait == math.inf else args.wait)
+    except (TaskFailed, TimeoutError) as error:
+        print(f"{args.program}: {_printable(str(error))}", file=sys.stderr)
+        return WRONG
+    print(json.dumps(result))
     return DONE
 
 

@@ -41,6 +41,7 @@ import termios
 import textwrap
 import threading
 import time
+import traceback
 import urllib.parse
 import uuid
 import venv
@@ -51,6 +52,7 @@ from collections import Counter
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import fastapi
 import freezegun
@@ -59,6 +61,10 @@ import prometheus_client.parser
 import pytest
 import uvicorn
 from azure.core.credentials import AccessToken
+from azure.servicebus import NEXT_AVAILABLE_SESSION, ServiceBusMessage, ServiceBusReceiveMode, ServiceBusSubQueue
+from azure.servicebus import exceptions as sdk_errors
+from azure.servicebus._common import mgmt_handlers
+from azure.servicebus.aio import ServiceBusClient
 from opentelemetry import trace
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
@@ -98,6 +104,7 @@ from boilermaker import (
     Run,
     ServiceBusUnavailable,
     Task,
+    TaskFailed,
     TaskFailureResult,
     UsageError,
     current_task,
@@ -1843,6 +1850,13 @@ def dead_letter_of(body, queue="tasks"):
         application_properties={"traceparent": "00-1"},
         queue_name=f"{queue}/$DeadLetterQueue",
     )
+
+
+@pytest.mark.parametrize("number", range(20))
+def test_an_id_that_is_derived_is_the_uuid_of_version_5(number):
+    namespace = uuid.UUID("5f6a1c1e-7b5c-5a53-9d0c-6d1f2f3c7b10")
+    text = f"tasks\n{number}\n\N{LATIN SMALL LETTER E WITH ACUTE}"
+    assert boilermaker.derived_id(text) == str(uuid.uuid5(namespace, text))
 
 
 BODIES_LEFT_AS_THEY_ARE = [
@@ -3924,6 +3938,21 @@ async def test_messages_of_a_file_are_counted_by_task_with_the_last_error(open_b
     assert counts["other"].last_error is None
 
 
+async def test_messages_with_and_without_their_name_beside_them_are_counted_together(open_bus):
+    """Those without are of a former version, or of another program."""
+    bus, later = open_bus(), time.time() + 100
+    body = encode(named("f"), "tasks", "tasks")
+    sent = [letter(body, message_id=str(number), due=due) for number, due in enumerate((None, later))]
+    await dead_letters(bus, body, description="the first")
+    await bus.send([message._replace(function_name="f") for message in sent])
+    async with receiving(bus) as receiver:
+        [delivery] = await receiver.receive(1, PATIENCE)
+        await settle(receiver, delivery, DEAD_LETTER, description="the last")
+    await bus.send([*(message._replace(function_name="f") for message in sent), *sent])
+    counts = (await bus.counts_by_task())["f"]
+    assert (counts.active, counts.scheduled, counts.dead_letter, counts.last_error) == (2, 3, 2, "the last")
+
+
 @pytest.mark.parametrize("path", [None, ":memory:"])
 async def test_dead_letters_of_which_a_function_returns_true_run_again(open_bus, path):
     app = Boilermaker([], open_bus(path=path))
@@ -3993,6 +4022,20 @@ async def test_an_operation_on_a_file_that_was_deleted_says_so_and_the_next_goes
     with pytest.raises(boilermaker.OperationStopped, match="was deleted or replaced"):
         await getattr(bus, operation)(lambda message: True)
     assert await getattr(bus, operation)(lambda message: True) == []
+
+
+@pytest.mark.parametrize("dry_run", [False, True])
+async def test_of_the_tasks_that_a_predicate_looks_at_one_is_held_at_a_time(open_bus, dry_run):
+    bus, tasks = open_bus(), []
+    await dead_letters(bus, *(encode(named("f", args=[number]), "tasks", "tasks") for number in range(5)))
+
+    def which(message):
+        assert not any(task() for task in tasks)
+        assert message.task is message.task
+        tasks.append(weakref.ref(message.task))
+        return True
+
+    assert len(await bus.replay(which, dry_run=dry_run)) == len(tasks) == 5
 
 
 @pytest.mark.parametrize("error", [StopIteration, RecursionError, ValueError])
@@ -4113,8 +4156,8 @@ async def test_a_transaction_of_an_operation_has_no_more_than_so_many_rows_and_b
     monkeypatch.setattr(boilermaker, "READ_BYTES", 5000)
     bus, steps, replace = open_bus(), [], boilermaker.Store.replace
 
-    def counted(store, queue, successors, now):
-        replaced = replace(store, queue, successors, now)
+    def counted(store, queue, successors, *rest):
+        replaced = replace(store, queue, successors, *rest)
         steps.append((len(replaced), sum(len(bodies[number]) for number in replaced)))
         return replaced
 
@@ -4315,6 +4358,39 @@ async def test_peek_shows_as_many_as_asked_for_the_first_ones(open_bus):
     await bus.send([letter(str(number)) for number in range(150)])
     assert await bus.peek(3) == (await bus.peek())[:3]
     assert [message.body for message in await bus.peek()] == [str(number) for number in range(100)]
+
+
+@pytest.mark.parametrize("between", [0, 10, 100])
+async def test_peek_finds_the_messages_of_a_queue_however_many_of_others_are_between(open_bus, between):
+    bus, others = open_bus(), [letter("other", queue="other")] * between
+    for number in range(4):
+        await bus.send([letter(str(number)), *others])
+    shown = await bus.peek(2)
+    assert [message.body for message in shown] == ["0", "1"]
+    shown = await bus.peek(2, sequence_number=shown[-1].sequence_number + 1)
+    assert [message.body for message in shown] == ["2", "3"]
+    assert [message.body for message in await bus.peek(2, sequence_number=shown[-1].sequence_number)] == ["3"]
+
+
+async def test_to_peek_takes_no_longer_in_a_long_queue(open_bus, monkeypatch):
+    """By the instructions of SQLite's machine, in hundreds."""
+    bus, counts, connect = open_bus(), [], boilermaker.connect
+
+    def counting(path, mode=None):
+        connection = connect(path, mode)
+        connection.set_progress_handler(lambda: counts.append(1), 100)
+        return connection
+
+    async def cost():
+        counts.clear()
+        assert len(await bus.peek(5)) == 5
+        return len(counts)
+
+    monkeypatch.setattr(boilermaker, "connect", counting)
+    await bus.send([letter(str(number)) for number in range(200)])
+    short = await cost()
+    await bus.send([letter(str(number)) for number in range(5000)])
+    assert await cost() <= short + 10
 
 
 @pytest.mark.parametrize("count", [0, -1, 2.5, None, "3"])
@@ -7710,6 +7786,1583 @@ def test_what_is_called_after_a_settlement_is_a_plain_function(wrong):
 
 
 # ======================================================================================================================
+# Results
+# ======================================================================================================================
+
+# What takes `open_bus` is about the embedded queue; what takes `local_bus` has to hold on any.
+
+
+def keeping_app(bus, **options):
+    """An application whose tasks keep their results for a minute."""
+    app = Boilermaker([], bus)
+    keep = partial(app.task, result_ttl=60, **options)
+
+    @keep()
+    async def give(state, value=None):
+        return value
+
+    @keep()
+    async def double(state, number):
+        return 2 * number
+
+    @keep()
+    async def fail(state, message="no"):
+        raise LookupError(message)
+
+    @keep()
+    async def ask(state, task_id, timeout=PATIENCE):
+        return await app.result(task_id, timeout)
+
+    @app.task
+    async def forget(state, value=None):
+        return value
+
+    return app, SimpleNamespace(give=give, double=double, fail=fail, ask=ask, forget=forget)
+
+
+async def failure_of_result(awaited):
+    """The failure that awaiting a result ends in."""
+    with pytest.raises(TaskFailed) as caught:
+        await asyncio.wait_for(awaited, PATIENCE)
+    return caught.value
+
+
+def kept_outcomes(bus):
+    """The outcomes in a queue's file, by task id."""
+    return dict(rows_of(bus.path, "SELECT task_id, value FROM outcome"))
+
+
+# -- decisions: what is told to whom
+
+
+TO = boilermaker.Address("head", 60.0)
+
+
+def awaited(**fields):
+    return named("f", outcome_to=TO, **fields)
+
+
+def told(settlement):
+    """Of an answer: whether it failed, and the value, or of a failure its name."""
+    answer = settlement.answer
+    if answer is None:
+        return None
+    assert answer.to == TO
+    value = json.loads(answer.value)
+    return (answer.failed, value["error"] if answer.failed else value)
+
+
+@pytest.mark.parametrize(
+    ("outcome", "error", "answer"),
+    [
+        (Outcome.RETURNED, None, (False, 42)),
+        (Outcome.FAILED, LookupError("x"), (True, "LookupError")),
+        (Outcome.FAILED, None, (True, "TaskFailureResult")),
+        (Outcome.RETRY, RetryException("x"), None),
+        (Outcome.EXHAUSTED, RetryException("x"), (True, "RetryException")),
+        (Outcome.NO_TRY_LEFT, RetryException("x"), (True, "RetriesExhausted")),
+        (Outcome.KILLER, BoilermakerError("x"), (True, "MaxDeliveryCountExceeded")),
+        (Outcome.EXPIRED, BoilermakerError("x"), (True, "Expired")),
+        (Outcome.UNREGISTERED, UsageError("x"), (True, "UnregisteredFunction")),
+        (Outcome.STOPPED, None, None),
+        (Outcome.LOCK_LOST, None, None),
+    ],
+    ids=lambda value: getattr(value, "name", None),
+)
+@pytest.mark.parametrize(("should_dead_letter", "acks_late"), FLAGS)
+def test_who_awaits_is_told_as_the_table_says_however_the_message_is_settled(
+    outcome, error, answer, should_dead_letter, acks_late
+):
+    flags = {"should_dead_letter": should_dead_letter, "acks_late": acks_late}
+    assert told(decided(awaited(**flags), outcome, 42, error)) == answer
+    failing = awaited(on_failure=named("g"), **flags)
+    assert told(decided(failing, outcome, 42, error)) == answer
+    assert decided(named("f", **flags), outcome, 42, error).answer is None
+
+
+@pytest.mark.parametrize(
+    ("task", "result"),
+    [(awaited(on_success=named("g")), 42), (awaited(), named("g"))],
+    ids=["on_success", "a returned task"],
+)
+def test_what_goes_on_tells_nothing_and_hands_on_the_address(task, result):
+    settlement = decided(task, Outcome.RETURNED, result)
+    assert settlement.answer is None
+    [following] = settlement.follow_ups
+    assert (following.task.function_name, following.task.outcome_to) == ("g", TO)
+
+
+def test_a_retry_carries_the_address_and_the_callback_of_a_failure_does_not():
+    assert follow_up_of(awaited(), Outcome.RETRY, error=RetryException("later")).outcome_to == TO
+    failing = awaited(on_failure=named("g"))
+    assert follow_up_of(failing, Outcome.FAILED, error=ValueError()).outcome_to is None
+
+
+def test_the_callback_of_a_failure_is_told_of_at_an_address_of_its_own():
+    own = boilermaker.Address("callback", 5.0)
+    failing = awaited(on_failure=named("g", outcome_to=own))
+    assert follow_up_of(failing, Outcome.FAILED, error=ValueError()).outcome_to == own
+
+
+@pytest.mark.parametrize("name", [name for name in NOT_JSON if name != "task"])  # which would take over
+def test_a_value_that_json_cannot_carry_is_a_failure_with_the_cause(name):
+    value = NOT_JSON[name]
+    settlement = decided(awaited(), Outcome.RETURNED, value)
+    assert (settlement.action, settlement.reason) == (Do.DEAD_LETTER, "FollowUpRejected")
+    assert "f returned " in settlement.description
+    assert told(settlement) == (True, "InvalidArguments")
+    plain = decided(named("f"), Outcome.RETURNED, value)
+    assert (plain.action, plain.answer) == (Do.COMPLETE, None)
+
+
+def test_a_follow_up_that_cannot_be_made_is_a_failure_with_the_cause():
+    settlement = decided(awaited(on_success=named("g")), Outcome.RETURNED, 1)
+    settlement = boilermaker.rejected(settlement, MessageTooLarge("too large"), "tasks")
+    assert told(settlement) == (True, "MessageTooLarge")
+    assert (settlement.action, settlement.follow_ups) == (Do.DEAD_LETTER, ())
+
+
+def test_a_dead_letter_that_stays_one_tells_nothing_anew():
+    settlement = decided(awaited(), Outcome.FAILED, error=ValueError(), queue=DEAD)
+    assert (settlement.action, settlement.answer) == (Do.KEEP, None)
+    again = boilermaker.rejected(decided(awaited(), Outcome.RETURNED, 1, queue=DEAD), ValueError(), DEAD)
+    assert (again.action, again.answer) == (Do.KEEP, None)
+
+
+def test_all_endings_of_a_task_are_sent_under_one_id_and_those_of_two_under_two():
+    def sent_as(outcome, error=None, message_id="m", **fields):
+        task = named("f", outcome_to=TO._replace(queue="replies"), **fields)
+        return decided(task, outcome, 1, error, message_id=message_id).answer.message_id
+
+    ids = {sent_as(Outcome.RETURNED), sent_as(Outcome.FAILED, ValueError()), sent_as(Outcome.EXPIRED, ValueError())}
+    assert len(ids) == 1
+    assert sent_as(Outcome.RETURNED, message_id="another") not in ids
+    assert sent_as(Outcome.RETURNED, attempts=tried(1), root="r") == "r:outcome"
+
+
+def test_what_is_told_of_a_message_that_ends_without_a_run():
+    body = encode(awaited(attempts=tried(2)), "tasks", "tasks")
+    answer = boilermaker.ended_by(body, "tasks", "Cancelled", "The message was removed.")
+    assert answer.to == TO
+    assert json.loads(answer.value) == {
+        "task_id": decode(body, "tasks").task_id,
+        "function_name": "f",
+        "error": "Cancelled",
+        "message": "The message was removed.",
+        "traceback": "",
+        "attempts": 2,
+    }
+    assert boilermaker.ended_by(body.encode(), "tasks", "Cancelled", "") is not None
+    for other in (encode(named("f", args=["outcome_to"]), "tasks", "tasks"), "outcome_to", b"\xffoutcome_to"):
+        assert boilermaker.ended_by(other, "tasks", "Cancelled", "") is None
+
+
+# -- values
+
+
+@pytest.mark.parametrize("value", JSON_VALUES, ids=ascii)
+async def test_what_a_task_returned_is_what_awaits_it(local_bus, value):
+    app, tasks = keeping_app(local_bus())
+    published = await tasks.give.delay(value)
+    await work_off(app)
+    assert repr(await published.result(PATIENCE)) == repr(value)
+
+
+async def test_what_json_changes_is_changed_as_in_arguments(open_bus):
+    app, _ = keeping_app(open_bus())
+
+    @app.task(result_ttl=60)
+    async def tuples(state):
+        return {1: (2, 3)}
+
+    published = await tuples.delay()
+    await work_off(app)
+    assert await published.result(0) == {"1": [2, 3]}
+
+
+async def test_a_result_that_is_awaited_before_the_task_runs_comes_when_it_has(local_bus):
+    app, tasks = keeping_app(local_bus())
+    published = await tasks.give.delay("late")
+    waiting = [asyncio.create_task(published.result(timeout)) for timeout in (None, PATIENCE)]
+    by_id = asyncio.create_task(app.result(published.task_id, datetime.timedelta(seconds=PATIENCE)))
+    await asyncio.sleep(0.05)
+    assert not any(each.done() for each in [*waiting, by_id])
+    async with working(app):
+        assert await asyncio.wait_for(asyncio.gather(*waiting, by_id), PATIENCE) == ["late"] * 3
+
+
+WORKFLOWS = {
+    "a | b": lambda tasks: tasks.give.si(4) | tasks.double.s(),
+    "a | b | c": lambda tasks: tasks.give.si(2) | tasks.double.s() | tasks.double.s(),
+    "a >> b": lambda tasks: linked(tasks.give.si(4), tasks.double.s()),
+    "chain": lambda tasks: tasks.app.chain(tasks.give.si(4), tasks.double.s()),
+    "a step that keeps nothing": lambda tasks: tasks.give.si(4) | tasks.forget.s() | tasks.double.s(),
+    "a head that keeps nothing": lambda tasks: tasks.forget.si(4) | tasks.double.s(),
+    "an end that keeps nothing": lambda tasks: tasks.double.si(4) | tasks.forget.s(),
+    "a returned task": lambda tasks: tasks.route.si(),
+    "a task returned by a step": lambda tasks: tasks.give.si(None) | tasks.route.si(),
+    "a returned chain": lambda tasks: tasks.route_to_chain.si(),
+    "a returned task, and what follows": lambda tasks: tasks.route_to_four.si() | tasks.double.s(),
+    "retries": lambda tasks: tasks.third_time.si(),
+    "acks_late=False": lambda tasks: Task.si(tasks.double, 4, acks_late=False),
+}
+
+
+def linked(first, *others):
+    for before, after in itertools.pairwise((first, *others)):
+        before.on_success = after
+    return first
+
+
+@pytest.mark.parametrize("workflow", WORKFLOWS.values(), ids=WORKFLOWS)
+async def test_the_result_of_a_workflow_is_that_of_its_last_step(local_bus, workflow):
+    app, tasks = keeping_app(local_bus())
+
+    @app.task(result_ttl=60)
+    async def route(state):
+        return tasks.double.si(4)
+
+    @app.task(result_ttl=60)
+    async def route_to_chain(state):
+        return tasks.give.si(2) | tasks.double.s() | tasks.forget.s() | tasks.double.s()
+
+    @app.task
+    async def route_to_four(state):
+        return tasks.give.si(4)
+
+    @app.task(result_ttl=60, policy=RetryPolicy(max_tries=3, delay=0))
+    async def third_time(state):
+        if current_task().attempts.attempts < 2:
+            raise RetryException("not yet")
+        return 8
+
+    more = {"app": app, "route": route, "route_to_chain": route_to_chain, "route_to_four": route_to_four}
+    vars(tasks).update(more, third_time=third_time)
+    published = await app.publish_task(workflow(tasks))
+    waiting = asyncio.create_task(published.result(PATIENCE))
+    await work_off(app)
+    assert await waiting == 8
+    assert await app.result(published.task_id, PATIENCE) == 8
+
+
+async def test_of_a_workflow_there_is_one_outcome_and_nothing_of_what_is_retried(open_bus):
+    bus = open_bus()
+    app, tasks = keeping_app(bus)
+
+    @app.task(result_ttl=60, policy=RetryPolicy(max_tries=2, delay=3600))
+    async def later(state):
+        raise RetryException("later")
+
+    chain = await (tasks.give.si(1) | tasks.double.s() | tasks.double.s()).publish()
+    retried = await later.delay()
+    await work_off(app)
+    assert kept_outcomes(bus) == {chain.task_id: "4"}
+    with pytest.raises(TimeoutError):
+        await retried.result(0)
+
+
+# -- how long an outcome is kept
+
+
+async def ttl_in_message(app):
+    [message] = await app.service_bus_client.peek()
+    address = message.task.outcome_to
+    if address is None:
+        assert "outcome_to" not in message.body
+        return None
+    assert address.id == message.task.task_id
+    return address.ttl
+
+
+PUBLISHED_WITH_A_TTL = {
+    "nothing": (lambda app, keep, forget: forget.delay(), None),
+    "registration": (lambda app, keep, forget: keep.delay(), 60),
+    "options": (lambda app, keep, forget: forget.options(result_ttl=5).delay(), 5),
+    "options of si": (lambda app, keep, forget: forget.options(result_ttl=5).si().publish(), 5),
+    "publish, over options": (lambda app, keep, forget: forget.options(result_ttl=5).si().publish(result_ttl=6), 6),
+    "shorter than the registration": (lambda app, keep, forget: keep.si().publish(result_ttl=5), 5),
+    "a timedelta": (lambda app, keep, forget: forget.si().publish(result_ttl=datetime.timedelta(minutes=2)), 120),
+    "publish_task": (lambda app, keep, forget: app.publish_task(forget, result_ttl=5), 5),
+    "publish_many": (lambda app, keep, forget: app.publish_many([forget.si()], result_ttl=5), 5),
+    "apply_async": (lambda app, keep, forget: app.apply_async(keep), 60),
+    "create_task": (lambda app, keep, forget: app.create_task(keep).publish(), 60),
+    "by function": (lambda app, keep, forget: app.publish_task(Task.si(keep.function)), 60),
+    "send_task": (lambda app, keep, forget: app.send_task("unknown", result_ttl=5), 5),
+    "send_task, which has what the sender gives": (lambda app, keep, forget: app.send_task("keep"), None),
+    "a chain's end": (lambda app, keep, forget: (forget.si() | forget.si() | keep.si()).publish(), 60),
+    "the longest of a chain": (lambda app, keep, forget: (forget.si() | keep.si() | longest_of(app)).publish(), 90),
+    "a chain, given": (lambda app, keep, forget: (keep.si() | forget.si()).publish(result_ttl=5), 5),
+    "only a callback keeps": (lambda app, keep, forget: failing_into(forget.si(), keep.si()).publish(), None),
+}
+
+
+def longest_of(app):
+    return Task.si(app.registration("longest").function)
+
+
+def failing_into(task, callback):
+    task.on_failure = callback
+    return task
+
+
+@pytest.mark.parametrize(("publish", "ttl"), PUBLISHED_WITH_A_TTL.values(), ids=PUBLISHED_WITH_A_TTL)
+async def test_an_outcome_is_kept_for_as_long_as_was_said_or_the_longest_that_a_step_says(local_bus, publish, ttl):
+    app = Boilermaker(None, local_bus())
+
+    @app.task(result_ttl=60)
+    async def keep(state): ...
+
+    @app.task
+    async def forget(state): ...
+
+    @app.task(result_ttl=90)
+    async def longest(state): ...
+
+    await publish(app, keep, forget)
+    if ttl is None:
+        [message] = await app.service_bus_client.peek()
+        assert message.task.outcome_to is None
+    else:
+        assert await ttl_in_message(app) == ttl
+
+
+async def test_where_nothing_is_kept_nothing_appears(open_bus):
+    """No field in a message, no row in the file, nobody who looks."""
+    bus = open_bus()
+    app = Boilermaker([], bus)
+
+    @app.task(policy=RetryPolicy(max_tries=2, delay=0))
+    async def work(state, number):
+        state.append(number)
+        if number == 1 and current_task().attempts.attempts == 0:
+            raise RetryException("again")
+        return object()
+
+    workflow = work.si(0) | work.si(1) | failing_into(work.si(2), work.si(3))
+    await app.publish_many([workflow, work.si(4)])
+    assert not any("outcome_to" in message.body for message in await bus.peek())
+    threads = threading.active_count()
+    await work_off(app)
+    assert sorted(app.state) == [0, 1, 1, 2, 4]
+    assert (kept_outcomes(bus), bus._outcomes) == ({}, {})
+    assert threading.active_count() <= threads + 1
+
+
+async def test_a_result_is_given_as_often_as_one_asks_until_it_expires(open_bus):
+    bus = open_bus()
+    app, tasks = keeping_app(bus)
+    with moved_clock() as clock:
+        short = await tasks.give.options(result_ttl=10).delay("short")
+        failed = await tasks.fail.delay()
+        await work_off(app)
+        for _ in range(3):
+            assert await short.result(0) == "short"
+            assert (await failure_of_result(failed.result(0))).message == "no"
+        clock.tick(9.9)
+        assert await short.result(0) == "short"
+        clock.tick(0.2)
+        with pytest.raises(TimeoutError, match="or has expired"):
+            await short.result(0)
+        assert set(kept_outcomes(bus)) == {short.task_id, failed.task_id}  # to ask deletes nothing
+        another = await tasks.give.delay()
+        await work_off(app)
+        assert set(kept_outcomes(bus)) == {failed.task_id, another.task_id}
+
+
+async def test_what_has_expired_goes_also_by_what_writes_failures_of_removed_messages(open_bus):
+    bus = open_bus()
+    app, tasks = keeping_app(bus)
+    with moved_clock() as clock:
+        await tasks.give.delay()
+        await work_off(app)
+        waiting = await tasks.give.delay()
+        clock.tick(61)
+        await bus.cancel(waiting.sequence_number)
+        assert set(kept_outcomes(bus)) == {waiting.task_id}
+
+
+# -- what is wrong with a question
+
+
+async def test_a_result_that_is_not_kept_is_an_error_that_says_what_to_write(local_bus):
+    _, tasks = keeping_app(local_bus())
+    with pytest.raises(UsageError, match=r"forget .* is not published yet: what publishing gives has the result"):
+        await tasks.forget.si().result(1)
+    with pytest.raises(UsageError, match="is not published yet"):
+        await named("f").result(1)
+    published = await tasks.forget.delay()
+    with pytest.raises(
+        UsageError,
+        match=r"The result of .*forget.* is not kept: @app.task\(result_ttl=600\) above forget, or "
+        r"publish\(result_ttl=600\), keeps it for ten minutes",
+    ):
+        await published.result(1)
+
+
+async def test_the_result_of_a_step_is_that_of_its_workflow(local_bus):
+    _, tasks = keeping_app(local_bus())
+    published = await (tasks.give.si(1) | tasks.double.s()).publish()
+    with pytest.raises(UsageError, match="is not published yet"):
+        await published.on_success.result(1)
+
+
+@pytest.mark.parametrize("wrong", [-1, -0.5, "5", True, float("nan"), 2**31, [], datetime.timedelta(-1)], ids=repr)
+async def test_a_timeout_that_is_none_is_an_error_that_shows_it(local_bus, wrong):
+    app, tasks = keeping_app(local_bus())
+    published = await tasks.give.delay()
+    for ask in (published.result, partial(app.result, published.task_id)):
+        with pytest.raises(UsageError, match=re.escape(f"timeout={wrong!r} must be seconds")):
+            await ask(wrong)
+
+
+async def test_to_ask_without_a_timeout_is_an_error(local_bus):
+    app, tasks = keeping_app(local_bus())
+    published = await tasks.give.delay()
+    with pytest.raises(TypeError, match="timeout"):
+        await published.result()
+    with pytest.raises(TypeError, match="timeout"):
+        await app.result(published.task_id)
+
+
+@pytest.mark.parametrize("task_id", [None, "", 5, b"id", ["id"], parse_page, "\ud800"], ids=ascii)
+async def test_an_id_that_is_none_is_an_error_that_shows_it(local_bus, task_id):
+    app, _ = keeping_app(local_bus())
+    with pytest.raises(UsageError, match=r"task_id=.* must be that of a published task, a string"):
+        await app.result(task_id, 0)
+
+
+@pytest.mark.parametrize("value", [0, -1, True, "5", float("nan"), 2**31, datetime.timedelta(0)], ids=repr)
+async def test_a_ttl_that_cannot_be_is_an_error_that_shows_it(value):
+    with pytest.raises(UsageError, match=re.escape(f"result_ttl={value!r} must be seconds over 0")):
+        registration_with(result_ttl=value)
+    app, tasks = keeping_app(LocalServiceBus())
+    with pytest.raises(UsageError, match=re.escape(f"result_ttl={value!r} must be seconds over 0")):
+        tasks.give.options(result_ttl=value)
+    with pytest.raises(UsageError, match=re.escape(f"result_ttl={value!r} must be seconds over 0")):
+        await app.publish_task(tasks.give.si(), result_ttl=value)
+
+
+@pytest.mark.parametrize("task_id", ["unknown", "nul\0", "x" * 100_000], ids=["unknown", "nul", "long"])
+@pytest.mark.parametrize("timeout", [0, 0.05, datetime.timedelta(milliseconds=20)], ids=repr)
+async def test_what_nobody_has_published_has_no_outcome_in_time(open_bus, task_id, timeout):
+    app, tasks = keeping_app(open_bus())
+    with pytest.raises(TimeoutError, match=r"has no outcome after .* s: it waits or runs, its outcome is not kept"):
+        await app.result(task_id, timeout)
+    published = await tasks.give.delay("there")
+    await work_off(app)
+    assert await published.result(PATIENCE) == "there"  # whoever asked before
+
+
+async def test_a_timeout_leaves_the_task_alone(local_bus):
+    app, tasks = keeping_app(local_bus())
+    published = await tasks.give.delay("there")
+    for timeout in (0, 0.05):
+        with pytest.raises(TimeoutError):
+            await published.result(timeout)
+    await work_off(app)
+    assert await published.result(datetime.timedelta(seconds=PATIENCE)) == "there"
+
+
+async def test_a_question_that_is_cancelled_leaves_the_others_alone(local_bus):
+    app, tasks = keeping_app(local_bus())
+    published = await tasks.give.delay("there")
+    first, second = (asyncio.create_task(published.result(None)) for _ in range(2))
+    await asyncio.sleep(0.02)
+    first.cancel()
+    await asyncio.wait([first])
+    assert first.cancelled()
+    await work_off(app)
+    assert await asyncio.wait_for(second, PATIENCE) == "there"
+
+
+# -- failures
+
+
+FAILURES = {
+    # The fields of the failure, and the reason of the dead letter where there is one.
+    "raises": (lambda tasks: tasks.fail.si("broken"), "LookupError", "broken", 1, "TaskFailed"),
+    "should_dead_letter=False": (
+        lambda tasks: Task.si(tasks.fail, "broken", should_dead_letter=False),
+        *("LookupError", "broken", 1, None),
+    ),
+    "acks_late=False": (
+        lambda tasks: Task.si(tasks.fail, "broken", acks_late=False),
+        *("LookupError", "broken", 1, None),
+    ),
+    "TaskFailureResult": (lambda tasks: tasks.give_up.si(), "TaskFailureResult", "", 1, "TaskFailed"),
+    "its timeout": (
+        lambda tasks: tasks.dawdle.si(),
+        *("TimeoutError", "dawdle ran into its timeout of 0.05 s", 1, "TaskFailed"),
+    ),
+    "retries exhausted": (lambda tasks: tasks.insist.si(), "RetryException", "once more", 2, "RetriesExhausted"),
+    "no try": (
+        lambda tasks: Task.si(tasks.give, policy=RetryPolicy(max_tries=0)),
+        *("RetriesExhausted", "no try left: 0 made, ", 0, "RetriesExhausted"),
+    ),
+    "unregistered": (
+        lambda tasks: named("nobody"),
+        *("UnregisteredFunction", "'nobody' is not registered", 0, "UnregisteredFunction"),
+    ),
+    "no JSON": (
+        lambda tasks: tasks.give_what_is_no_json.si(),
+        *("InvalidArguments", "give_what_is_no_json returned <object", 1, "FollowUpRejected"),
+    ),
+    "too large": (
+        lambda tasks: tasks.give_much.si(),
+        *("MessageTooLarge", "it makes an outcome of 300002 bytes, the limit is 262144", 1, "FollowUpRejected"),
+    ),
+    "too large for the next step": (
+        lambda tasks: tasks.give_much.si() | tasks.give.s(),
+        *("MessageTooLarge", "makes a message of 300", 1, "FollowUpRejected"),
+    ),
+    "the second step": (
+        lambda tasks: tasks.give.si("of the chain") | tasks.fail.s() | tasks.give.s(),
+        *("LookupError", "of the chain", 1, "TaskFailed"),
+    ),
+    "a returned task": (lambda tasks: tasks.route_to_fail.si(), "LookupError", "taken over", 1, "TaskFailed"),
+    "a returned task that is published": (
+        lambda tasks: tasks.publish_and_return.si(),
+        *("UsageError", "is published already, so its outcome is not that of publish_and_return", 1, "TaskFailed"),
+    ),
+}
+
+
+@pytest.mark.parametrize(("make", "error", "message", "attempts", "reason"), FAILURES.values(), ids=FAILURES)
+async def test_a_workflow_that_has_failed_for_good_raises_what_on_failure_would_get(
+    local_bus, make, error, message, attempts, reason
+):
+    app, tasks = keeping_app(local_bus())
+    bus = app.service_bus_client
+
+    @app.task
+    async def give_up(state):
+        return TaskFailureResult
+
+    @app.task(timeout=0.05)
+    async def dawdle(state):
+        await asyncio.sleep(PATIENCE)
+
+    @app.task(policy=RetryPolicy(max_tries=2, delay=0))
+    async def insist(state):
+        raise RetryException("once more")
+
+    @app.task
+    async def give_what_is_no_json(state):
+        return object()
+
+    @app.task
+    async def give_much(state):
+        return "x" * 300_000
+
+    @app.task
+    async def route_to_fail(state):
+        return tasks.fail.si("taken over")
+
+    @app.task
+    async def publish_and_return(state):
+        return await tasks.give.delay()
+
+    vars(tasks).update(locals())
+    published = await app.publish_task(make(tasks), result_ttl=60)
+    waiting = asyncio.create_task(published.result(None))
+    await work_off(app)
+    failure = await failure_of_result(waiting)
+    again = await failure_of_result(app.result(published.task_id, PATIENCE))
+    assert vars(again) == vars(failure)
+    assert (failure.error, failure.attempts) == (error, attempts)
+    assert message in failure.message
+    assert isinstance(failure.message, str)
+    assert str(failure).startswith(f"{failure.function_name} {failure.task_id}: {error}")
+    assert getattr(failure, "__notes__", []) == ([failure.traceback] if failure.traceback else [])
+    dead = await bus.peek(dead_letter=True)
+    assert [each.dead_letter_reason for each in dead] == ([reason] if reason else [])
+    if dead:
+        assert (dead[0].task.task_id, dead[0].task.function_name) == (failure.task_id, failure.function_name)
+
+
+async def test_a_failure_is_what_its_on_failure_receives_and_carries_the_traceback(local_bus):
+    app, tasks = keeping_app(local_bus())
+
+    @app.task
+    async def mourn(state, failure):
+        state.append(failure)
+
+    published = await failing_into(tasks.fail.si("broken"), mourn.s()).publish()
+    await work_off(app)
+    failure = await failure_of_result(published.result(PATIENCE))
+    assert app.state == [{name: getattr(failure, name) for name in app.state[0]}]
+    assert set(app.state[0]) == {"task_id", "function_name", "error", "message", "traceback", "attempts"}
+    shown = "".join(traceback.format_exception(failure))
+    assert "raise LookupError(message)\nLookupError: broken" in shown
+    assert f"boilermaker.TaskFailed: fail {published.task_id}: LookupError: broken" in shown
+
+
+def test_a_failure_shows_what_it_has():
+    failure = TaskFailed({"function_name": "f", "task_id": "id", "error": "Expired"})
+    assert str(failure) == "f id: Expired"
+    assert (failure.message, failure.traceback, failure.attempts) == ("", "", 0)
+    again = pickle.loads(pickle.dumps(failure))
+    assert (vars(again), str(again)) == (vars(failure), "f id: Expired")
+
+
+async def test_a_task_that_is_begun_too_late_has_failed_for_who_awaits_it(local_bus):
+    app, tasks = keeping_app(local_bus())
+    published = await tasks.give.options(expires=0.01).delay()
+    waiting = asyncio.create_task(published.result(None))
+    await asyncio.sleep(0.05)
+    await work_off(app)
+    failure = await failure_of_result(waiting)
+    assert (failure.error, failure.attempts) == ("Expired", 0)
+    assert "expires after 0.01" in failure.message
+
+
+@pytest.mark.parametrize("by", ["by us", "by the bus"])
+async def test_a_task_that_ends_its_workers_has_failed_for_who_awaits_it(open_bus, by):
+    bus = open_bus(max_delivery_count=1 if by == "by the bus" else 10, lock_duration=0.05)
+    app, tasks = keeping_app(bus)
+    published = await tasks.give.delay()
+    waiting = asyncio.create_task(published.result(None))
+    await take_and_drop(bus)
+    await asyncio.sleep(0.1)
+    await work_off(app, max_deliveries=1 if by == "by us" else None)
+    failure = await failure_of_result(waiting)
+    assert (failure.error, failure.message) == (
+        "MaxDeliveryCountExceeded",
+        "It was delivered 1 times, never settled.",
+    )
+    assert [each.dead_letter_reason for each in await bus.peek(dead_letter=True)] == ["MaxDeliveryCountExceeded"]
+
+
+async def test_a_task_that_outlives_its_queues_time_to_live_has_failed_for_who_awaits_it(open_bus):
+    bus = open_bus(time_to_live=0.02)
+    app, tasks = keeping_app(bus)
+    published = await (tasks.give.si() | tasks.double.s()).publish()
+    waiting = asyncio.create_task(published.result(None))
+    await asyncio.sleep(0.05)
+    await work_off(app)
+    failure = await failure_of_result(waiting)
+    assert (failure.error, failure.function_name) == ("TTLExpiredException", "give")
+    assert [each.dead_letter_reason for each in await bus.peek(dead_letter=True)] == ["TTLExpiredException"]
+
+
+async def test_a_failure_whose_text_is_long_is_cut_as_a_dead_letters_is(open_bus):
+    app = Boilermaker(None, open_bus(max_message_bytes=120_000))
+
+    @app.task(result_ttl=60)
+    async def fail(state):
+        raise LookupError("\U0001f388" * 20_000)
+
+    published = await fail.delay()
+    await work_off(app)
+    failure = await failure_of_result(published.result(0))
+    assert (failure.error, failure.message) == ("LookupError", "\U0001f388" * 4096)
+    assert len(failure.traceback) == 4096
+
+
+async def test_the_callback_of_a_failure_has_a_result_of_its_own(local_bus):
+    app, tasks = keeping_app(local_bus())
+
+    @app.task(result_ttl=60)
+    async def mourn(state, failure):
+        return f"mourned {failure['message']}"
+
+    @app.task(result_ttl=60)
+    async def carve(state, text):
+        return f"{text}, carved"
+
+    head = tasks.give.si("ada") | tasks.fail.s()
+    head.on_success.on_failure = mourn.s() | carve.s()
+    published = await head.publish()
+    await work_off(app)
+    assert (await failure_of_result(published.result(PATIENCE))).message == "ada"
+    callback = published.on_success.on_failure
+    assert await app.result(callback.task_id, PATIENCE) == "mourned ada, carved"
+
+
+async def test_a_failure_that_nobody_keeps_may_have_a_callback_that_does(local_bus):
+    app, tasks = keeping_app(local_bus())
+
+    @app.task
+    async def break_down(state):
+        raise ValueError
+
+    published = await failing_into(break_down.si(), tasks.give.si("kept")).publish()
+    with pytest.raises(UsageError, match="is not kept"):
+        await published.result(0)
+    await work_off(app)
+    assert await app.result(published.on_failure.task_id, PATIENCE) == "kept"
+
+
+# -- what removes a message
+
+
+async def removed(bus, how):
+    """Remove the one message that there is."""
+    if how == "cancel":
+        [message] = await bus.peek()
+        await bus.cancel(message.sequence_number)
+    else:
+        assert len(await getattr(bus, how)(lambda message: True)) == 1
+
+
+@pytest.mark.parametrize(("how", "scheduled"), [("cancel", True), ("cancel", False), ("purge", True), ("purge", False)])
+async def test_who_awaits_a_message_that_is_removed_hears_of_it(open_bus, start_program, how, scheduled):
+    """In the process that removes it, and in another."""
+    bus = open_bus()
+    _, tasks = keeping_app(bus)
+    workflow = tasks.give.si(1) | tasks.double.s()
+    published = await workflow.publish(delay=3600 if scheduled else None)
+    waiting = asyncio.create_task(published.result(None))
+    program = start_program(AWAITING_PROGRAM, published.task_id)
+    await until(lambda: "awaits" in program[1].read_text())
+    await removed(bus, how)
+    failure = await failure_of_result(waiting)
+    assert (failure.error, failure.function_name, failure.attempts) == ("Cancelled", "give", 0)
+    assert failure.message == "The message was removed."
+    assert await exit_code(program) == 0
+    assert program[1].read_text().splitlines()[1:] == [f"failed: give {published.task_id}: Cancelled"]
+
+
+AWAITING_PROGRAM = """
+import asyncio, sys
+from boilermaker import Boilermaker, LocalServiceBus, TaskFailed
+
+async def main():
+    async with Boilermaker(None, LocalServiceBus("queue.db")) as app:
+        waiting = asyncio.create_task(app.result(sys.argv[1], None))
+        await asyncio.sleep(0)
+        print("awaits", flush=True)
+        try:
+            print("returned:", await waiting)
+        except TaskFailed as failure:
+            print("failed:", str(failure).partition(": The message")[0])
+
+asyncio.run(main())
+"""
+
+
+async def test_a_retry_that_is_cancelled_ends_the_workflow(open_bus):
+    app, _ = keeping_app(open_bus())
+
+    @app.task(result_ttl=60, policy=RetryPolicy(max_tries=3, delay=3600))
+    async def later(state):
+        raise RetryException("later")
+
+    published = await later.delay()
+    await work_off(app)
+    await removed(app.service_bus_client, "cancel")
+    failure = await failure_of_result(published.result(0))
+    assert (failure.error, failure.task_id, failure.attempts) == ("Cancelled", published.task_id, 1)
+
+
+async def test_to_remove_a_dead_letter_tells_only_who_has_not_heard_of_it(open_bus):
+    bus = open_bus()
+    app, tasks = keeping_app(bus)
+    with moved_clock() as clock:
+        heard, late = await tasks.fail.delay(), await tasks.fail.options(result_ttl=5).delay()
+        await work_off(app)
+        clock.tick(6)
+        waiting = asyncio.create_task(late.result(None))
+        await asyncio.sleep(0.02)
+        assert len(await bus.discard(lambda message: True)) == 2
+        assert (await failure_of_result(heard.result(0))).error == "LookupError"
+        assert (await failure_of_result(waiting)).error == "Discarded"
+
+
+async def test_to_remove_what_nobody_awaits_tells_nothing(open_bus):
+    bus = open_bus()
+    app, tasks = keeping_app(bus)
+    await app.publish_many([tasks.forget.si("outcome_to"), tasks.forget.si()])
+    await bus.send([letter('{"outcome_to": 5}'), letter("outcome_to: no task")])
+    assert len(await bus.purge(lambda message: True)) == 4
+    assert kept_outcomes(bus) == {}
+
+
+async def test_what_is_told_of_a_removal_is_in_its_transaction(open_bus, monkeypatch):
+    bus = open_bus()
+    _, tasks = keeping_app(bus)
+    published = await tasks.give.delay()
+    with monkeypatch.context() as patched:
+        patched.setattr(boilermaker.Store, "tell", broken_disk)
+        with pytest.raises(BoilermakerError):
+            await bus.purge(lambda message: True)
+    assert await ids_of(bus) == [published.task_id]
+    assert kept_outcomes(bus) == {}
+
+
+def broken_disk(*arguments, **options):
+    raise sqlite3.OperationalError("disk I/O error")
+
+
+# -- outcomes that are replaced
+
+
+async def test_a_replay_takes_back_the_failure_and_tells_what_becomes_of_it(open_bus):
+    bus = open_bus()
+    app, works = Boilermaker(None, bus), []
+
+    @app.task(result_ttl=60)
+    async def work(state, number):
+        if not works:
+            raise ValueError("not yet")
+        return number
+
+    @app.task(result_ttl=60)
+    async def double(state, number):
+        return 2 * number
+
+    published = await (work.si(4) | double.s()).publish()
+    await work_off(app)
+    assert (await failure_of_result(published.result(0))).error == "ValueError"
+    assert len(await bus.replay(lambda message: True)) == 1
+    with pytest.raises(TimeoutError):
+        await published.result(0)
+    waiting = asyncio.create_task(published.result(None))
+    works.append(True)
+    await work_off(app)
+    assert await waiting == await published.result(0) == 8
+
+
+async def test_a_replay_of_a_later_step_takes_back_the_failure_of_the_workflow(open_bus):
+    bus = open_bus()
+    app, tasks = keeping_app(bus)
+    published = await (tasks.give.si("x") | tasks.fail.s()).publish()
+    await work_off(app)
+    assert len(await bus.replay(lambda message: True)) == 1
+    assert kept_outcomes(bus) == {}
+    await work_off(app)
+    assert (await failure_of_result(published.result(0))).message == "x"
+
+
+async def test_the_next_publish_of_a_given_id_takes_back_the_outcome_and_a_duplicate_does_not(open_bus):
+    app, tasks = keeping_app(open_bus())
+    publish = tasks.give.options(task_id="mine", result_ttl=3600).delay
+    with moved_clock() as clock:
+        first = await publish("first")
+        duplicate = await publish("duplicate")
+        assert first.sequence_number == duplicate.sequence_number
+        await work_off(app)
+        assert await first.result(0) == await duplicate.result(0) == await app.result("mine", 0) == "first"
+        await publish("another duplicate")
+        assert await app.result("mine", 0) == "first"
+        clock.tick(601)
+        again = await publish("again")
+        with pytest.raises(TimeoutError):
+            await again.result(0)
+        await work_off(app)
+        assert await again.result(0) == await first.result(0) == "again"
+
+
+async def test_a_publish_without_a_result_under_a_given_id_takes_back_the_former_outcome(open_bus):
+    app, tasks = keeping_app(open_bus())
+    with moved_clock() as clock:
+        await tasks.give.options(task_id="mine", result_ttl=3600).delay("first")
+        await work_off(app)
+        clock.tick(601)
+        await tasks.forget.options(task_id="mine").delay()
+        with pytest.raises(TimeoutError):
+            await app.result("mine", 0)
+
+
+async def test_a_copy_has_a_result_of_its_own(local_bus):
+    app, tasks = keeping_app(local_bus())
+    published = await tasks.give.delay("x")
+    twin = published.copy()
+    assert twin.outcome_to is None
+    with pytest.raises(UsageError, match="is not published yet"):
+        await twin.result(1)
+    again = await twin.publish()
+    await work_off(app)
+    assert await published.result(PATIENCE) == await again.result(PATIENCE) == "x"
+    assert published.task_id != again.task_id
+
+
+async def test_a_task_that_runs_twice_tells_its_outcome_twice(open_bus):
+    """The last one stands: it lost its lock the first time, or was published by hand."""
+    bus = open_bus()
+    app, tasks = keeping_app(bus)
+    published = await tasks.give.delay("x")
+    [message] = await bus.peek()
+    await bus.send([letter(message.body.replace('"x"', '"y"'), message_id="twin")])
+    await work_off(app, concurrency=1)
+    assert await published.result(0) == "y"
+
+
+# -- hostile messages
+
+
+HOSTILE_ADDRESSES = [
+    *(5, [], "head", True),
+    *({}, {"id": "x"}, {"ttl": 5}),
+    *({"id": None, "ttl": 5}, {"id": "", "ttl": 5}, {"id": 5, "ttl": 5}, {"id": ["x"], "ttl": 5}),
+    *({"id": "\ud800", "ttl": 5}, {"id": "x", "ttl": 5, "session": "\ud800"}),
+    *({"id": "x", "ttl": ttl} for ttl in (None, 0, -5, True, "5", [], 2**31, 10**400)),
+    *({"id": "x", "ttl": 5, "queue": queue} for queue in (5, "", "a b", [], "\ud800")),
+    *({"id": "x", "ttl": 5, "session": session} for session in (5, "", {})),
+    *({"id": "x", "ttl": 5, "position": position} for position in (-1, 2**31, 10**400, 0.5, True, "1", [])),
+    *({"id": "x", "position": 0, "ttl": ttl} for ttl in (None, -1, "5", 10**400)),
+]
+
+
+@pytest.mark.parametrize("address", HOSTILE_ADDRESSES, ids=lambda value: ascii(value)[:60])
+async def test_an_address_that_is_none_makes_a_message_no_task(open_bus, caplog, address):
+    bus = open_bus()
+    app, tasks = keeping_app(bus)
+    body = json.dumps({"task_id": "x", "function_name": "give", "outcome_to": address})
+    await bus.send([letter(body, message_id="hostile")])
+    published = await tasks.give.delay("neighbour")
+    await work_off(app)
+    [dead] = await bus.peek(dead_letter=True)
+    assert (dead.message_id, dead.dead_letter_reason) == ("hostile", "InvalidTaskFormat")
+    assert "outcome_to of the body" in dead.dead_letter_error_description
+    assert "Internal error" not in caplog.text
+    assert kept_outcomes(bus) == {published.task_id: '"neighbour"'}
+    assert len(await bus.discard([dead.sequence_number])) == 1
+
+
+async def test_an_address_with_more_than_is_known_here_is_read(open_bus):
+    bus = open_bus()
+    app, _ = keeping_app(bus)
+    address = {"id": "x" * 1000, "ttl": 5, "queue": "elsewhere", "session": "s", "what comes": "later"}
+    await bus.send([letter(json.dumps({"task_id": "x", "function_name": "give", "outcome_to": address}))])
+    await work_off(app)
+    assert await app.result("x" * 1000, 0) is None
+
+
+def test_an_address_comes_back_as_it_was():
+    for address in (TO, TO._replace(id="ü\0", queue="queue", session="session"), TO._replace(position=0, ttl=0)):
+        assert decode(encode(named("f", outcome_to=address), "q", "q"), "q").outcome_to == address
+
+
+# -- tasks that await results
+
+
+async def test_a_task_that_awaits_what_needs_its_place_ends(local_bus):
+    """Fibonacci with one task at a time, each awaiting two."""
+    app = Boilermaker(None, local_bus())
+
+    @app.task(result_ttl=60)
+    async def fibonacci(state, n: int):
+        if n < 2:
+            return n
+        one, other = await fibonacci.delay(n - 1), await fibonacci.delay(n - 2)
+        return await one.result(PATIENCE) + await other.result(PATIENCE)
+
+    published = await fibonacci.delay(4)
+    await work_off(app, concurrency=1)
+    assert await published.result(PATIENCE) == 3
+
+
+async def test_a_task_may_await_several_results_at_once(local_bus):
+    app, tasks = keeping_app(local_bus())
+
+    @app.task(result_ttl=60)
+    async def total(state, numbers):
+        parts = await app.publish_many([tasks.double.si(number) for number in numbers])
+        doubled = await asyncio.gather(*[part.result(PATIENCE) for part in parts])
+        async with asyncio.TaskGroup() as group:
+            again = [group.create_task(app.result(part.task_id, PATIENCE)) for part in parts]
+        assert [each.result() for each in again] == doubled
+        return sum(doubled)
+
+    published = await total.delay([1, 2, 3, 4])
+    async with working(app, concurrency=1):
+        assert await published.result(PATIENCE) == 20
+        assert await idle_places(app) == 1
+
+
+async def idle_places(app):
+    """How many may run in the one worker, once nothing does."""
+    [worker] = app.workers
+    await until(lambda: not worker.running)
+    assert (list(worker._awaiting), list(worker._going_on)) == ([], [])
+    return worker._free_places()
+
+
+async def test_a_failure_that_a_task_awaits_is_raised_in_it_and_may_be_its_own(local_bus):
+    app, tasks = keeping_app(local_bus())
+
+    @app.task(result_ttl=60)
+    async def wrap(state):
+        failing = await tasks.fail.delay("inner")
+        return await failing.result(PATIENCE)
+
+    published = await wrap.delay()
+    async with working(app, concurrency=1):
+        failure = await failure_of_result(published.result(None))
+    assert (failure.function_name, failure.error) == ("wrap", "TaskFailed")
+    assert re.fullmatch(r"fail \S+: LookupError: inner", failure.message)
+    assert "LookupError: inner" in failure.traceback
+
+
+async def test_never_more_run_than_may_and_all_end(open_bus):
+    bus, running, most = open_bus(), 0, 0
+    app = Boilermaker(None, bus)
+
+    @contextlib.contextmanager
+    def counted():
+        nonlocal running, most
+        running += 1
+        most = max(most, running)
+        try:
+            yield
+        finally:
+            running -= 1
+
+    @app.task(result_ttl=60)
+    async def child(state, number):
+        with counted():
+            await asyncio.sleep(0.002 * (number % 3))
+        return number
+
+    @app.task(result_ttl=60)
+    async def parent(state, number):
+        with counted():
+            published = await child.delay(number)
+        result = await published.result(None)
+        with counted():
+            await asyncio.sleep(0.001)
+        return result
+
+    parents = await app.publish_many([parent.si(number) for number in range(30)])
+    async with working(app, concurrency=3):
+        assert await asyncio.gather(*[each.result(PATIENCE) for each in parents]) == list(range(30))
+        assert await idle_places(app) == 3
+    assert most == 3
+
+
+@pytest.mark.parametrize("concurrency", [1, 2])
+async def test_ten_times_as_many_as_may_run_may_await_and_no_more(open_bus, concurrency):
+    app, tasks = keeping_app(open_bus())
+    awaited = await tasks.give.options(delay=3600).delay("at last")
+    asking = await app.publish_many([tasks.ask.si(awaited.task_id) for _ in range(10 * concurrency + 2)])
+    waiting = [asyncio.create_task(failure_of_result(each.result(None))) for each in asking]
+    async with working(app, concurrency=concurrency):
+        refused = await until(lambda: len(done := [each for each in waiting if each.done()]) == 2 and done)
+        for each in refused:
+            assert each.result().error == "UsageError"
+            expected = f"{10 * concurrency} tasks of this worker await results, 10 times its concurrency, so no more"
+            assert each.result().message.startswith(expected)
+            assert "a chain, a | b.s(), hands on a result without waiting" in each.result().message
+        await app.service_bus_client.cancel(awaited.sequence_number)
+        failures = await asyncio.gather(*waiting)
+        assert Counter(each.error for each in failures) == {"TaskFailed": 10 * concurrency, "UsageError": 2}
+        assert await idle_places(app) == concurrency
+
+
+async def test_a_task_that_has_its_result_goes_on_before_new_work_begins(open_bus):
+    app, other, order = Boilermaker(None, open_bus()), Boilermaker(None, open_bus("other")), []
+    go = asyncio.Event()
+
+    @other.task(result_ttl=60)
+    async def child(state):
+        return "result"
+
+    @app.task
+    async def parent(state):
+        published = await app.send_task("child", queue="other", result_ttl=60)
+        order.append(await published.result(None))
+
+    @app.task
+    async def work(state, name):
+        order.append(name)
+        await go.wait()
+
+    await app.publish_many([parent.si(), work.si("runs"), work.si("new")])
+    async with working(app, concurrency=1):
+        await until(lambda: order == ["runs"])
+        await work_off(other)
+        [worker] = app.workers
+        await until(lambda: worker._going_on, "the result")
+        assert order == ["runs"]
+        go.set()
+        await until(lambda: len(order) == 3)
+    assert order == ["runs", "result", "new"]
+
+
+async def test_what_was_received_before_waits_for_who_goes_on(open_bus):
+    """More were received than there are places now, since a task went on meanwhile: none runs too many."""
+    app, running, most = Boilermaker(None, open_bus()), set(), []
+
+    @app.task(result_ttl=60)
+    async def child(state):
+        running.add("child")
+        most.append(len(running))
+        running.discard("child")
+
+    @app.task(result_ttl=60)
+    async def parent(state, number):
+        published = await child.delay()
+        await published.result(None)
+        running.add(number)
+        most.append(len(running))
+        time.sleep(0.02)
+        await asyncio.sleep(0.02)
+        running.discard(number)
+
+    parents = await app.publish_many([parent.si(number) for number in range(8)])
+    async with working(app, concurrency=2):
+        await asyncio.gather(*[each.result(PATIENCE) for each in parents])
+    assert max(most) <= 2
+
+
+async def test_what_is_there_is_asked_without_giving_up_a_place(open_bus):
+    app, tasks = keeping_app(open_bus())
+    published = await tasks.give.delay("there")
+    await work_off(app)
+    asking = await tasks.ask.delay(published.task_id, 0)
+    await work_off(app, concurrency=1)
+    assert await asking.result(0) == "there"
+    missing = await tasks.ask.delay("unknown", 0)
+    await work_off(app, concurrency=1)
+    assert (await failure_of_result(missing.result(0))).error == "TimeoutError"
+
+
+@pytest.mark.parametrize("ends_by", ["its own timeout", "the option", "the middleware's", "wait_for"])
+async def test_a_task_that_gives_up_awaiting_has_its_place_again(open_bus, ends_by):
+    app, tasks = keeping_app(open_bus())
+    if ends_by == "the middleware's":
+
+        @app.middleware
+        async def hurry(task, state, call_next):
+            async with asyncio.timeout(0.05):
+                return await call_next()
+
+    @app.task(result_ttl=60, timeout=0.05 if ends_by == "the option" else None)
+    async def impatient(state):
+        if ends_by == "wait_for":
+            await asyncio.wait_for(app.result("unknown", None), 0.05)
+        await app.result("unknown", 0.05 if ends_by == "its own timeout" else None)
+
+    async with working(app, concurrency=1):
+        published = await app.publish_many([impatient.si(), impatient.si()])
+        for each in published:
+            assert (await failure_of_result(each.result(PATIENCE))).error == "TimeoutError"
+        assert await (await tasks.give.delay(5)).result(PATIENCE) == 5
+        assert await idle_places(app) == 1
+
+
+async def test_what_a_task_leaves_behind_holds_no_place(open_bus):
+    app, tasks = keeping_app(open_bus())
+    awaited, left = await tasks.give.options(delay=3600).delay(), []
+
+    @app.task(result_ttl=60)
+    async def leave(state):
+        left.append(asyncio.create_task(app.result(awaited.task_id, None)))
+        await asyncio.sleep(0)  # it has begun to wait
+        left.append(asyncio.create_task(app.result(awaited.task_id, None)))  # this one will, when the task has ended
+
+    async with working(app, concurrency=1):
+        await (await leave.delay()).result(PATIENCE)
+        assert await idle_places(app) == 1
+        assert await (await tasks.give.delay(5)).result(PATIENCE) == 5
+        await app.service_bus_client.cancel(awaited.sequence_number)
+        for each in left:
+            assert (await failure_of_result(each)).error == "Cancelled"
+        assert await idle_places(app) == 1
+
+
+async def test_a_task_that_awaits_keeps_its_lock(open_bus):
+    bus = open_bus(lock_duration=0.2)
+    app, tasks = keeping_app(bus)
+    awaited = await tasks.give.options(delay=1).delay("late")
+    asking = await tasks.ask.delay(awaited.task_id)
+    async with working(app, concurrency=1):
+        assert await asking.result(PATIENCE) == "late"
+    assert await ids_of(bus) == await ids_of(bus, dead_letter=True) == []
+
+
+async def test_a_suspect_runs_while_others_await_and_may_await_itself(open_bus, caplog):
+    app, tasks = keeping_app(open_bus())
+    awaited = await tasks.give.options(delay=3600).delay()
+
+    @app.task(result_ttl=60)
+    async def suspect(state):
+        return await (await tasks.double.delay(4)).result(PATIENCE)
+
+    asking = await tasks.ask.delay(awaited.task_id)
+    async with working(app, concurrency=2):
+        await until(lambda: app.workers and len(next(iter(app.workers))._awaiting) == 1)
+        published = await app.publish_task(suspect, delay=0.2)
+        await deliver_often(app.service_bus_client, 5)
+        assert await published.result(PATIENCE) == 8
+        assert "it runs alone" in caplog.text
+        await app.service_bus_client.cancel(awaited.sequence_number)
+        assert (await failure_of_result(asking.result(PATIENCE))).error == "TaskFailed"
+        assert await idle_places(app) == 2
+
+
+# -- the end of a worker
+
+
+async def test_a_worker_that_is_stopped_lets_a_task_that_awaits_end(open_bus):
+    app, other = Boilermaker([], open_bus()), Boilermaker(None, open_bus("other"))
+
+    @other.task
+    async def child(state):
+        return "result"
+
+    @app.task
+    async def parent(state):
+        published = await app.send_task("child", queue="other", result_ttl=60)
+        state.append(published)
+        state.append(await published.result(None))
+
+    await parent.delay()
+    async with app:
+        run = asyncio.create_task(app.run(concurrency=1))
+        await until(lambda: app.state)
+        stopping = asyncio.create_task(app.stop())
+        await asyncio.sleep(0.05)
+        await work_off(other)
+        await asyncio.wait_for(asyncio.gather(stopping, run), PATIENCE)
+        assert app.state[1:] == ["result"]
+        assert await is_empty(app.service_bus_client)
+
+
+@pytest.mark.parametrize("cancelled", [False, True], ids=["stopped", "cancelled"])
+async def test_a_task_that_awaits_for_too_long_is_given_back_at_the_end_and_awaits_again(open_bus, cancelled):
+    bus = open_bus()
+    app, tasks = keeping_app(bus)
+    awaited = await tasks.give.options(delay=3600).delay()
+    asking = [await tasks.ask.delay(awaited.task_id) for _ in range(3)]
+    run = asyncio.create_task(app.run(concurrency=1, grace_period=0.1))
+    await until(lambda: app.workers and len(next(iter(app.workers))._awaiting) == 3)
+    if cancelled:
+        run.cancel()
+    else:
+        await app.stop()
+    await asyncio.wait([run])
+    assert [message.delivery_count for message in await bus.peek() if message.task.function_name == "ask"] == [1] * 3
+    assert all(message.state != "running" for message in await bus.peek())
+    await bus.cancel(awaited.sequence_number)
+    async with working(app, concurrency=1):
+        for each in asking:
+            assert (await failure_of_result(each.result(PATIENCE))).error == "TaskFailed"
+
+
+async def test_those_that_wait_to_go_on_end_in_the_grace_period(open_bus):
+    """Their results are there, but not their places: one after the other."""
+    app, tasks = keeping_app(open_bus())
+    go = asyncio.Event()
+
+    @app.task
+    async def hold(state):
+        await go.wait()
+
+    awaited = await tasks.give.options(delay=3600).delay()
+    asking = [await tasks.ask.delay(awaited.task_id) for _ in range(3)]
+    run = asyncio.create_task(app.run(concurrency=1))
+    await until(lambda: app.workers and len(next(iter(app.workers))._awaiting) == 3)
+    [worker] = app.workers
+    await hold.delay()
+    await until(lambda: worker.running == 4)
+    await app.service_bus_client.cancel(awaited.sequence_number)
+    await until(lambda: len(worker._going_on) == 3)
+    stopping = asyncio.create_task(app.stop())
+    await asyncio.sleep(0.02)
+    go.set()
+    await asyncio.wait_for(asyncio.gather(stopping, run), PATIENCE)
+    for each in asking:
+        assert (await failure_of_result(each.result(0))).error == "TaskFailed"
+
+
+# -- several event loops, processes, files
+
+
+async def test_who_waits_is_woken_and_does_not_look_from_time_to_time(open_bus, start_program, monkeypatch):
+    monkeypatch.setattr(boilermaker, "MAX_WAIT", 1000)
+    app, tasks = keeping_app(open_bus())
+    published = await tasks.give.delay("x")
+    here = asyncio.create_task(published.result(None))
+    there = start_program(AWAITING_PROGRAM.replace("import asyncio", WITHOUT_LOOKING), published.task_id)
+    await until(lambda: "awaits" in there[1].read_text())
+    await work_off(app)
+    assert await asyncio.wait_for(here, PATIENCE) == "x"
+    assert await exit_code(there) == 0
+    assert there[1].read_text() == "awaits\nreturned: x\n"
+
+
+WITHOUT_LOOKING = "import boilermaker; boilermaker.MAX_WAIT = 1000\nimport asyncio"
+
+
+async def test_several_event_loops_await_the_same_results(open_bus):
+    bus = open_bus()
+    app, tasks = keeping_app(bus)
+    published = await app.publish_many([tasks.give.si(number) for number in range(5)])
+
+    async def ask(task):
+        return await app.result(task.task_id, PATIENCE)
+
+    def ask_all():
+        return [asyncio.run(ask(task)) for task in published]
+
+    threads = [asyncio.create_task(asyncio.to_thread(ask_all)) for _ in range(4)]
+    await asyncio.sleep(0.05)
+    await work_off(app)
+    assert await asyncio.gather(*threads) == [[0, 1, 2, 3, 4]] * 4
+    assert await ask(published[0]) == 0
+    assert all(not loop.is_closed() for loop in bus._outcomes)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+async def test_a_forked_child_and_its_parent_await_results(open_bus, start_program):
+    program = start_program(
+        """
+import asyncio, multiprocessing, sys
+from boilermaker import Boilermaker, LocalServiceBus
+
+app = Boilermaker(None, LocalServiceBus("queue.db"))
+
+@app.task(result_ttl=60)
+async def double(state, number):
+    return 2 * number
+
+async def ask(published):
+    return await published.result(30)
+
+async def publish():
+    published = await double.delay(4)
+    await asyncio.wait([asyncio.create_task(published.result(30))], timeout=0.05)
+    return published
+
+def child(published_id):
+    async def main():
+        return await app.result(published_id, 30), await (await double.delay(5)).result(30)
+    sys.exit(asyncio.run(main()) != (8, 10))
+
+published = asyncio.run(publish())
+process = multiprocessing.get_context("fork").Process(target=child, args=[published.task_id])
+process.start()
+assert asyncio.run(ask(published)) == 8
+process.join(30)
+sys.exit(process.exitcode)
+"""
+    )
+    app, _ = keeping_app(open_bus())
+    async with working(app):
+        assert await exit_code(program) == 0, program[1].read_text()
+
+
+async def test_who_awaits_when_the_bus_is_closed_hears_of_it_and_may_ask_again(open_bus):
+    app, tasks = keeping_app(open_bus())
+    published = await tasks.give.delay("x")
+    waiting = [asyncio.create_task(published.result(None)) for _ in range(2)]
+    await asyncio.sleep(0.05)
+    await app.close()
+    for each in waiting:
+        with pytest.raises(ServiceBusUnavailable, match="was closed while a result was awaited"):
+            await asyncio.wait_for(each, PATIENCE)
+    waiting = asyncio.create_task(published.result(None))
+    await work_off(app)
+    assert await asyncio.wait_for(waiting, PATIENCE) == await published.result(0) == "x"
+
+
+async def test_who_awaits_while_another_event_loop_closes_the_bus_goes_on(open_bus):
+    bus = open_bus()
+    app, tasks = keeping_app(bus)
+    published = await tasks.give.delay("x")
+    waiting = asyncio.create_task(published.result(None))
+    await asyncio.sleep(0.05)
+    await asyncio.to_thread(lambda: asyncio.run(bus.close()))
+    await work_off(app)
+    assert await asyncio.wait_for(waiting, PATIENCE) == "x"
+
+
+@pytest.mark.parametrize("replaced", [False, True], ids=["deleted", "replaced"])
+async def test_who_awaits_goes_on_with_the_file_that_is_there_now(open_bus, monkeypatch, caplog, tmp_path, replaced):
+    monkeypatch.setattr(boilermaker, "MAX_WAIT", 0.1)
+    monkeypatch.setattr(boilermaker, "CHECK_INTERVAL", 0.1)
+    app, tasks = keeping_app(open_bus())
+    published = await tasks.give.options(task_id="mine").delay("lost")
+    waiting = asyncio.create_task(published.result(None))
+    await asyncio.sleep(0.05)
+    for name in ("queue.db", "queue.db-wal", "queue.db-shm"):
+        (tmp_path / name).unlink()
+    if replaced:
+        other, theirs = keeping_app(LocalServiceBus(tmp_path / "queue.db"))
+        await theirs.give.options(task_id="mine").delay("found")
+        await work_off(other)
+        await other.close()
+    else:
+        await until(lambda: "was deleted or replaced" in caplog.text)
+        await tasks.give.options(task_id="mine").delay("found")
+        await work_off(app)
+    assert await asyncio.wait_for(waiting, PATIENCE) == "found"
+
+
+async def test_who_awaits_while_the_disk_is_in_trouble_goes_on(open_bus, monkeypatch, caplog):
+    monkeypatch.setattr(boilermaker, "MAX_WAIT", 0.05)
+    app, tasks = keeping_app(open_bus())
+    published = await tasks.give.delay("x")
+    await work_off(app)
+    with monkeypatch.context() as patched:
+        patched.setattr(boilermaker.Store, "outcomes", broken_disk)
+        waiting = asyncio.create_task(published.result(None))
+        await until(lambda: "Looking for results failed, will try again" in caplog.text)
+        assert not waiting.done()
+    assert await asyncio.wait_for(waiting, PATIENCE) == "x"
+
+
+async def test_more_results_than_sqlite_takes_parameters_are_awaited_at_once(open_bus):
+    app, tasks = keeping_app(open_bus())
+    published = await app.publish_many([tasks.give.si(number) for number in range(1200)])
+    waiting = asyncio.gather(*[each.result(PATIENCE) for each in published])
+    async with working(app, concurrency=100):
+        assert await waiting == list(range(1200))
+
+
+KILLED_PROGRAM = """
+import asyncio, os, signal, sys
+import boilermaker
+from boilermaker import Boilermaker, LocalServiceBus
+
+app = Boilermaker(None, LocalServiceBus("queue.db", lock_duration=0.3))
+
+@app.task(result_ttl=60)
+async def give(state, value):
+    return value
+
+def killing(owner, name, before):
+    original = getattr(owner, name)
+    def killed(*arguments, **options):
+        if not before:
+            original(*arguments, **options)
+        os.kill(os.getpid(), signal.SIGKILL)
+    setattr(owner, name, killed)
+
+if sys.argv[1] == "before it is told":
+    killing(boilermaker.Store, "tell", before=True)
+elif sys.argv[1] == "when it is told":
+    killing(boilermaker.Store, "tell", before=False)
+else:
+    killing(boilermaker.Worker, "_settled", before=True)
+asyncio.run(app.run(burst=True))
+"""
+
+
+@pytest.mark.parametrize("when", ["before it is told", "when it is told", "when it is settled"])
+async def test_a_worker_that_is_killed_has_told_and_settled_or_neither(open_bus, start_program, when):
+    bus = open_bus(lock_duration=0.3)
+    app, tasks = keeping_app(bus)
+    published = await tasks.give.delay("x")
+    assert await exit_code(start_program(KILLED_PROGRAM, when)) == -signal.SIGKILL
+    if when == "when it is settled":
+        assert (await ids_of(bus), kept_outcomes(bus)) == ([], {published.task_id: '"x"'})
+    else:
+        assert (await ids_of(bus), kept_outcomes(bus)) == ([published.task_id], {})
+        async with working(app):
+            assert await published.result(PATIENCE) == "x"
+    assert await published.result(0) == "x"
+
+
+async def test_a_process_that_is_killed_while_it_awaits_leaves_the_result_to_whoever_asks(open_bus, start_program):
+    app, tasks = keeping_app(open_bus())
+    published = await tasks.give.delay("x")
+    program = start_program(AWAITING_PROGRAM, published.task_id)
+    await until(lambda: "awaits" in program[1].read_text())
+    program[0].kill()
+    await exit_code(program)
+    await work_off(app)
+    assert await app.result(published.task_id, 0) == "x"
+    assert await exit_code(again := start_program(AWAITING_PROGRAM, published.task_id)) == 0
+    assert again[1].read_text() == "awaits\nreturned: x\n"
+
+
+async def test_a_task_whose_worker_is_killed_while_it_awaits_awaits_again(open_bus, start_program):
+    app, tasks = keeping_app(open_bus(lock_duration=0.3))
+    awaited = await tasks.give.options(delay=3600).delay("x")
+    asking = await tasks.ask.delay(awaited.task_id)
+    program = start_program(
+        """
+import asyncio
+from boilermaker import Boilermaker, LocalServiceBus
+
+app = Boilermaker(None, LocalServiceBus("queue.db", lock_duration=0.3))
+
+@app.task
+async def ask(state, task_id):
+    print("awaits", flush=True)
+    await app.result(task_id, None)
+
+asyncio.run(app.run(concurrency=1))
+"""
+    )
+    await until(lambda: "awaits" in program[1].read_text())
+    program[0].kill()
+    await exit_code(program)
+    await app.service_bus_client.cancel(awaited.sequence_number)
+    async with working(app, concurrency=1):
+        assert (await failure_of_result(asking.result(PATIENCE))).error == "TaskFailed"
+
+
+async def test_an_answer_is_awaited_across_applications_of_one_file(open_bus):
+    shop, mailer = Boilermaker(None, open_bus("shop")), Boilermaker(None, open_bus("mailer"))
+
+    @mailer.task
+    async def send(state, address):
+        if "@" not in address:
+            raise ValueError(f"{address!r} is no address")
+        return f"sent to {address}"
+
+    @shop.task(result_ttl=60)
+    async def order(state, address):
+        mail = await shop.send_task("send", address, queue="mailer", result_ttl=60)
+        return await mail.result(PATIENCE)
+
+    good, bad = await shop.publish_many([order.si("ann@example.com"), order.si("bob")])
+    async with working(shop, concurrency=1), working(mailer, concurrency=1):
+        assert await mailer.result(good.task_id, PATIENCE) == "sent to ann@example.com"
+        assert "'bob' is no address" in (await failure_of_result(bad.result(PATIENCE))).message
+
+
+async def test_results_of_a_queue_in_memory(open_bus):
+    app, tasks = keeping_app(LocalServiceBus())
+    async with app:
+        published = await (tasks.give.si(4) | tasks.double.s()).publish()
+        waiting = asyncio.create_task(published.result(None))
+        await work_off(app)
+        assert await waiting == await app.result(published.task_id, 0) == 8
+        awaited = await tasks.give.options(delay=3600).delay()
+        await app.service_bus_client.cancel(awaited.sequence_number)
+        assert (await failure_of_result(awaited.result(0))).error == "Cancelled"
+
+
+# -- the original
+
+
+def test_the_original_ignores_whom_to_tell(original):
+    tasks = [awaited(args=[1]), awaited(on_success=named("g"), on_failure=named("h", outcome_to=TO))]
+    answers = original(READ_AND_WRITE_AGAIN, [encode(task, "q", "q") for task in tasks])
+    for task, (read, written) in zip(tasks, answers, strict=True):
+        assert read == known_to_the_original(task)
+        assert "outcome_to" not in written
+
+
+async def test_what_the_original_writes_runs_where_results_are_kept_and_tells_nobody(original, open_bus):
+    bus = open_bus()
+    app = Boilermaker(None, bus)
+
+    @app.task(result_ttl=60)
+    async def fetch(state, page, width=1):
+        return page
+
+    @app.task(result_ttl=60)
+    async def store(state): ...
+
+    @app.task(result_ttl=60)
+    async def clean_up(state): ...
+
+    bodies = original(WRITE)
+    assert not any("outcome_to" in body for body in bodies)
+    await bus.send([letter(body, message_id=str(number)) for number, body in enumerate(bodies)])
+    await work_off(app)
+    assert await is_empty(bus)
+    assert await bus.peek(dead_letter=True) == []
+    assert kept_outcomes(bus) == {}
+
+
+# ======================================================================================================================
 # Worker: periodic tasks
 # ======================================================================================================================
 
@@ -9594,21 +11247,23 @@ async def test_what_the_configured_propagators_carry_travels_with_the_message(op
 LOCK_DURATION = 5
 QUEUES = [f"queue{number}" for number in range(400)]
 QUEUE_WITH_SESSIONS = "with-sessions"
+SESSION_QUEUES = [QUEUE_WITH_SESSIONS, *(f"{queue}-{what}" for queue in QUEUES for what in ("replies", "join"))]
 _fresh_queues = iter(QUEUES)
 
 
 @pytest.fixture(scope="session")
 def emulator():
     """A Service Bus on loopback, with more queues than there are tests."""
-    options = {"lock_duration": LOCK_DURATION, "duplicate_detection": 600, "session_queue": QUEUE_WITH_SESSIONS}
-    with ServiceBusEmulator(queues=QUEUES, **options) as emulator:
+    options = {"lock_duration": LOCK_DURATION, "duplicate_detection": 600}
+    with ServiceBusEmulator(queues=QUEUES, session_queue=SESSION_QUEUES, **options) as emulator:
         yield emulator
 
 
 @pytest.fixture(scope="session")
 def quick_emulator():
     """Another, whose locks are the shortest there can be on Azure but for a factor."""
-    with ServiceBusEmulator(queues=QUEUES, lock_duration=2, duplicate_detection=600) as emulator:
+    options = {"lock_duration": 2, "duplicate_detection": 600}
+    with ServiceBusEmulator(queues=QUEUES, session_queue=SESSION_QUEUES, **options) as emulator:
         yield emulator
 
 
@@ -10889,6 +12544,409 @@ def test_random_kills_and_idle_connections_lose_nothing(fault, kills):
     assert (name, figures["chains"]) == (fault, 40)
     assert figures["never ran"] == figures["published twice"] == figures["left"] == figures["ended"] == 0
     assert figures["killed"] >= kills
+
+
+# ======================================================================================================================
+# Emulator: queues with sessions, by the real SDK
+# ======================================================================================================================
+
+
+class Talks:
+    """A queue with sessions, and a client that tries nothing twice."""
+
+    def __init__(self, emulator, name):
+        self.emulator, self.name = emulator, name
+        self.client = ServiceBusClient.from_connection_string(emulator.connection_string, retry_total=0)
+        self.sender = self.client.get_queue_sender(name, socket_timeout=0.01)
+
+    async def send(self, session_id, *texts, **options):
+        await self.sender.send_messages([ServiceBusMessage(text, session_id=session_id, **options) for text in texts])
+
+    @contextlib.asynccontextmanager
+    async def accept(self, session_id=NEXT_AVAILABLE_SESSION, **options):
+        """A receiver, on a connection of its own, which the SDK leaves open where the service has cut it."""
+        with contextlib.ExitStack() as stack:
+            options = {"session_id": session_id, "socket_timeout": 0.01, **options}
+            async with self.client.get_queue_receiver(self.name, **options) as receiver:
+                stack.callback(receiver._handler._connection._transport.writer.close)
+                yield receiver
+
+    def dead_letters(self):
+        options = {"sub_queue": ServiceBusSubQueue.DEAD_LETTER, "socket_timeout": 0.01}
+        return self.client.get_queue_receiver(self.name, **options)
+
+
+@contextlib.asynccontextmanager
+async def talks_on(emulator, name):
+    talks = Talks(emulator, name)
+    async with talks.client:
+        yield talks
+
+
+@pytest.fixture
+async def talks(emulator):
+    """A queue with sessions, made for replies to one without."""
+    async with talks_on(emulator, f"{fresh_queue()}-replies") as talks:
+        yield talks
+
+
+@pytest.fixture
+async def short_talks():
+    """Another, with short locks and few deliveries, on an emulator without anything else."""
+    options = {"session_queue": ["tasks-join"], "lock_duration": 2, "max_delivery_count": 2}
+    with ServiceBusEmulator(["tasks"], **options) as emulator:
+        async with talks_on(emulator, "tasks-join") as talks:
+            yield talks
+
+
+async def take(receiver, most=1, wait=PATIENCE):
+    """The texts of so many messages, one after the other, which are completed."""
+    texts = []
+    for _ in range(most):
+        for message in await receiver.receive_messages(1, wait):
+            await receiver.complete_message(message)
+            texts.append(str(message))
+    return texts
+
+
+async def test_the_messages_of_a_session_come_in_order_and_those_of_others_do_not(talks):
+    await talks.send("a", "a1", "a2")
+    await talks.send("b", "b1")
+    await talks.send("a", "a3", "a4")
+    async with talks.accept("a") as receiver:
+        first, second = await receiver.receive_messages(1) + await receiver.receive_messages(1)
+        assert (first.session_id, first.delivery_count) == ("a", 0)
+        await receiver.complete_message(second)
+        await receiver.abandon_message(first)
+        assert await take(receiver, 3) == ["a1", "a3", "a4"]
+        assert await receiver.receive_messages(1, 0.1) == []
+    async with talks.accept("b") as receiver:
+        assert await take(receiver) == ["b1"]
+
+
+async def test_what_is_sent_to_a_session_reaches_the_one_that_waits_in_it(talks):
+    await talks.send("other", "not this")
+    async with talks.accept("a") as receiver:  # there need be no message in it
+        waiting = asyncio.create_task(take(receiver, 2))
+        await until(lambda: receiver._receive_context.is_set())
+        await talks.send("a", "one")
+        await talks.send("a", "two")
+        assert await waiting == ["one", "two"]
+
+
+@pytest.mark.parametrize("with_sessions", [True, False])
+async def test_a_receiver_has_to_be_of_the_queues_kind(talks, with_sessions):
+    name, options = (talks.name, {}) if with_sessions else (talks.name.removesuffix("-replies"), {"session_id": "a"})
+    text = "non-sessionful.* requires sessions" if with_sessions else "sessionful.*does not require sessions"
+    with pytest.raises(sdk_errors.ServiceBusError, match=f"{text}.*amqp:not-allowed"):
+        await talks.client.get_queue_receiver(name, **options).__aenter__()
+
+
+async def test_a_message_without_a_session_is_refused_where_sessions_are_required(talks):
+    refused = pytest.raises(sdk_errors.ServiceBusError, match=r"SessionId was not set.*amqp:not-allowed")
+    with refused:
+        await talks.sender.schedule_messages(ServiceBusMessage("x", session_id=""), utc_in(60))
+    with refused:
+        await talks.send(None, "x")
+
+
+def utc_in(seconds):
+    return datetime.datetime.now(datetime.UTC) + datetime.timedelta(seconds=seconds)
+
+
+@pytest.mark.parametrize("end", ["close", "drop", "detach"])
+async def test_a_session_has_one_holder_until_its_link_is_gone_and_nothing_counts_as_delivered(talks, end):
+    await talks.send("a", "1", "2", "3")
+    async with talks.accept("a") as holder:
+        held = await holder.receive_messages(1) + await holder.receive_messages(1)
+        assert [str(message) for message in held] == ["1", "2"]
+        with pytest.raises(sdk_errors.SessionCannotBeLockedError, match="'a' cannot be accepted"):
+            await talks.accept("a").__aenter__()
+        if end == "close":
+            await holder.close()
+        else:
+            talks.emulator.control(end)
+        async with talks.accept("a") as next_holder:
+            [again] = await next_holder.receive_messages(1)
+            assert (str(again), again.delivery_count) == ("1", 0)
+            if end != "close":
+                with pytest.raises(sdk_errors.ServiceBusError):
+                    await holder.complete_message(held[0])
+            await next_holder.complete_message(again)
+            assert await take(next_holder, 2) == ["2", "3"]
+
+
+async def test_the_next_session_is_the_one_that_waits_longest_of_those_that_are_free(talks):
+    for session_id in "abc":
+        await talks.send(session_id, session_id)
+    async with talks.accept("a"), talks.accept() as second, talks.accept() as third:
+        assert [second.session.session_id, third.session.session_id] == ["b", "c"]
+        started = time.monotonic()
+        with pytest.raises(sdk_errors.OperationTimeoutError, match=r"com.microsoft:timeout"):
+            await talks.accept(max_wait_time=1).__aenter__()
+        assert time.monotonic() - started > 0.9
+
+
+@pytest.mark.parametrize("what", ["a message", "a scheduled message", "the end of its holder"])
+async def test_who_waits_for_a_session_gets_the_one_that_becomes_available(talks, what):
+    async def next_one():
+        async with talks.accept(max_wait_time=PATIENCE) as receiver:
+            return receiver.session.session_id, await take(receiver)
+
+    await talks.send("a", "x")
+    async with talks.accept("a") as holder:
+        links = talks.emulator.control("stats")["links"]
+        waiting = asyncio.create_task(next_one())
+        await until(lambda: talks.emulator.control("stats")["links"] == links + 3)  # two lead to the node for tokens
+        assert talks.emulator.control("stats")["sessions"] == 1
+        match what:
+            case "a message":
+                await talks.send("b", "x")
+            case "a scheduled message":
+                await talks.sender.schedule_messages(ServiceBusMessage("x", session_id="b"), utc_in(0.3))
+            case _:
+                await holder.close()
+        assert await waiting == ("a" if what == "the end of its holder" else "b", ["x"])
+
+
+async def test_a_session_keeps_its_state_without_holder_and_without_messages(talks):
+    async with talks.accept("a") as receiver:
+        assert await receiver.session.get_state() is None
+        await receiver.session.set_state(b"one")
+        await receiver.session.set_state("two é")
+    async with talks.accept("a") as receiver, talks.accept("b") as other:
+        assert (await receiver.session.get_state()).decode() == "two é"
+        assert await other.session.get_state() is None
+        await receiver.session.set_state(None)
+        assert await receiver.session.get_state() is None
+
+
+async def test_a_sessions_state_may_be_as_large_as_a_message(talks):
+    async with talks.accept("a") as receiver:
+        await receiver.session.set_state(bytes(256 * 1024))
+        with pytest.raises(sdk_errors.MessageSizeExceededError, match=r"262145 bytes.*exceeds"):
+            await receiver.session.set_state(bytes(256 * 1024 + 1))
+        assert await receiver.session.get_state() == bytes(256 * 1024)
+
+
+async def test_a_session_lock_that_is_renewed_outlives_its_duration_with_what_was_received(short_talks):
+    await short_talks.send("a", "1", "2")
+    async with short_talks.accept("a") as receiver:
+        [message] = await receiver.receive_messages(1)
+        until_utc, started = receiver.session.locked_until_utc, time.monotonic()
+        assert 0 < (until_utc - datetime.datetime.now(datetime.UTC)).total_seconds() <= 2
+        while time.monotonic() - started < 2.5:
+            renewed = await receiver.session.renew_lock()
+            assert until_utc < renewed == receiver.session.locked_until_utc
+            until_utc = renewed
+            await asyncio.sleep(0.05)
+        assert short_talks.emulator.control("stats")["locked"] == 1
+        await receiver.complete_message(message)
+        assert await take(receiver) == ["2"]
+
+
+async def test_a_session_lock_that_runs_out_is_lost_with_all_that_it_held_which_counts(short_talks, monkeypatch):
+    await short_talks.send("a", "1", "2")
+    async with short_talks.accept("a") as receiver:
+        await receiver.session.set_state(b"kept")
+        [message] = await receiver.receive_messages(1)
+        # The SDK would not even ask: what the service says is asked for here.
+        monkeypatch.setattr(type(receiver.session), "_lock_expired", False)
+        await until(lambda: short_talks.emulator.control("stats")["sessions"] == 0)
+        for attempt in (
+            receiver.complete_message(message),
+            receiver.session.set_state(b"late"),
+            receiver.session.renew_lock(),
+        ):
+            with pytest.raises(sdk_errors.SessionLockLostError):
+                await attempt
+    monkeypatch.undo()
+    async with short_talks.accept("a") as receiver:
+        [again] = await receiver.receive_messages(1)
+        assert (str(again), again.delivery_count) == ("1", 1)
+        assert await receiver.session.get_state() == b"kept"
+        short_talks.emulator.control("steal a")
+    async with short_talks.accept() as receiver:
+        assert await take(receiver) == ["2"]
+    async with short_talks.dead_letters() as receiver:
+        [dead] = await receiver.receive_messages(1)
+        assert (str(dead), dead.dead_letter_reason) == ("1", "MaxDeliveryCountExceeded")
+
+
+async def test_a_message_of_a_session_whose_lock_is_taken_away_is_not_completed(talks):
+    await talks.send("stolen", "1", "2")
+    async with talks.accept("stolen") as receiver:
+        [message] = await receiver.receive_messages(1)
+        talks.emulator.control("steal stolen")
+        with pytest.raises(sdk_errors.SessionLockLostError, match=r"com.microsoft:session-lock-lost"):
+            await receiver.complete_message(message)
+    async with talks.accept() as receiver:
+        assert await take(receiver, 2) == ["1", "2"]
+    with pytest.raises(ValueError, match="nothing is locked: stolen"):
+        talks.emulator.control("steal stolen")
+
+
+async def test_what_is_asked_of_a_session_only_its_holder_may_ask(talks):
+    await talks.send("a", "1")
+    async with talks.accept("a") as holder, talks.accept("b") as other:
+        [message] = await holder.receive_messages(1)
+        await holder.session.set_state(b"secret")
+        for operation, fields in {
+            "get-session-state": {},
+            "set-session-state": {"session-state": bytearray(b"changed")},
+            "renew-session-lock": {},
+            "receive-by-sequence-number": {"sequence-numbers": [message.sequence_number], "receiver-settle-mode": 1},
+            "update-disposition": {"disposition-status": "completed", "lock-tokens": [message.lock_token]},
+        }.items():
+            request = f"com.microsoft:{operation}".encode(), {"session-id": "a", **fields}, mgmt_handlers.default
+            with pytest.raises(sdk_errors.SessionLockLostError):
+                await other._mgmt_request_response(*request, timeout=PATIENCE)
+        assert await holder.session.get_state() == b"secret"
+        await holder.complete_message(message)
+
+
+@pytest.mark.parametrize("fault", ["lose 1", "mute 1"])
+async def test_a_settlement_in_a_session_whose_answer_is_lost_was_made(talks, fault):
+    await talks.send("a", "1", "2")
+    async with talks.accept("a") as receiver:
+        [message] = await receiver.receive_messages(1)
+        talks.emulator.control(fault)
+        settling = asyncio.create_task(receiver.complete_message(message))
+        if fault == "lose 1":
+            with pytest.raises(sdk_errors.ServiceBusError):
+                await settling
+        else:
+            await until(lambda: talks.emulator.control("stats")["locked"] == 0)
+            settling.cancel()
+            await asyncio.wait([settling])
+    async with talks.accept("a") as receiver:
+        assert await take(receiver) == ["2"]
+        assert await receiver.peek_messages(10) == []
+
+
+async def test_a_late_settlement_of_a_session_that_was_given_back_does_not_touch_the_next_holders(talks):
+    await talks.send("a", "1")
+    talks.emulator.control("slow 0.5")
+    async with talks.accept("a") as receiver:
+        [message] = await receiver.receive_messages(1)
+        settling = asyncio.create_task(receiver.complete_message(message))
+        await asyncio.sleep(0.1)
+        talks.emulator.control("drop")
+        with pytest.raises(sdk_errors.ServiceBusError):
+            await settling
+    talks.emulator.control("slow 0")
+    async with talks.accept("a") as receiver:
+        [message] = await receiver.receive_messages(1)
+        await asyncio.sleep(0.5)
+        await receiver.complete_message(message)
+
+
+async def test_a_connection_that_passes_nothing_on_keeps_its_session_until_the_lock_runs_out(short_talks):
+    await short_talks.send("a", "1")
+    async with short_talks.accept("a") as holder:
+        await holder.receive_messages(1)
+        short_talks.emulator.control("freeze")
+        assert short_talks.emulator.control("stats")["sessions"] == 1
+        async with short_talks.accept(max_wait_time=PATIENCE) as receiver:
+            [message] = await receiver.receive_messages(1)
+            assert (str(message), message.delivery_count) == ("1", 1)
+
+
+async def test_dead_letters_of_a_session_are_in_a_queue_without_sessions(talks):
+    await talks.send("a", "1", "2", "3", subject="kept")
+    async with talks.accept("a") as receiver:
+        [message] = await receiver.receive_messages(1)
+        await receiver.dead_letter_message(message, "R", "D")
+        for delivery in range(10):
+            [message] = await receiver.receive_messages(1)
+            assert (str(message), message.delivery_count) == ("2", delivery)
+            await receiver.abandon_message(message)
+        assert await take(receiver) == ["3"]
+    async with talks.dead_letters() as receiver:
+        first, second = await receiver.receive_messages(1) + await receiver.receive_messages(1)
+        assert [str(first), first.dead_letter_reason, first.session_id, first.subject] == ["1", "R", "a", "kept"]
+        assert [str(second), second.dead_letter_reason] == ["2", "MaxDeliveryCountExceeded"]
+        await receiver.complete_message(first)
+        await receiver.complete_message(second)
+
+
+async def test_what_outlives_its_time_in_a_session_is_dead_lettered_not_delivered(talks):
+    await talks.send("a", "old", time_to_live=datetime.timedelta(milliseconds=1))
+    await talks.send("a", "new", time_to_live=datetime.timedelta(hours=1))
+    async with talks.accept("a") as receiver:
+        assert await take(receiver) == ["new"]
+        assert await receiver.peek_messages(10) == []
+    async with talks.dead_letters() as receiver:
+        [message] = await receiver.receive_messages(1)
+        assert (str(message), message.dead_letter_reason) == ("old", "TTLExpiredException")
+
+
+async def test_a_session_can_be_looked_into_and_its_scheduled_messages_be_taken_back(talks):
+    await talks.send("b", "b1")
+    numbers = await talks.sender.schedule_messages(
+        [ServiceBusMessage(text, session_id="a") for text in ("later", "never")], utc_in(3600)
+    )
+    await talks.send("a", "a1")
+    async with talks.accept("a") as receiver:
+        seen = await receiver.peek_messages(10)
+        assert [(str(each), each.state.name) for each in seen] == [
+            *(("later", "SCHEDULED"), ("never", "SCHEDULED"), ("a1", "ACTIVE"))
+        ]
+        await talks.sender.cancel_scheduled_messages(numbers[1])
+        assert [str(each) for each in await receiver.peek_messages(10, sequence_number=1)] == ["later", "a1"]
+        assert await take(receiver) == ["a1"]
+        soon = await talks.sender.schedule_messages(ServiceBusMessage("soon", session_id="a"), utc_in(0.3))
+        [message] = await receiver.receive_messages(1)
+        assert (str(message), message.sequence_number) == ("soon", soon[0])
+
+
+async def test_an_id_that_was_there_before_is_dropped_in_whichever_session(talks):
+    await talks.send("a", "first", message_id="x")
+    await talks.send("b", "second", message_id="x")
+    await talks.send("b", "third", message_id="y")
+    async with talks.accept("a") as a, talks.accept("b") as b:
+        assert (await take(a), await take(b)) == (["first"], ["third"])
+        await talks.send("a", "late", message_id="x")
+        assert await a.peek_messages(10) == await b.peek_messages(10) == []
+
+
+async def test_what_was_deferred_in_a_session_is_received_by_its_number_by_the_sessions_holder(talks):
+    await talks.send("a", "1", "2")
+    async with talks.accept("a") as receiver, talks.accept("b") as other:
+        [message] = await receiver.receive_messages(1)
+        await receiver.defer_message(message)
+        assert await take(receiver) == ["2"]
+        with pytest.raises(sdk_errors.MessageNotFoundError):
+            await other.receive_deferred_messages(message.sequence_number)
+        [deferred] = await receiver.receive_deferred_messages(message.sequence_number)
+        assert str(deferred) == "1"
+        await receiver.complete_message(deferred)
+        assert await receiver.peek_messages(10) == []
+
+
+async def test_a_session_can_be_received_and_deleted(talks):
+    await talks.send("a", "1", "2")
+    async with talks.accept("a", receive_mode=ServiceBusReceiveMode.RECEIVE_AND_DELETE) as receiver:
+        assert [str(each) for _ in range(2) for each in await receiver.receive_messages(1)] == ["1", "2"]
+        assert await receiver.peek_messages(10) == []
+
+
+async def test_the_figures_count_the_messages_of_sessions_too(short_talks):
+    def figures(*names):
+        stats = short_talks.emulator.control("stats")
+        return [stats[name] for name in names]
+
+    await short_talks.send("a", "1", "2", "3")
+    await short_talks.sender.schedule_messages(ServiceBusMessage("later", session_id="a"), utc_in(3600))
+    assert figures("sessions", "active", "locked", "scheduled", "dead") == [0, 3, 0, 1, 0]
+    async with short_talks.accept("a") as receiver:
+        first, second = await receiver.receive_messages(1) + await receiver.receive_messages(1)
+        await receiver.session.renew_lock()
+        await receiver.dead_letter_message(first)
+        assert figures("sessions", "active", "locked", "scheduled", "dead") == [1, 1, 1, 1, 1]
+        await receiver.complete_message(second)
+    await until(lambda: figures("sessions") == [0])
+    assert figures("active", "locked", "scheduled", "dead") == [1, 0, 1, 1]
 
 
 # ======================================================================================================================
@@ -12394,6 +14452,8 @@ def test_what_a_user_can_get_wrong_is_a_line_and_an_exit_code(night, capsys, tmp
         (["worker", "app", "-c", "0"], "'0' must be a number over 0"),
         (["worker", "app", "--grace-period", "-1"], "'-1' must be seconds, 0 or more"),
         (["dead", "x.db", "revive"], "invalid choice: 'revive'"),
+        (["publish", "x.db", "f", "--wait", "-1"], "'-1' must be seconds, 0 or more"),
+        (["publish", "x.db", "f", "--wait", '["x"]'], """'["x"]' must be seconds, 0 or more"""),
     ],
     ids=str,
 )
@@ -12476,6 +14536,82 @@ def test_whatever_it_is_started_as_there_is_one_module(tmp_path, way):
     assert worked.returncode == 0
     assert "[resize] Completed Task" in worked.stderr
     assert worked.stdout == ""
+
+
+WAITED_FOR_APP = """
+from boilermaker import Boilermaker, LocalServiceBus
+
+app = Boilermaker(None, LocalServiceBus("waited.db"))
+
+
+@app.task
+async def add(state, *numbers, to=0):
+    return {"sum": sum(numbers, to)}
+
+
+@app.task(result_ttl=5)
+async def keep(state, value):
+    return value
+
+
+@app.task
+async def fail(state):
+    raise ValueError("no \\x1b[31mrelay\\nat all")
+"""
+
+
+async def test_a_publish_waits_for_the_result_and_prints_it_as_json(tmp_path):
+    (tmp_path / "waited.py").write_text(WAITED_FOR_APP)
+    environment = {**os.environ, "PYTHONPATH": str(MODULE.parent)}
+
+    async def publish(*arguments):
+        process = await asyncio.create_subprocess_exec(
+            *command_line("publish", *arguments),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            cwd=tmp_path,
+            env=environment,
+        )
+        out, err = await asyncio.wait_for(process.communicate(), PATIENCE)
+        published, *rest = err.decode().splitlines()
+        assert re.match(r"Published \w+ task_id=\S+ sequence_number=\d+$", published)
+        return process.returncode, out.decode(), rest
+
+    code, out, err = await publish("waited", "add", "[1]", "--wait", 0)
+    assert (code, out) == (1, "")
+    assert re.match(r"boilermaker publish: Task '\S+' has no outcome after 0.0 s: it waits or runs, ", err[0])
+    with command_running(tmp_path, "worker", "waited"):
+        answers = await asyncio.gather(
+            publish("waited", "add", "[1, 2]", "--wait"),
+            publish("waited.db", "add", '{"to": 4}', "--wait", PATIENCE),
+            publish("waited.db", "keep", '["Zoë"]', "--task-id", "mine", "--wait"),
+            publish("waited:app", "keep", "[null]", "--delay", "0.2", "--wait"),
+        )
+        assert answers == [
+            (0, '{"sum": 3}\n', []),
+            (0, '{"sum": 4}\n', []),
+            (0, '"Zo\\u00eb"\n', []),
+            (0, "null\n", []),
+        ]
+        for bus in ("waited", "waited.db"):
+            code, out, [line] = await publish(bus, "fail", "--wait")
+            assert (code, out) == (1, "")
+            assert re.fullmatch(r"boilermaker publish: fail \S+: ValueError: no \\x1b\[31mrelay\\nat all", line)
+        assert (await publish("waited.db", "unknown", "--wait"))[0] == 1
+    kept = rows_of(tmp_path / "waited.db", "SELECT expires FROM outcome WHERE value = 'null'")
+    assert kept[0][0] < time.time() + 6  # as the registration says, where there is one that says it
+
+
+async def test_a_publish_that_is_interrupted_while_it_waits_leaves_the_task(night, tmp_path):
+    with command_running(tmp_path, "publish", "night.db", "later", "--task-id", "mine", "--wait") as (process, log):
+        await until(lambda: "Published later task_id=mine" in log.read_text())
+        await asyncio.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        await until(lambda: process.poll() is not None, "the end")
+        assert (process.returncode, "Traceback" in log.read_text()) == (130, False)
+        assert "Interrupted" in log.read_text()
+    [(function_name,)] = rows_of(tmp_path / "night.db", "SELECT function_name FROM message WHERE message_id = 'mine'")
+    assert function_name == "later"
 
 
 def test_the_command_looks_at_a_queue_through_a_pipe_that_is_closed_early(night, tmp_path):
@@ -14103,8 +16239,12 @@ async def test_the_web_application_publishes_what_its_worker_runs(tmp_path, monk
     monkeypatch.setenv("QUEUE_FILE", str(queue_file))
     sys.modules.pop("examples.web", None)
     web = importlib.import_module("examples.web")
-    transport = httpx.ASGITransport(app=web.api)
-    async with web.lifespan(web.api), httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+    async with web.lifespan(web.api) as state:
+
+        async def api(scope, receive, send):
+            await web.api({**scope, "state": dict(state)}, receive, send)
+
+        client = httpx.AsyncClient(transport=httpx.ASGITransport(app=api), base_url="http://test")
         refused = await client.post("/resize", params={"image": "cat.png", "width": "wide"})
         response = await client.post("/resize", params={"image": "cat.png", "width": 200})
         [waiting] = await web.app.service_bus_client.peek()
@@ -14141,6 +16281,60 @@ uvicorn.run(api, port=0)
     assert await exit_code((server, output)) in (0, -signal.SIGTERM)
     assert "resized cat.png to 200 pixels\n" in output.read_text()
     assert "Traceback" not in output.read_text()
+
+
+SERVER_PROGRAM = """
+import sys
+import uvicorn
+import examples.web as web
+
+web.PATIENCE = float(sys.argv[1])
+uvicorn.run(web.api, port=0)
+"""
+
+
+async def test_two_servers_on_one_file_await_results_and_are_asked_by_id(start_program):
+    import httpx
+
+    servers = [start_program(SERVER_PROGRAM, patience) for patience in (PATIENCE, 0.2)]
+    addresses = [
+        (await until(lambda output=output: re.search(r"running on (http://\S+)", output.read_text())))[1]
+        for _, output in servers
+    ]
+    async with httpx.AsyncClient(base_url=addresses[0]) as one, httpx.AsyncClient(base_url=addresses[1]) as other:
+        image = {"image": "cat.png"}
+        started = (await one.post("/resize", params={**image, "width": 200})).json()["task_id"]
+        failing = (await one.post("/resize", params={**image, "width": 0})).json()["task_id"]
+        late = await other.post("/thumbnail", params=image)
+        assert (late.status_code, set(late.json())) == (202, {"task_id"})
+        for client in (one, other):
+            assert (await client.get("/resize/unknown")).status_code == 404
+            waiting = await client.get(f"/resize/{started}")
+            assert (waiting.status_code, waiting.json()) == (202, {"task_id": started})
+
+        start_program("import examples.web as web; web.asyncio.run(web.app.run())")
+
+        async def answered():
+            return (await other.get(f"/resize/{late.json()['task_id']}")).status_code == 200
+
+        await until(answered)
+        for client in (one, other):
+            there = await client.get(f"/resize/{started}")
+            assert (there.status_code, there.json()) == (200, {"url": "/images/cat-200.png"})
+            failed = await client.get(f"/resize/{failing}")
+            assert (failed.status_code, failed.json()) == (
+                500,
+                {"detail": "ValueError: cat.png cannot have 0 pixels"},
+            )
+        awaited = [
+            one.post("/thumbnail", params={"image": f"{number}.png"}, timeout=2 * PATIENCE) for number in range(9)
+        ]
+        for number, response in enumerate(await asyncio.gather(*awaited)):
+            assert (response.status_code, response.json()) == (200, {"url": f"/images/{number}-64.png"})
+    for server, output in servers:
+        server.terminate()
+        assert await exit_code((server, output)) in (0, -signal.SIGTERM)
+        assert "Traceback" not in output.read_text()
 
 
 def test_the_periodic_workflow_runs_once_for_each_second_in_two_workers():
@@ -14197,7 +16391,7 @@ def test_the_azure_program_says_what_the_environment_lacks():
 CONSUMER = """\
 from datetime import timedelta
 
-from MODULE import Boilermaker, LocalServiceBus, RetryPolicy, Schedule, Task, TaskFailureResult, retries
+from MODULE import Boilermaker, LocalServiceBus, RetryPolicy, Schedule, Task, TaskFailed, TaskFailureResult, retries
 
 app = Boilermaker({"count": 0}, LocalServiceBus())
 
@@ -14237,6 +16431,52 @@ async def work() -> None:
     await app.run(schedules=False)
 
 
+@app.task(result_ttl=600)
+async def thumbnail(state: dict[str, int], image: str) -> str:
+    return image
+
+
+@app.task(result_ttl=timedelta(minutes=10))
+async def is_large(state: dict[str, int]) -> bool:
+    return True
+
+
+@app.task
+async def route(state: dict[str, int], large: bool) -> Task[int]:
+    return resize.si("x", 1) | is_large.si() if large else resize.si("y")
+
+
+def same(task: Task) -> Task:  # of any result
+    return task
+
+
+async def width_of(task: Task[int]) -> int:
+    return await task.result(timeout=5)
+
+
+async def results() -> None:
+    width: int = await (await resize.delay("x")).result(5)
+    text: str = await (await (resize.si("x") | thumbnail.s()).publish()).result(timedelta(seconds=5))
+    text = await (await app.publish_task(resize.si("x") >> thumbnail.s())).result(None)
+    text = await (await (resize | thumbnail).publish()).result(0)
+    width = await (await route.options(result_ttl=60).delay(True)).result(5)
+    width = await (await app.publish_task(route.si(False) | route.s())).result(5)
+    width = await (await app.apply_async(resize, "x", delay=1)).result(5)
+    width = await (await app.apply_async(route, True)).result(5)
+    width = await (await app.publish_task(app.create_task(resize, "x"))).result(5)
+    width = await (await Task.si(resize, "x").copy().publish(result_ttl=60)).result(5)
+    await (await app.publish_task(Task.si(plain))).result(5)
+    width = await width_of(await is_large.delay()) + await width_of(await route.delay(False))
+    try:
+        anything = await same(await resize.delay("x")).result(5)
+        by_id = await app.result("id", timeout=timedelta(seconds=5))
+        by_name = await (await app.send_task("resize", "x", queue="theirs", result_ttl=5)).result(5)
+        print(anything, by_id, by_name, text, width)
+    except TaskFailed as failure:
+        message: str = failure.error + failure.function_name + failure.message + failure.traceback + failure.task_id
+        print(message, failure.attempts + 1)
+
+
 async def publish() -> None:
     task: Task = await resize.delay("x", width=1)
     await app.publish_task(resize.si("x") | send_mail.s() | resize)
@@ -14255,6 +16495,15 @@ MISTAKES = {
     "wrong: str = await resize({}, 'x')": "a wrong result",
     "app.schedule(tidy, every=300)": "an interval that is none",
     "await tidy.delay('x')": "a wrong type, of a task with a schedule",
+    'result: str = await (await resize.delay("x")).result(5)': "a wrong result, awaited",
+    'another: int = await (await (resize.si("x") | thumbnail.s()).publish()).result(5)': "the first step's result",
+    "returned: Task[int] = await (await route.delay(True)).result(5)": "the task returned, in place of its result",
+    'await width_of(thumbnail.si("x"))': "a task of another result",
+    "await task.result()": "no timeout",
+    'await task.result("5")': "a timeout of a wrong type",
+    'await app.result("id")': "no timeout, by id",
+    'await app.publish_task(resize.si("x"), result_ttl="60")': "a time of a wrong type",
+    'resize.options(results="x")': "an unknown option",
 }
 
 

@@ -11,6 +11,9 @@ that all meet the same machine, and every measurement runs in new processes, on 
                once. One by one, a tenth of the tasks.
     latency    From `delay()` in one process to the first line of the task in another, both idle before, 50 tasks a
                second: p50 and p99. Before that, what an idle worker costs: processor time and resident memory.
+    results    No-op tasks whose results are awaited from another process than the worker's: one after the other, from
+               `delay()` to the result, p50 and p99; and 1,000 published at once and awaited together, beside as many
+               whose results nobody keeps, from publishing to the last task's run. Of boilermaker only.
     io         1,000 tasks that sleep 0.1 s, 100 at once: ideally 1 s.
     processes  1, 2 and 4 worker processes of boilermaker on one file, started at once, four times the tasks.
     import     Starting Python and importing boilermaker, beside `import asyncio, sqlite3, json`, and nothing.
@@ -420,6 +423,33 @@ def memory_of_nothing() -> float:
     return used
 
 
+def results(benchmark: Benchmark) -> list[Table]:
+    measure = functools.partial(results_one, one_by_one=200, together=1000)
+    figures = benchmark.figures("results", [OURS], measure)
+    together = [
+        Row(label, tuple(each[name] for each in figures.get(OURS, [])), "ours")
+        for label, name in (("not kept", "without"), ("awaited", "together"))
+    ]
+    return [
+        table("Results: awaited one after the other, from another process: p50", "ms", figures, "p50"),
+        table("Results: awaited one after the other, from another process: p99", "ms", figures, "p99"),
+        *([Table("Results: 1,000 tasks at once", "ms", together)] if figures else []),
+    ]
+
+
+def results_one(contestant: Contestant, one_by_one: int, together: int) -> Figures:
+    count = 1 + one_by_one + 2 * together
+    with folder_for(contestant) as (folder, place):
+        call(contestant, "fill", place, task="noop", count=1)
+        times = Ledger.create(str(folder / "ledger"), count)
+        with worker(contestant, folder, place, count) as process:
+            first_ran(contestant, times, process)
+            path = str(folder / "ledger")
+            figures: Figures = call(contestant, "ask", place, path=path, one_by_one=one_by_one, together=together)
+            all_ran(contestant, times, process)
+    return figures
+
+
 def io(benchmark: Benchmark) -> list[Table]:
     contestants = [OURS, *(contestant for contestant in benchmark.peers if contestant.peer.parallel)]
     results = benchmark.figures("io", contestants, io_one)
@@ -671,6 +701,7 @@ PARTS: dict[str, Callable[[Benchmark], list[Table]]] = {
     "drain": drain,
     "publish": publish,
     "latency": latency,
+    "results": results,
     "io": io,
     "processes": processes,
     "import": imports,

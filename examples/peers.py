@@ -15,8 +15,10 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
+import itertools
 import json
 import logging
+import math
 import mmap
 import os
 import statistics
@@ -803,6 +805,35 @@ async def _drip(peer: Peer, times: Ledger, count: int, pace: float) -> None:
     await peer.close()
 
 
+def ask(peer: str, place: str, path: str, one_by_one: int, together: int) -> dict[str, float]:
+    """Publish the tasks from 1 on and await results, while a worker in another process runs them: what it takes."""
+    return asyncio.run(_ask(Boilermaker(place), Ledger(path, 1 + one_by_one + 2 * together), one_by_one, together))
+
+
+async def _ask(peer: Boilermaker, times: Ledger, one_by_one: int, together: int) -> dict[str, float]:
+    noop, numbers, took = peer.tasks["noop"].options(result_ttl=60), itertools.count(1), []
+    for _ in range(one_by_one):
+        started = time.perf_counter()
+        await (await noop.delay(next(numbers))).result(FOREVER)
+        took.append(time.perf_counter() - started)
+
+    started = time.monotonic()
+    without = [peer.tasks["noop"].si(next(numbers)) for _ in range(together)]
+    await peer.app.publish_many(without)
+    while not all(times.first[one_by_one + 1 : one_by_one + 1 + together]):
+        await asyncio.sleep(DOZE)
+    seconds_without = max(times.first[one_by_one + 1 : one_by_one + 1 + together]) - started
+
+    started = time.monotonic()
+    published = await peer.app.publish_many([noop.si(next(numbers)) for _ in range(together)])
+    await asyncio.gather(*(task.result(FOREVER) for task in published))
+    seconds = time.monotonic() - started
+    await peer.close()
+    percentile = sorted(took)[math.ceil(0.99 * len(took)) - 1]
+    figures = {"p50": statistics.median(took) * 1000, "p99": percentile * 1000}
+    return figures | {"without": seconds_without * 1000, "together": seconds * 1000}
+
+
 def work(peer: str, place: str, path: str, count: int, concurrency: int, at: float = 0, log: bool = False) -> None:
     """Run tasks until killed.
 
@@ -936,7 +967,7 @@ def peak_memory(pid: int | str) -> float:
 
 
 ROLES: dict[str, Callable[..., Any]] = {
-    role.__name__: role for role in (check, remove, fill, publish, drip, work, grow, bystand, operate)
+    role.__name__: role for role in (check, remove, fill, publish, drip, ask, work, grow, bystand, operate)
 }
 
 

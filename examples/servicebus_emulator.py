@@ -1,16 +1,16 @@
 """A local Azure Service Bus: AMQP 1.0 on loopback, for the unmodified azure-servicebus SDK.
 
-    python -m examples.servicebus_emulator --queue tasks
+    python -m examples.servicebus_emulator --queue tasks --session-queue tasks-replies
 
-prints a connection string and serves until SIGTERM or SIGINT. In a test:
+prints a connection string and serves until SIGTERM or SIGINT; only the second queue requires sessions. In a test:
 
-    with ServiceBusEmulator(queues=["tasks"], lock_duration=10) as emulator:
+    with ServiceBusEmulator(["tasks"], session_queue=["tasks-replies"], lock_duration=10) as emulator:
         client = ServiceBusClient.from_connection_string(emulator.connection_string)
         emulator.control("drop")
 
 python-qpid-proton does the protocol, boilermaker's embedded queue stores the messages. This file adds what makes
-that a Service Bus: tokens, peek-lock, a management node for every queue, the errors that the SDK knows by name, and
-faults on demand. Topics, transactions and TLS are left out; of a queue with sessions there is only what it refuses.
+that a Service Bus: tokens, peek-lock, sessions, a management node for every queue, the errors that the SDK knows by
+name, and faults on demand. Topics, transactions, TLS and the listing of sessions are left out.
 
 What arrives in one read is one turn of the service: it is handled, receivers that wait are served, the store commits,
 and only then does anything leave for a client.
@@ -55,6 +55,12 @@ TOKEN_FIELDS = ("status-code", "status-description")  # of an answer; the nodes 
 MANAGEMENT_SUFFIX = "/$management"
 MANAGEMENT_FIELDS = ("statusCode", "statusDescription", "errorCondition")
 
+SESSION_FILTER = proton.symbol("com.microsoft:session-filter")  # of a source: a session's id, null for the next one
+LOCKED_UNTIL = proton.symbol("com.microsoft:locked-until-utc")  # of a link: in ticks
+TIMEOUT = proton.symbol("com.microsoft:timeout")  # of a link: how many milliseconds it waits for the next session
+DEFAULT_TIMEOUT = 60_000
+UNIX_EPOCH_TICKS = 621_355_968_000_000_000  # since the year 1, of 100 ns each
+
 MAX_FRAME_BYTES = 65536
 SEND_CREDIT = 1000  # messages that a sender may have under way
 MOST_PEEKED = 250  # messages that one request to peek gets
@@ -65,7 +71,10 @@ STATUS = {
     "amqp:unauthorized-access": 401,
     "amqp:not-found": 404,
     "com.microsoft:message-not-found": 404,
+    "com.microsoft:timeout": 408,
     "com.microsoft:message-lock-lost": 410,
+    "com.microsoft:session-cannot-be-locked": 410,
+    "com.microsoft:session-lock-lost": 410,
     "amqp:link:message-size-exceeded": 413,
     "amqp:not-implemented": 501,
     "amqp:link:detach-forced": 503,
@@ -125,6 +134,7 @@ class Row(NamedTuple):
     enqueued_time: float
     dead_letter_reason: str | None
     dead_letter_error_description: str | None
+    session_id: str | None
 
     @property
     def lock(self) -> Lock:
@@ -194,18 +204,20 @@ def is_message(encoded: bytes) -> bool:
     return False
 
 
-def parse(queue: str, encoded: bytes, with_session: bool) -> tuple[Outgoing, float | None]:
-    """A message for the embedded queue, and the seconds that it may live, if it says so."""
+def parse(queue: str, encoded: bytes, with_session: bool) -> tuple[Outgoing, float | None, str | None]:
+    """A message for the embedded queue, the seconds that it may live, if it says so, and its session, if it has one."""
     values = decode(sections(encoded), (HEADER, ANNOTATIONS, PROPERTIES))
     properties = values.get(PROPERTIES, [])
     (message_id,) = properties[:1] or [None]
-    if with_session and not any(properties[10:11]):
+    (session_id,) = properties[10:11] or [None]
+    if with_session and not session_id:
         raise Refusal("amqp:not-allowed", f"The SessionId was not set on a message, and '{queue}' requires sessions.")
     (milliseconds,) = values.get(HEADER, [])[2:3] or [None]
     scheduled = values.get(ANNOTATIONS, {}).get("x-opt-scheduled-enqueue-time")
     due = None if scheduled is None else scheduled / 1000
     time_to_live = None if milliseconds is None else milliseconds / 1000
-    return Outgoing(encoded, str(uuid.uuid4() if message_id is None else message_id), queue, due), time_to_live
+    message_id = str(uuid.uuid4() if message_id is None else message_id)
+    return Outgoing(encoded, message_id, queue, due), time_to_live, session_id if with_session else None
 
 
 def for_receiver(row: Row, now: float) -> bytes:
@@ -266,6 +278,23 @@ class Faults:
         return left > 0
 
 
+@dataclass
+class SessionLock:
+    """The hold of one receiver on a session, and on all that it has received of it."""
+
+    receiver: str  # the name of its link
+    locked_until: float
+    given_back: bool = False  # the link is gone
+
+
+IN_SESSION = "queue_id = ? AND session_id = ?"
+
+
+def session_lock_lost(session_id: str) -> Refusal:
+    text = f"The lock of session '{session_id}' has expired, or another receiver has it. Accept a new session."
+    return Refusal("com.microsoft:session-lock-lost", text)
+
+
 class Broker(Store):
     """The queues of one namespace: the embedded queue, and what Service Bus has besides.
 
@@ -279,6 +308,12 @@ class Broker(Store):
         self.faults = Faults()
         self.names: dict[str, str] = {}
         self.stirred: set[str] = set()  # queues in which something may have become available
+        self.session_locks: dict[str, dict[str, SessionLock]] = {queue: {} for queue in settings.session_queue}
+        self.session_states: dict[tuple[str, str], bytes] = {}  # they outlive locks and messages
+        self.sql.execute("ALTER TABLE message ADD COLUMN session_id TEXT")
+        self.sql.execute(
+            "CREATE INDEX message_session ON message (queue_id, session_id, state, due) WHERE session_id IS NOT NULL"
+        )
         for queue in settings.queue + settings.session_queue:
             self.open_queue(queue, QueueSettings(*(getattr(settings, name) for name in QueueSettings._fields)))
             self.open_queue(queue + DEAD_LETTER_SUFFIX, QueueSettings(max_delivery_count=None))
@@ -298,9 +333,13 @@ class Broker(Store):
         wanted = "sequence_number IN (SELECT value FROM json_each(?)) ORDER BY sequence_number"
         return self.rows(wanted, json.dumps(list(sequence_numbers)))
 
-    def peek_rows(self, queue: str, max_message_count: int, from_sequence_number: int) -> list[Row]:
-        condition = "queue_id = ? AND sequence_number >= ? ORDER BY sequence_number LIMIT ?"
-        return self.rows(condition, self._queue(queue)[0], from_sequence_number, max_message_count)
+    def peek_rows(
+        self, queue: str, max_message_count: int, from_sequence_number: int, session_id: str | None
+    ) -> list[Row]:
+        condition = (
+            "queue_id = ? AND sequence_number >= ? AND ifnull(session_id = ?, 1) ORDER BY sequence_number LIMIT ?"
+        )
+        return self.rows(condition, self._queue(queue)[0], from_sequence_number, session_id, max_message_count)
 
     def send(self, queue: str, transfers: list[bytes]) -> list[int]:
         """Store what the transfers carry, all of it or nothing; the sequence numbers."""
@@ -311,14 +350,17 @@ class Broker(Store):
             text = f"The message (size: {size} bytes) exceeds the limit ({limit} bytes) of the link."
             raise Refusal("amqp:link:message-size-exceeded", text)
         try:
-            with_session = queue in self.settings.session_queue
+            with_session = queue in self.session_locks
             messages = [parse(queue, single, with_session) for encoded in transfers for single in unbatch(encoded)]
         except (ValueError, IndexError, proton.ProtonException) as error:
             raise Refusal("amqp:decode-error", str(error)) from error
         now = time.time()
         self.stirred.add(queue)
-        numbers = self.insert([message for message, _ in messages], now)
-        for number, (message, time_to_live) in zip(numbers, messages, strict=True):
+        numbers = self.insert([message for message, *_ in messages], now)
+        for number, (message, time_to_live, session_id) in zip(numbers, messages, strict=True):
+            if session_id is not None:  # the number may be that of an earlier message, of which this is a duplicate
+                sql = "UPDATE message SET session_id = ? WHERE sequence_number = ? AND session_id IS NULL"
+                self._changed(sql, (session_id, number))
             if time_to_live is not None:  # the message expires then, unless its queue lets it expire earlier
                 expires = max(message.due or now, now) + time_to_live
                 sql = "UPDATE message SET expires = min(?, ifnull(expires, ?)) WHERE sequence_number = ?"
@@ -330,11 +372,14 @@ class Broker(Store):
         claimed = self.claim(queue, max_message_count, self.settings.lock_duration, now)
         return [(row.lock, for_receiver(row, now)) for row in self.numbered(each.sequence_number for each in claimed)]
 
-    def claim_deferred(self, queue: str, sequence_number: int, locked_until: float) -> bool:
+    def claim_deferred(self, queue: str, sequence_number: int, session_id: str | None, now: float) -> bool:
         """Lock a deferred message. Given back, it is an active one: a simplification."""
-        deferred = "queue_id = ? AND sequence_number = ? AND state = ?"
+        until = now + self.settings.lock_duration
+        if session_id is not None:
+            until = self.session_locks[queue][session_id].locked_until
+        deferred = "queue_id = ? AND sequence_number = ? AND state = ? AND ifnull(session_id = ?, 1)"
         sql = f"UPDATE message SET state = ?, due = ?, delivery_count = delivery_count + 1 WHERE {deferred}"
-        return self._changed(sql, (LOCKED, locked_until, self._queue(queue)[0], sequence_number, DEFERRED))
+        return self._changed(sql, (LOCKED, until, self._queue(queue)[0], sequence_number, DEFERRED, session_id))
 
     def hold(self, lock: Lock) -> float:
         """Make sure that the lock is still good; the time that this was checked for."""
@@ -383,6 +428,67 @@ class Broker(Store):
         sql = f"SELECT {kinds}, count(*) FROM message JOIN queue USING (queue_id) GROUP BY 1"
         counted = self.sql.execute(sql, (DEAD_LETTER_SUFFIX, DEFERRED, now, LOCKED)).fetchall()
         return dict.fromkeys(("active", "locked", "scheduled", "deferred", "dead"), 0) | dict(counted)
+
+    # -- sessions
+
+    def free_session(self, queue: str, now: float) -> str | None:
+        """The session of the message that has waited longest, of those that nobody holds."""
+        free = "queue_id = ? AND state = ? AND due <= ? AND session_id NOT IN (SELECT value FROM json_each(?))"
+        held = json.dumps(list(self.session_locks[queue]))
+        rows = self.rows(f"{free} ORDER BY due, sequence_number LIMIT 1", self._queue(queue)[0], READY, now, held)
+        return rows[0].session_id if rows else None
+
+    def lock_session(self, queue: str, session_id: str, receiver: str, now: float) -> None:
+        self.session_locks[queue][session_id] = SessionLock(receiver, now + self.settings.lock_duration)
+
+    def hold_session(self, queue: str, session_id: str, receiver: str | None) -> None:
+        """Make sure that the receiver still holds the session."""
+        lock = self.session_locks.get(queue, {}).get(session_id)
+        if lock is None or lock.receiver != receiver or lock.locked_until <= time.time():
+            raise session_lock_lost(session_id)
+
+    def renew_session(self, queue: str, session_id: str, now: float) -> float:
+        """Lock a held session, and what was received of it, anew; until when."""
+        lock = self.session_locks[queue][session_id]
+        lock.locked_until = now + self.settings.lock_duration
+        sql = f"UPDATE message SET due = ? WHERE {IN_SESSION} AND state = ?"
+        self.sql.execute(sql, (lock.locked_until, self._queue(queue)[0], session_id, LOCKED))
+        return lock.locked_until
+
+    def receive_in_session(self, queue: str, session_id: str, max_message_count: int) -> list[tuple[Lock, bytes]]:
+        """The next messages of a held session, which are locked for as long as it is."""
+        now, (queue_id, settings) = time.time(), self._queue(queue)
+        available = f"{IN_SESSION} AND state = {READY} AND due <= ?"
+        ends = {
+            "TTLExpiredException": ("expires <= ?", now),
+            "MaxDeliveryCountExceeded": ("delivery_count >= ?", settings.max_delivery_count),
+        }
+        for reason, (condition, limit) in ends.items():
+            for row in self.rows(f"{available} AND {condition}", queue_id, session_id, now, limit):
+                self._changed("UPDATE message SET state = ? WHERE sequence_number = ?", (LOCKED, row.sequence_number))
+                self.dead_letter(queue, row._replace(state=LOCKED).lock, reason, "It was not settled before.", now)
+
+        in_order = f"{available} ORDER BY due, sequence_number LIMIT ?"
+        rows = self.rows(in_order, queue_id, session_id, now, max_message_count)
+        until = self.session_locks[queue][session_id].locked_until
+        sql = "UPDATE message SET state = ?, due = ?, delivery_count = delivery_count + 1 WHERE sequence_number = ?"
+        self.sql.executemany(sql, [(LOCKED, until, row.sequence_number) for row in rows])
+        locked = [row._replace(state=LOCKED, due=until, delivery_count=row.delivery_count + 1) for row in rows]
+        return [(row.lock, for_receiver(row, now)) for row in locked]
+
+    def release_session(self, queue: str, session_id: str, counted: bool) -> None:
+        """Let others have a session, and what was received of it and not settled, counted as delivered or not."""
+        del self.session_locks[queue][session_id]
+        given_back = "state = ?, due = enqueued_time, delivery_count = delivery_count - ?"
+        sql = f"UPDATE message SET {given_back} WHERE {IN_SESSION} AND state = ?"
+        self.sql.execute(sql, (READY, 0 if counted else 1, self._queue(queue)[0], session_id, LOCKED))
+
+    def next_change(self, queue: str, now: float) -> float | None:
+        """When a message of the queue becomes due, or the lock of one of its sessions ends."""
+        sql = "SELECT min(due) FROM message WHERE queue_id = ? AND state = ? AND due > ?"
+        (due,) = self._one(sql, (self._queue(queue)[0], READY, now))
+        ends = [lock.locked_until for lock in self.session_locks[queue].values()]
+        return min(ends if due is None else [*ends, due], default=None)
 
 
 # --- Nodes: tokens and management -------------------------------------------------------------------------------------
@@ -450,19 +556,41 @@ def cancel_scheduled_message(broker: Broker, queue: str, body: Body) -> Body:
 
 
 def peek_message(broker: Broker, queue: str, body: Body) -> Body | None:
-    rows = broker.peek_rows(queue, min(body["message-count"], MOST_PEEKED), body["from-sequence-number"])
+    most = min(body["message-count"], MOST_PEEKED)
+    rows = broker.peek_rows(queue, most, body["from-sequence-number"], body.get("session-id"))
     return {"messages": [{"message": for_receiver(row, time.time())} for row in rows]} if rows else None
 
 
 def receive_by_sequence_number(broker: Broker, queue: str, body: Body) -> Body:
     now = time.time()
     for number in body["sequence-numbers"]:
-        if not broker.claim_deferred(queue, number, now + broker.settings.lock_duration):
+        if not broker.claim_deferred(queue, number, body.get("session-id"), now):
             raise message_not_found(number)
     rows = broker.numbered(body["sequence-numbers"])
     if body["receiver-settle-mode"] == proton.Link.RCV_FIRST:  # receive and delete
         broker.complete([row.lock for row in rows])
     return {"messages": [{"lock-token": row.lock.token, "message": for_receiver(row, now)} for row in rows]}
+
+
+def renew_session_lock(broker: Broker, queue: str, body: Body) -> Body:
+    return {"expiration": proton.timestamp(broker.renew_session(queue, body["session-id"], time.time()) * 1000)}
+
+
+def get_session_state(broker: Broker, queue: str, body: Body) -> Body:
+    return {"session-state": broker.session_states.get((queue, body["session-id"]))}
+
+
+def set_session_state(broker: Broker, queue: str, body: Body) -> Body:
+    key, state = (queue, body["session-id"]), body["session-state"]
+    limit = broker.settings.max_message_bytes
+    if state is None:
+        broker.session_states.pop(key, None)
+    elif len(state) > limit:
+        text = f"The state of session '{key[1]}' (size: {len(state)} bytes) exceeds the limit ({limit} bytes)."
+        raise Refusal("amqp:link:message-size-exceeded", text)
+    else:
+        broker.session_states[key] = bytes(state)
+    return {}
 
 
 def message_not_found(sequence_number: int) -> Refusal:
@@ -475,20 +603,27 @@ def array(kind: int, values: Iterable[int]) -> proton.Array:
 
 
 SETTLE = "com.microsoft:update-disposition"
+PEEK = "com.microsoft:peek-message"
 OPERATIONS: Mapping[str, Operation] = {
     SETTLE: update_disposition,
     "com.microsoft:schedule-message": schedule_message,
     "com.microsoft:cancel-scheduled-message": cancel_scheduled_message,
     "com.microsoft:renew-lock": renew_lock,
-    "com.microsoft:peek-message": peek_message,
+    PEEK: peek_message,
     "com.microsoft:receive-by-sequence-number": receive_by_sequence_number,
+    "com.microsoft:renew-session-lock": renew_session_lock,
+    "com.microsoft:get-session-state": get_session_state,
+    "com.microsoft:set-session-state": set_session_state,
 }
 
 
-def execute(broker: Broker, queue: str, operation: str, body: Body) -> Body | None:
+def execute(broker: Broker, queue: str, operation: str, body: Body, receiver: str | None) -> Body | None:
+    """Do it, for the receiver whose link has that name: what is asked of a session, only its holder may, but peek."""
     if operation not in OPERATIONS:
         raise Refusal("amqp:not-implemented", f"The operation '{operation}' is not known here.")
     try:
+        if operation != PEEK and "session-id" in body:
+            broker.hold_session(queue, body["session-id"], receiver)
         return OPERATIONS[operation](broker, queue, body)
     except (KeyError, TypeError, ValueError) as error:
         raise Refusal("amqp:decode-error", f"{operation}: {error!r}") from error
@@ -506,7 +641,7 @@ class Wire(asyncio.Protocol):
         self.granted: set[str] = set()  # paths that tokens were put for
         self.locks: dict[Lock, str] = {}  # what was delivered over this connection, with its queue
         self.frozen = False
-        self.links: dict[str, Any] = {}  # by name; each knows its `queue`, and its `node` if it leads to one
+        self.links: dict[str, Any] = {}  # by name; each knows its queue, its node or its session
         self.collector = proton.Collector()
         self.connection = proton.Connection()
         self.connection.container = "servicebus-emulator"
@@ -526,15 +661,15 @@ class Wire(asyncio.Protocol):
             self.service.turn(lambda: self.feed(data))
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Forget the client. What it has received stays locked until the locks expire, but for a fault."""
+        """Forget the client. What it has received stays locked until the locks expire, but for sessions and a fault."""
         self.service.wires.discard(self)
         for link in list(self.links.values()):
             self.forget(link)
-        if self.broker.faults.unlock and self.locks:  # in a turn of its own: this may be in the middle of another
-            asyncio.get_running_loop().call_soon(self.service.turn, self.unlock)
+        # In a turn of its own, as this may be in the middle of another. It gives back the sessions, fault or no fault.
+        asyncio.get_running_loop().call_soon(self.service.turn, self.unlock)
 
     def unlock(self) -> None:
-        while self.locks:
+        while self.locks and self.broker.faults.unlock:
             lock, queue = self.locks.popitem()
             with contextlib.suppress(Refusal):  # settled, or received by another
                 self.broker.let_go(queue, lock, "abandoned")
@@ -576,18 +711,27 @@ class Wire(asyncio.Protocol):
         link: Any = event.link
         path = path_of((link.remote_source if link.is_sender else link.remote_target).address or "")
         link.node = path if path == TOKEN_NODE or path.endswith(MANAGEMENT_SUFFIX) else None
-        link.queue = ""
+        link.wire, link.queue, link.session_id = self, "", None
+        link.is_outlet = link.is_sender and not link.node  # clients receive messages on it
+        filters = filters_of(link.remote_source)
+        with_session = link.is_outlet and SESSION_FILTER in filters
         try:
             if path != TOKEN_NODE:
                 link.queue = self.authorized_queue(path.removesuffix(MANAGEMENT_SUFFIX))
-            if link.is_sender and not link.node and link.queue in self.broker.settings.session_queue:
-                text = "It is not possible for an entity that requires sessions to create a non-sessionful receiver."
+            if link.is_outlet and with_session != (link.queue in self.broker.session_locks):
+                kind, needs = ("sessionful", "does not require") if with_session else ("non-sessionful", "requires")
+                text = f"A {kind} receiver cannot be created on an entity that {needs} sessions."
                 raise Refusal("amqp:not-allowed", text)
         except Refusal as refusal:
-            # An attach without source and target announces a detach, which tells why.
-            link.source.type = link.target.type = proton.Terminus.UNSPECIFIED
-            link.open()
             self.detach(link, refusal)
+            return
+        self.links[link.name] = link
+        if link.is_outlet:
+            self.service.outlets[link.queue].append(link)
+        if with_session:  # it is attached when it gets a session, which may be at the end of this turn
+            milliseconds = (link.remote_properties or {}).get(TIMEOUT) or DEFAULT_TIMEOUT
+            link.wanted, link.deadline = filters[SESSION_FILTER], time.time() + milliseconds / 1000
+            self.broker.stirred.add(link.queue)
         else:
             self.attach(link)
 
@@ -599,15 +743,16 @@ class Wire(asyncio.Protocol):
     def attach(self, link: Any) -> None:
         link.source.copy(link.remote_source)
         link.target.copy(link.remote_target)
+        if link.session_id is not None:
+            until = self.broker.session_locks[link.queue][link.session_id].locked_until
+            link.properties = {LOCKED_UNTIL: UNIX_EPOCH_TICKS + int(until * 10**7)}
+            link.source.filter.clear()
+            link.source.filter.put_object({SESSION_FILTER: link.session_id})
         link.snd_settle_mode, link.rcv_settle_mode = link.remote_snd_settle_mode, link.remote_rcv_settle_mode
         link.max_message_size = self.broker.settings.max_message_bytes
         link.open()
-        link.wire = self
-        self.links[link.name] = link
         if link.is_receiver:
             link.flow(SEND_CREDIT)
-        elif not link.node:
-            self.service.outlets[link.queue].append(link)
 
     def on_link_remote_close(self, event: Any) -> None:
         self.forget(event.link)
@@ -616,12 +761,20 @@ class Wire(asyncio.Protocol):
     on_link_remote_detach = on_link_remote_close
 
     def forget(self, link: Any) -> None:
-        if self.links.pop(link.name, None) and link.is_sender and not link.node:
+        if self.links.pop(link.name, None) and link.is_outlet:
             self.service.outlets[link.queue].remove(link)
+            lock = self.broker.session_locks.get(link.queue, {}).get(link.session_id)
+            if lock is not None and not self.frozen:  # of a frozen connection nobody knows that it is of no use
+                lock.given_back = True
+                self.broker.stirred.add(link.queue)
 
     def detach(self, link: Any, refusal: Refusal) -> None:
-        """Force a link off; the client may attach anew."""
+        """Force a link off, or refuse it; the client may attach anew."""
         self.forget(link)
+        if link.state & proton.Endpoint.LOCAL_UNINIT:
+            # An attach without source and target announces a detach, which tells why.
+            link.source.type = link.target.type = proton.Terminus.UNSPECIFIED
+            link.open()
         link.condition = refusal.as_condition()
         link.close()
 
@@ -665,7 +818,8 @@ class Wire(asyncio.Protocol):
         """Do what a node is asked for, and answer on the link that comes from it."""
         request: Any = proton.Message()
         request.decode(encoded)
-        operation = (request.properties or {}).get("operation")
+        given = request.properties or {}
+        operation, receiver = given.get("operation"), given.get("associated-link-name")
         fields = TOKEN_FIELDS if link.node == TOKEN_NODE else MANAGEMENT_FIELDS
         status: tuple[Any, ...]  # the values of those, the last one if there is an error
         body = None
@@ -674,7 +828,7 @@ class Wire(asyncio.Protocol):
                 self.granted.add(check_token(str(request.body), self.broker.settings.key))
                 status = proton.int32(202), "Accepted"
             else:
-                body = execute(self.broker, link.queue, str(operation), request.body)
+                body = execute(self.broker, link.queue, str(operation), request.body, receiver)
                 status = proton.int32(204 if body is None else 200), "OK"
         except Refusal as refusal:
             status = proton.int32(refusal.status), refusal.description, proton.symbol(refusal.condition)
@@ -688,6 +842,8 @@ class Wire(asyncio.Protocol):
         state, refusal = delivery.remote_state, None
         self.locks.pop(delivery.lock, None)
         try:
+            if link.session_id is not None:
+                self.broker.hold_session(link.queue, link.session_id, link.name)
             self.broker.let_go(link.queue, delivery.lock, *outcome_of(delivery))
         except Refusal as lost:
             state, refusal = proton.Delivery.REJECTED, lost
@@ -703,6 +859,11 @@ class Wire(asyncio.Protocol):
             self.drop()
             return True
         return self.broker.faults.due("mute")
+
+
+def filters_of(source: Any) -> Mapping[str, Any]:
+    source.filter.rewind()
+    return (source.filter.next() and source.filter.get_object()) or {}
 
 
 def answer(delivery: Any, state: int, refusal: Refusal | None = None) -> None:
@@ -751,30 +912,66 @@ class Service:
     def serve(self, queue: str) -> None:
         """Hand out what is available to the receivers of a queue, and set an alarm for what will be."""
         outlets = self.outlets[queue]
-        outlets.rotate(-1)  # so that not always the same one is first
-        for outlet in outlets:
-            if outlet.credit:
-                for lock, encoded in self.broker.receive(queue, outlet.credit):
-                    self.deliver(outlet, lock, encoded)
-        if any(outlet.credit for outlet in outlets):
-            self.set_alarm(queue)
+        if queue in self.broker.session_locks:
+            self.serve_sessions(queue, outlets, time.time())
+        else:
+            outlets.rotate(-1)  # so that not always the same one is first
+            for outlet in outlets:
+                if outlet.credit:
+                    for lock, encoded in self.broker.receive(queue, outlet.credit):
+                        self.deliver(outlet, lock, encoded)
+            if any(outlet.credit for outlet in outlets):
+                self.set_alarm(queue, self.broker.next_due(queue))
         if self.outlets.get(queue + DEAD_LETTER_SUFFIX):
             self.serve(queue + DEAD_LETTER_SUFFIX)
+
+    def serve_sessions(self, queue: str, outlets: Iterable[Any], now: float) -> None:
+        """End the locks that are over, let who waits for a session have one, and hand out what is in those held."""
+        for session_id, lock in list(self.broker.session_locks[queue].items()):
+            if lock.given_back or lock.locked_until <= now:
+                self.broker.release_session(queue, session_id, counted=not lock.given_back)
+                for outlet in [each for each in outlets if each.session_id == session_id]:
+                    outlet.wire.detach(outlet, session_lock_lost(session_id))
+        for outlet in [each for each in outlets if each.session_id is None]:
+            self.accept_session(outlet, now)
+        for outlet in outlets:
+            if outlet.session_id is not None and outlet.credit:
+                for message_lock, encoded in self.broker.receive_in_session(queue, outlet.session_id, outlet.credit):
+                    self.deliver(outlet, message_lock, encoded)
+        moments = [outlet.deadline for outlet in outlets if outlet.session_id is None]
+        if (change := self.broker.next_change(queue, now)) is not None:
+            moments.append(change)
+        self.set_alarm(queue, min(moments, default=None))
+
+    def accept_session(self, outlet: Any, now: float) -> None:
+        """Let a receiver have the session that it wants, or the next one; where that cannot be, tell it why."""
+        session_id = self.broker.free_session(outlet.queue, now) if outlet.wanted is None else outlet.wanted
+        if session_id in self.broker.session_locks[outlet.queue]:
+            text = f"The requested session '{session_id}' cannot be accepted. It is locked by another receiver."
+            outlet.wire.detach(outlet, Refusal("com.microsoft:session-cannot-be-locked", text))
+        elif session_id is not None:
+            self.broker.lock_session(outlet.queue, session_id, outlet.name, now)
+            outlet.session_id = session_id
+            outlet.wire.attach(outlet)
+        elif outlet.deadline <= now:
+            text = "The operation did not complete within the allotted timeout: no session was available."
+            outlet.wire.detach(outlet, Refusal("com.microsoft:timeout", text))
 
     def deliver(self, outlet: Any, lock: Lock, encoded: bytes) -> None:
         delivery = outlet.delivery(lock.token.bytes_le)
         delivery.lock = lock
-        outlet.wire.locks[lock] = outlet.queue
+        if outlet.session_id is None:
+            outlet.wire.locks[lock] = outlet.queue
         outlet.stream(encoded)
         outlet.advance()
         if outlet.snd_settle_mode == proton.Link.SND_SETTLED:  # receive and delete
             delivery.settle()
             self.broker.let_go(outlet.queue, lock, "completed")
 
-    def set_alarm(self, queue: str) -> None:
+    def set_alarm(self, queue: str, due: float | None) -> None:
         if alarm := self.alarms.pop(queue, None):
             alarm.cancel()
-        if (due := self.broker.next_due(queue)) is not None:
+        if due is not None:
             loop = asyncio.get_running_loop()
             self.alarms[queue] = loop.call_later(max(due - time.time(), 0.001), self.stir, [queue])
 
@@ -867,20 +1064,26 @@ class Control:
                 wire.detach(link, refusal)
 
     def do_steal(self, what: str) -> None:
-        """Take the lock of one sequence number away, or `all` locks."""
+        """Take the lock of one sequence number, or of one session, away, or `all` locks."""
+        sessions = [each for locks in self.broker.session_locks.values() for each in locks.items()]
+        held = [lock for session_id, lock in sessions if what in ("all", session_id)]
+        for lock in held:
+            lock.locked_until = 0
         with self.broker.transaction():
             locked = [row for row in self.broker.rows("state = ?", LOCKED) if what in ("all", str(row.sequence_number))]
             for row in locked:
                 self.broker.abandon(row.lock)
         self.service.stir(self.broker.names.values())
-        if not locked:
+        if not locked and not held:
             raise ValueError(f"nothing is locked: {what}")
 
     def do_stats(self) -> str:
-        """Connections, links, and messages by their state, as JSON."""
+        """Connections, links, sessions that are held, and messages by their state, as JSON."""
         links = [len(wire.links) for wire in self.service.wires]
+        sessions = sum(map(len, self.broker.session_locks.values()))
+        figures = {"connections": len(links), "links": sum(links), "sessions": sessions}
         with self.broker.transaction():
-            return json.dumps({"connections": len(links), "links": sum(links)} | self.broker.counts(time.time()))
+            return json.dumps(figures | self.broker.counts(time.time()))
 
 
 # --- Embedding --------------------------------------------------------------------------------------------------------
@@ -889,13 +1092,17 @@ class Control:
 class ServiceBusEmulator:
     """An emulator in a child process, which ends with the `with` block, or with this process.
 
-    The options are those of the command line.
+    The options are those of the command line; of one that may be repeated, a list.
     """
 
     def __init__(self, queues: Iterable[str] = ("tasks",), *, port: int = 0, **options: object) -> None:
-        given = {"port": port} | {name: value for name, value in options.items() if value is not None}
-        self.arguments = [f"--queue={queue}" for queue in queues]
-        self.arguments += [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
+        given = {"queue": list(queues), "port": port, **options}
+        self.arguments = [
+            f"--{name.replace('_', '-')}={value}"
+            for name, values in given.items()
+            for value in (values if isinstance(values, list) else [values])
+            if value is not None
+        ]
 
     def __enter__(self) -> Self:
         command = [sys.executable, "-m", "examples.servicebus_emulator", "--until-eof", *self.arguments]
@@ -931,7 +1138,9 @@ class ServiceBusEmulator:
 def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="servicebus_emulator", description="A local Azure Service Bus.")
     parser.add_argument("--queue", action="append", required=True, help="a queue to serve; may be repeated")
-    parser.add_argument("--session-queue", action="append", default=[], help="one that requires sessions")
+    parser.add_argument(
+        "--session-queue", action="append", default=[], help="one that requires sessions; may be repeated"
+    )
     parser.add_argument("--port", type=int, default=5672, help="0 for any that is free")
     parser.add_argument("--control-port", type=int, default=0, help="for faults on demand; 0 for any that is free")
     parser.add_argument("--key", default=KEY, help=f"the key of {KEY_NAME}")
