@@ -71,7 +71,7 @@ import dataclasses
 import datetime
 import enum
 import functools
-import importlib
+import importlib.util
 import inspect
 import itertools
 import json
@@ -141,6 +141,7 @@ __all__ = [
     "NoRetry",
     "OperationStopped",
     "Outcome",
+    "Phase",
     "Progress",
     "RequestRefused",
     "RetryException",
@@ -2153,6 +2154,11 @@ class OperationStopped(ServiceBusUnavailable):
 
 class Receiver(Protocol):
     """The receiving side of a bus: messages under locks, which it renews by itself until they are settled."""
+
+    @property
+    def connected(self) -> bool:
+        """Whether it has what it receives from, as far as it knows; False while it reconnects."""
+        ...
 
     async def receive(self, max_message_count: int, max_wait_time: float) -> list[Delivery]:
         """Lock and return what is there, or what comes first within `max_wait_time` seconds.
@@ -4774,6 +4780,11 @@ class LocalReceiver:
         self._renewer = threading.Thread(target=self._keep_locks, name="boilermaker-locks", daemon=True)
         self._renewer.start()
 
+    @property
+    def connected(self) -> bool:
+        """A file is no connection: where it is not to be used, `receive` says so."""
+        return True
+
     async def receive(self, max_message_count: int, max_wait_time: float) -> list[Delivery]:
         deadline = self._loop.time() + max_wait_time
         while True:
@@ -6247,6 +6258,10 @@ class AzureReceiver:
     # -- the link
 
     @property
+    def connected(self) -> bool:
+        return self._link.error is None
+
+    @property
     def trouble(self) -> object:
         """Why there is no link that works, as far as that is known."""
         return self._link.error or "the connection is up"
@@ -7384,6 +7399,15 @@ MOST_KEPT = 2_000
 """Dead letters that a worker on a dead-letter queue holds which it leaves as they are."""
 
 
+class Phase(enum.StrEnum):
+    """Where a worker is between its start and its end."""
+
+    CONNECTING = "connecting"
+    WORKING = "working"
+    RECONNECTING = "reconnecting"
+    STOPPING = "stopping"
+
+
 class Worker:
     """One `app.run()`: keeps up to `concurrency` tasks running, and settles what has ended.
 
@@ -7431,6 +7455,7 @@ class Worker:
         self._schedules = schedules
         self._wake = asyncio.Event()
         self._dry = False
+        self._cut_off = False  # the last receive has failed
         self._signalled: float | None = None
         self._stopping = False
         self._in_haste = False
@@ -7517,6 +7542,20 @@ class Worker:
         """How many tasks run."""
         return len(self._running)
 
+    @property
+    def concurrency(self) -> int:
+        """How many tasks may run at the same time."""
+        return self._concurrency
+
+    @property
+    def phase(self) -> Phase:
+        """Where it is between its start and its end; may be asked from another thread."""
+        if self._stopping:
+            return Phase.STOPPING
+        if self._receiver is None or not self.started:
+            return Phase.CONNECTING
+        return Phase.WORKING if self._receiver.connected and not self._cut_off else Phase.RECONNECTING
+
     def stop(self) -> None:
         """Take no more, and end when what runs has ended, or the grace period is over."""
         self._stopping = True
@@ -7569,6 +7608,7 @@ class Worker:
         was_idle = self._is_idle()
         try:
             deliveries = await self._receiver.receive(free, 0 if self._burst else MAX_WAIT)
+            self._cut_off = False
             self._waiting += deliveries
             await self._begin_waiting()
             if self._burst and not deliveries:
@@ -7580,6 +7620,7 @@ class Worker:
             self._failure = error
             self.stop()
         except Exception as error:
+            self._cut_off = True
             logger.error("Receiving from %r failed, will try again: %s", self._bus, error)
             await asyncio.sleep(MAX_WAIT)
         finally:
@@ -9128,6 +9169,9 @@ def _parser() -> argparse.ArgumentParser:
     worker.add_argument("--reload", action="store_true", help="start again when a .py file changes, for development")
     worker.add_argument("--grace-period", type=seconds, default=25, metavar="S", help="seconds for running tasks (25)")
     worker.add_argument("--no-schedules", action="store_true", help="publish no periodic tasks")
+    worker.add_argument("--web", metavar="[HOST:]PORT", help="serve the page, the probes and metrics (127.0.0.1)")
+    worker.add_argument("--auth", metavar="U:P", help="the page's user and password (or BOILERMAKER_WEB_AUTH)")
+    worker.add_argument("--allow-host", metavar="H", action="append", default=[], help="a name that the page goes by")
     levels = ("DEBUG", "INFO", "WARNING", "ERROR")
     worker.add_argument("--log-level", type=str.upper, choices=levels, default="INFO", help="of what is logged (INFO)")
 
@@ -9204,6 +9248,11 @@ def _home_of(args: argparse.Namespace) -> Any:
     raise UsageError(f"{target} is {_short(args.application)}, and no Boilermaker application.")
 
 
+def named(target: str) -> Any:
+    """The application, or the bus, that a command line names: APP or BUS."""
+    return _open_bus(target) if _is_no_application(target) else _load(target)
+
+
 def _is_no_application(bus: str) -> bool:
     path = bus.partition("#")[0]
     looks_like_a_file = os.sep in path or path.endswith((".db", ".sqlite", ".sqlite3")) or "#" in bus
@@ -9250,10 +9299,15 @@ def _open(args: argparse.Namespace) -> ServiceBus:
     if args.application is not None:
         bus: ServiceBus = args.application.service_bus_client
         return bus
-    kind, _, queue = args.bus.partition(":")
+    return _open_bus(args.bus)
+
+
+def _open_bus(bus: str) -> ServiceBus:
+    """A bus that is named without an application."""
+    kind, _, queue = bus.partition(":")
     if kind == "azure":
         return AzureServiceBus.from_config(Config(service_bus_queue_name=queue or None))
-    path, _, queue = args.bus.partition("#")
+    path, _, queue = bus.partition("#")
     if not os.path.isfile(path):
         raise UsageError(f"there is no file {path!r}: a queue's file is made by who publishes to it.")
     connection = open_to_read(os.path.realpath(path))
@@ -9611,6 +9665,10 @@ def _schedules(args: argparse.Namespace) -> int:
 def _worker(args: argparse.Namespace) -> int:
     if args.reload and args.processes > 1:
         raise UsageError("--reload is for one process: leave out --processes.")
+    if args.web is not None and args.processes > 1:
+        raise UsageError("--web is for one process, which listens on the port: leave out --processes.")
+    if args.web is None and (args.auth is not None or args.allow_host):
+        raise UsageError("--auth and --allow-host are of the page: give --web too.")
     logging.basicConfig(level=args.log_level, stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s")
     logging.getLogger("azure").setLevel(logging.WARNING)
     if args.reload:
@@ -9618,8 +9676,12 @@ def _worker(args: argparse.Namespace) -> int:
     if args.processes > 1:
         return Supervisor(args).run()
 
+    page: contextlib.AbstractAsyncContextManager[object] = contextlib.nullcontext()
+    if args.web is not None:
+        page = _dashboard().beside(args.application, args.web, args.auth, args.allow_host)
+
     async def work() -> None:
-        async with args.application as app:
+        async with args.application as app, page:
             await app.run(
                 args.concurrency,
                 args.burst,
@@ -9631,6 +9693,25 @@ def _worker(args: argparse.Namespace) -> int:
     return DONE
 
 
+def _dashboard() -> Any:
+    """The page's module: in the installed package, beside this file, or in the checkout's folder of examples."""
+    name, folder = f"{__name__}.dashboard", Path(__file__).resolve().parent
+    for path in (folder / "dashboard.py", folder / "examples" / "dashboard.py"):
+        if path.with_suffix(".html").is_file() and name not in sys.modules:
+            spec = importlib.util.spec_from_file_location(name, path)
+            assert spec is not None
+            assert spec.loader is not None
+            sys.modules[name] = importlib.util.module_from_spec(spec)
+            try:
+                spec.loader.exec_module(sys.modules[name])
+            except BaseException:
+                del sys.modules[name]
+                raise
+    if name not in sys.modules:
+        raise UsageError(f"--web needs dashboard.py and dashboard.html, in {folder}.")
+    return sys.modules[name]
+
+
 def _arguments_of_child(args: argparse.Namespace) -> list[str]:
     """The command line of one worker process."""
     options = [
@@ -9639,6 +9720,9 @@ def _arguments_of_child(args: argparse.Namespace) -> list[str]:
         f"--grace-period={args.grace_period}",
         f"--log-level={args.log_level}",
     ]
+    page = {"--web": args.web, "--auth": args.auth}
+    options += [f"{name}={value}" for name, value in page.items() if value is not None]
+    options += [f"--allow-host={host}" for host in args.allow_host]
     flags = {"--burst": args.burst, "--no-schedules": args.no_schedules}
     return ["worker", *options, *(flag for flag, given in flags.items() if given)]
 

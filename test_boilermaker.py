@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import asyncio
+import base64
 import contextlib
 import contextvars
 import copy
@@ -41,6 +42,7 @@ import textwrap
 import threading
 import time
 import traceback
+import urllib.parse
 import uuid
 import venv
 import weakref
@@ -52,8 +54,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 
+import fastapi
 import freezegun
+import httpx
+import prometheus_client.parser
 import pytest
+import uvicorn
 from azure.core.credentials import AccessToken
 from azure.servicebus import NEXT_AVAILABLE_SESSION, ServiceBusMessage, ServiceBusReceiveMode, ServiceBusSubQueue
 from azure.servicebus import exceptions as sdk_errors
@@ -64,6 +70,10 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanKind, StatusCode
+from selenium import webdriver
+from selenium.webdriver.chrome.service import Service as ChromeService
+from selenium.webdriver.common.action_chains import ActionChains
+from selenium.webdriver.common.keys import Keys
 
 import boilermaker
 from boilermaker import Action as Do
@@ -106,6 +116,7 @@ from boilermaker import (
     retries,
     root_of,
 )
+from examples import dashboard
 from examples.servicebus_emulator import ServiceBusEmulator
 
 # ======================================================================================================================
@@ -14895,6 +14906,1205 @@ async def test_a_queue_on_azure_is_operated_by_the_same_commands(azure_bus, emul
 
 
 # ======================================================================================================================
+# The page, probes and metrics
+# ======================================================================================================================
+
+ACTION = {"Boilermaker-Action": "test"}
+
+
+@pytest.fixture(autouse=True)
+def no_password_in_the_environment(monkeypatch):
+    monkeypatch.delenv("BOILERMAKER_WEB_AUTH", raising=False)
+
+
+@contextlib.asynccontextmanager
+async def page_of(app_or_bus, **options):
+    """A client of the page that is served beside."""
+    options = {"has_worker": False} | options
+    async with (
+        dashboard.beside(app_or_bus, options.pop("address", "0"), **options) as url,
+        httpx.AsyncClient(base_url=url, timeout=PATIENCE) as client,
+    ):
+        yield client
+
+
+def shop_app(bus):
+    """An application whose tasks fail in several ways, and which has a schedule."""
+    app = Boilermaker(None, bus)
+
+    @app.task
+    async def resize(state, image, width=800):
+        if image.startswith("lost"):
+            raise FileNotFoundError(f"no such image: {image}")
+
+    @app.task
+    async def mail(state, address):
+        raise ConnectionError("connection refused")
+
+    @app.task(every=datetime.timedelta(minutes=5))
+    async def tidy(state): ...
+
+    app.resize, app.mail = resize, mail
+    return app
+
+
+async def shop_after_a_night(bus):
+    """Its application after three resizes and two mails have failed, with two messages scheduled and one waiting."""
+    app = shop_app(bus)
+    await app.publish_many([app.resize.si(f"lost{number}.png", width=number) for number in range(3)])
+    await app.publish_many([app.mail.si(f"{name}@example.org") for name in ("ada", "bob")])
+    await work_off(app)
+    await app.publish_task(app.resize.si("later.png"), delay=7200)
+    await app.publish_task(app.mail.si("soon@example.org"), delay=3600)
+    await app.publish_task(app.resize.si("now.png"))
+    return app
+
+
+async def shown_by(client, **query):
+    """What the page shows, once all of it was read."""
+
+    async def answer():
+        shown = (await client.get("api", params=query)).json()
+        return None not in shown.values() and shown
+
+    return await until(answer, "an answer with all its parts")
+
+
+def column(part, name):
+    return [row[name] for row in part["rows"]]
+
+
+async def test_the_page_shows_counts_tasks_messages_and_schedules(open_bus):
+    app = await shop_after_a_night(open_bus())
+    async with page_of(app) as client:
+        shown = await shown_by(client)
+    counts = shown["counts"]
+    assert (counts["active"], counts["running"], counts["scheduled"], counts["dead_letter"]) == (1, 0, 2, 5)
+    assert counts["oldest"] >= 0
+    by_task = {row["task"]: (row["active"], row["scheduled"], row["dead_letter"]) for row in shown["tasks"]["rows"]}
+    assert by_task == {"resize": (1, 1, 3), "mail": (0, 1, 2)}
+    dead = shown["dead"]
+    assert (dead["matching"], dead["complete"]) == (5, True)
+    assert sorted(column(dead, "arguments")) == [
+        '"ada@example.org"',
+        '"bob@example.org"',
+        *[f'"lost{number}.png", width={number}' for number in range(3)],
+    ]
+    assert column(dead, "time") == sorted(column(dead, "time"), reverse=True)
+    assert set(column(dead, "reason")) == {"TaskFailed"}
+    assert column(shown["scheduled"], "task") == ["mail", "resize"]  # what is due first comes first
+    [schedule] = shown["schedules"]["rows"]
+    assert (schedule["name"], schedule["task"], len(schedule["next"])) == ("tidy", "tidy", 3)
+    assert (shown["queue"], shown["read_only"], shown["errors"]) == ("tasks", False, [])
+
+
+async def test_the_filter_of_the_page_is_over_all(open_bus):
+    app = await shop_after_a_night(open_bus())
+    async with page_of(app) as client:
+        shown = await shown_by(client, text="REFUSED")
+        assert column(shown["dead"], "task") == ["mail", "mail"]
+        assert (column(shown["tasks"], "task"), shown["scheduled"]["rows"], shown["schedules"]["rows"]) == (
+            ["mail"],
+            [],
+            [],
+        )
+        shown = await shown_by(client, task="resize", text="lost1")
+        assert column(shown["dead"], "arguments") == ['"lost1.png", width=1']
+        assert (await shown_by(client, task="nobody"))["dead"]["matching"] == 0
+
+
+async def test_the_page_turns_pages(open_bus):
+    bus = open_bus()
+    await bury(bus, bodies_of(bus, *["a"] * 60))
+    async with page_of(bus) as client:
+        pages = [(await shown_by(client, dead_from=start))["dead"] for start in (0, 25, 50, 9_999)]
+        wrong = await client.get("api?dead_from=first")
+    assert [len(page["rows"]) for page in pages] == [25, 25, 10, 10]
+    assert len({number for page in pages for number in column(page, "number")}) == 60
+    assert pages[3]["from"] == 50  # the last there is
+    assert wrong.status_code == 400
+
+
+async def test_one_message_is_shown_in_full(open_bus):
+    bus = open_bus()
+    await bury(bus, bodies_of(bus, "a"), description="ValueError: " + "x" * 1000)
+    async with page_of(bus) as client:
+        [row] = (await shown_by(client))["dead"]["rows"]
+        full = (await client.get("api/message", params={"number": row["number"], "dead_letter": 1})).json()
+        assert len(row["error"]) == dashboard.SHOWN
+        assert (full["error"], full["traceback"]) == ("ValueError: " + "x" * 1000, "Traceback: no")
+        assert json.loads(full["arguments"]) == {"args": [0], "kwargs": {}}
+        for query, status in ({"number": row["number"]}, 404), ({"number": 99}, 404), ({"number": "x"}, 400), ({}, 400):
+            assert (await client.get("api/message", params=query)).status_code == status
+
+
+async def test_dead_letters_are_replayed_and_discarded_by_number_or_as_they_match(open_bus, caplog):
+    app = await shop_after_a_night(bus := open_bus())
+    caplog.set_level(logging.INFO, "boilermaker.dashboard")
+    async with page_of(app) as client:
+
+        async def post(action, **body):
+            answer = await client.post(f"api/{action}", json=body, headers=ACTION)
+            return answer.status_code, answer.json()["count"]
+
+        first, second, *_ = [message.sequence_number for message in await bus.peek(dead_letter=True)]
+        assert await post("replay", numbers=[first, str(second), 999]) == (200, 2)
+        assert await post("replay", numbers=[first]) == (404, 0)
+        assert await post("discard", matching={"task": "mail", "text": "ada"}) == (200, 1)
+        assert column((await shown_by(client))["dead"], "arguments") == ['"bob@example.org"', '"lost2.png", width=2']
+        assert await post("replay", matching={}) == (200, 2)
+        assert (await shown_by(client))["counts"]["dead_letter"] == 0
+        assert await post("discard", matching={"text": "nothing"}) == (200, 0)
+    assert [len(task.args) for task in [message.task for message in await bus.peek()] if task] == [1] * 7
+    lines = [record.getMessage() for record in caplog.records if "Page: " in record.getMessage()]
+    assert lines[0].startswith(f"Page: replay [{first}, {second}, 999] by anybody (127.0.0.1): messages=2")
+    assert len(lines) == 5
+
+
+async def test_what_is_scheduled_is_cancelled_by_number_or_as_it_matches_and_nothing_else_is(open_bus):
+    app = await shop_after_a_night(bus := open_bus())
+    async with page_of(app) as client:
+        soon = max(message.sequence_number for message in await bus.peek() if message.state == "scheduled")
+        answer = await client.post("api/cancel", json={"numbers": [soon, 999]}, headers=ACTION)
+        assert (answer.status_code, answer.json()["count"]) == (200, 1)
+        answer = await client.post("api/cancel", json={"numbers": [soon]}, headers=ACTION)
+        assert answer.status_code == 404
+        answer = await client.post("api/cancel", json={"matching": {}}, headers=ACTION)
+        assert (answer.status_code, answer.json()["count"]) == (200, 1)
+        assert (await shown_by(client))["scheduled"]["rows"] == []
+    assert [message.task.args for message in await bus.peek()] == [["now.png"]]
+    assert (await bus.counts()).dead_letter == 5
+
+
+BODIES = {
+    "no JSON": b"numbers",
+    "no text": b"\xff",
+    "nothing": b"",
+    "no object": b"[1]",
+    "neither": b"{}",
+    "something else": b'{"all": true}',
+    "both": b'{"numbers": [1], "matching": {}}',
+    "a number that is no list": b'{"numbers": 1}',
+    "a float": b'{"numbers": [1.0]}',
+    "a truth": b'{"numbers": [true]}',
+    "a negative number": b'{"numbers": [-1]}',
+    "a filter that is none": b'{"matching": "all"}',
+    "a filter by something else": b'{"matching": {"reason": "TaskFailed"}}',
+    "a filter by no text": b'{"matching": {"text": null}}',
+    "nested without end": b"[" * 100_000,
+    "too large": b'{"numbers": [' + b"1," * 1_000_000 + b"1]}",
+}
+
+
+@pytest.mark.parametrize("body", BODIES.values(), ids=BODIES)
+async def test_a_body_that_is_wrong_is_refused_and_nothing_is_done(open_bus, body):
+    bus = open_bus()
+    await bury(bus, bodies_of(bus, "a"))
+    async with page_of(bus) as client:
+        answer = await client.post("api/discard", content=body, headers=ACTION)
+        assert (answer.status_code, answer.json()["error"][:18]) == (400, "the body is wrong:")
+    assert (await bus.counts()).dead_letter == 1
+
+
+async def test_an_action_needs_the_header_that_no_foreign_page_can_send(open_bus):
+    bus = open_bus()
+    await bury(bus, bodies_of(bus, "a"))
+    async with page_of(bus) as client:
+        for action in ("replay", "discard", "cancel"):
+            answer = await client.post(f"api/{action}", json={"matching": {}})
+            assert answer.status_code == 403
+            assert "Boilermaker-Action" in answer.json()["error"]
+        preflight = await client.options(
+            "api/discard", headers={"Access-Control-Request-Headers": "boilermaker-action"}
+        )
+        assert not any(name.startswith("access-control") for name in preflight.headers)
+    assert (await bus.counts()).dead_letter == 1
+
+
+async def test_who_comes_by_a_foreign_name_is_refused_but_for_probes(open_bus):
+    async with page_of(bus := open_bus(), allow_hosts=["Tasks.Example.org"]) as client:
+        port = client.base_url.port
+
+        async def status(host, path, method="GET"):
+            return (await client.request(method, path, headers={"Host": host} | ACTION)).status_code
+
+        for host in ("evil.example", f"evil.example:{port}", "localhost.evil.example", "127.0.0.1.evil.example", ""):
+            for path in ("/", "api", "api/message", "nowhere"):
+                assert await status(host, path) == 403, (host, path)
+            assert await status(host, "api/replay", "POST") == 403
+            assert [await status(host, path) for path in ("healthz", "readyz", "metrics")] == [200] * 3
+        for host in (
+            "localhost",
+            f"localhost:{port}",
+            "127.0.0.1",
+            f"[::1]:{port}",
+            "tasks.example.org",
+            "TASKS.example.org.",
+        ):
+            assert await status(host, "/") == 200, host
+    assert await bus.peek() == []
+
+
+async def test_the_password_is_asked_for_but_by_probes(open_bus):
+    async with page_of(open_bus(), auth="ann:se:cret") as client:
+        wrong = [None, "ann:se", "ann:se:cret ", "bob:se:cret", ":", "ann"]
+        for path in ("/", "api", "api/message", "metrics", "nowhere"):
+            for pair in wrong:
+                header = {} if pair is None else {"Authorization": "Basic " + base64.b64encode(pair.encode()).decode()}
+                answer = await client.get(path, headers=header)
+                assert (answer.status_code, answer.headers["WWW-Authenticate"][:6]) == (401, "Basic "), (path, pair)
+        for header in ("Basic", "Basic *", "Bearer YW5uOnNlOmNyZXQ=", "Basic ünlaut".encode()):
+            assert (await client.get("api", headers={"Authorization": header})).status_code == 401
+        for path in ("/", "api", "metrics"):
+            assert (await client.get(path, auth=("ann", "se:cret"))).status_code == 200
+        assert (await client.get("metrics", auth=("ann", "se:cret"), headers={"Host": "10.1.2.3"})).status_code == 200
+        for path in ("healthz", "readyz"):
+            assert (await client.get(path, headers={"Host": "10.1.2.3:8080"})).status_code == 200
+
+
+async def test_a_page_that_is_read_only_changes_nothing(open_bus):
+    bus = open_bus()
+    await bury(bus, bodies_of(bus, "a"))
+    async with page_of(bus, read_only=True) as client:
+        for action in ("replay", "discard", "cancel"):
+            answer = await client.post(f"api/{action}", json={"matching": {}}, headers=ACTION)
+            assert (answer.status_code, answer.json()) == (403, {"error": "this page is read-only"})
+        assert (await shown_by(client))["read_only"] is True
+    assert (await bus.counts()).dead_letter == 1
+
+
+async def test_an_unknown_path_is_not_found_and_an_action_is_no_page(open_bus):
+    async with page_of(open_bus()) as client:
+        paths = ("nowhere", "api/nothing", "dashboard.py", "..%2fdashboard.py", "healthz/x")
+        assert [(await client.get(path)).status_code for path in paths] == [404] * len(paths)
+        assert (await client.post("api/purge", headers=ACTION)).status_code == 404
+        assert (await client.get("api/replay")).status_code == 405
+
+
+async def test_the_page_allows_itself_nothing_but_its_own_text_and_its_own_api(open_bus):
+    async with page_of(open_bus()) as client:
+        answer = await client.get("/")
+    policy = dict(part.split(" ", 1) for part in answer.headers["Content-Security-Policy"].split("; "))
+    assert policy["default-src"] == policy["frame-ancestors"] == policy["form-action"] == "'none'"
+    assert policy["connect-src"] == "'self'"
+    assert re.fullmatch(r"'sha256-[\w+/=]+'", policy["script-src"])
+    assert re.findall(r"(?:src|href)=.(?:https?:)?//", answer.text) == []
+
+
+@pytest.mark.parametrize("place", ["/tasks", "/deeper/inside/tasks"])
+async def test_the_page_can_be_mounted_at_any_path_of_another_application(open_bus, place):
+    app = await shop_after_a_night(open_bus())
+    api = fastapi.FastAPI()
+    api.mount(place, dashboard.asgi(app))
+    api.mount("/open", dashboard.asgi(app, read_only=False))
+    api.mount("/closed", dashboard.asgi(app, auth="ann:secret"))
+    transport = httpx.ASGITransport(api)
+    async with httpx.AsyncClient(transport=transport, base_url="https://api.example.org", follow_redirects=True) as web:
+        page = await web.get(place)
+        assert (page.status_code, str(page.url)) == (200, f"https://api.example.org{place}/")
+        assert (await shown_by(web_at := Under(web, place)))["read_only"] is True
+        assert (await web_at.get("readyz")).text == "ok"
+        refused = await web.post(f"{place}/api/replay", json={"matching": {}}, headers=ACTION)
+        assert refused.status_code == 403
+        assert (await web.get("/closed/")).status_code == 401
+        done = await web.post("/open/api/replay", json={"matching": {"task": "mail"}}, headers=ACTION)
+        assert done.json()["count"] == 2
+        shown = (await web.get("/closed/api", auth=("ann", "secret"))).json()
+        assert shown["read_only"] is False
+
+
+class Under:
+    """A client, below a path."""
+
+    def __init__(self, client, place):
+        self.client, self.place = client, place
+
+    def get(self, path, **options):
+        return self.client.get(f"{self.place}/{path}", **options)
+
+
+async def test_what_messages_hold_comes_as_text_whatever_it_is(open_bus):
+    bus = open_bus()
+    names = ["<img src=x onerror=alert(1)>", "\u202eevil", "x" * 128]
+    tasks = [named(name, args=["<script>alert(2)</script>", "\x00\x1b[31m", "y" * 100_000, 2**70]) for name in names]
+    await bury(bus, [letter(encode(task, "tasks", "tasks"), message_id=task.task_id) for task in tasks])
+    surrogate = body_with(payload={"args": ["\ud800"], "kwargs": {"\udfff": "\ud83d"}})
+    await bury(bus, [letter(surrogate), letter("no task <b>"), letter('{"function_name": 5}')], description="<b>")
+    async with page_of(bus) as client:
+        shown = await shown_by(client)
+        rows = shown["dead"]["rows"]
+        assert sorted(str(row["task"]) for row in rows) == sorted([*names, "None", "None", "fetch_page"])
+        assert max(len(row["arguments"]) for row in rows) == dashboard.SHOWN
+        for row in rows:
+            full = await client.get("api/message", params={"number": row["number"], "dead_letter": 1})
+            assert full.headers["Content-Type"] == "application/json"
+            assert full.headers["X-Content-Type-Options"] == "nosniff"
+            assert row["task"] not in names or json.loads(full.json()["arguments"])["args"][2:] == [
+                "y" * 100_000,
+                2**70,
+            ]
+        answer = await client.post("api/discard", json={"matching": {"task": ""}}, headers=ACTION)
+        assert answer.json()["count"] == 2  # what is no task
+
+
+async def test_numbers_larger_than_javascript_counts_come_back_as_they_are(open_bus, tmp_path):
+    bus = open_bus()
+    await bury(bus, bodies_of(bus, "a", "b"))
+    large = 2**60 + 1
+    with contextlib.closing(sqlite3.connect(tmp_path / "queue.db")) as connection, connection:
+        connection.execute("UPDATE message SET sequence_number = sequence_number + ?", [large - 1])
+    async with page_of(bus) as client:
+        numbers = column((await shown_by(client))["dead"], "number")
+        assert sorted(numbers) == [str(large), str(large + 1)]
+        answer = await client.post("api/discard", json={"numbers": [str(large)]}, headers=ACTION)
+        assert answer.json()["count"] == 1
+    assert numbers_of(await bus.peek(dead_letter=True)) == [large + 1]
+
+
+async def test_a_queue_that_cannot_be_read_is_said_to_be_so_and_the_page_goes_on(tmp_path):
+    path = tmp_path / "queue.db"
+    path.write_text("This is no queue's file, but a letter. " * 100)
+    bus = LocalServiceBus(path)
+    async with page_of(bus) as client:
+        shown = (await client.get("api")).json()
+        assert (shown["counts"], shown["tasks"], shown["dead"]) == (None, None, None)
+        assert str(path) in shown["errors"][0]
+        answer = await client.post("api/replay", json={"matching": {}}, headers=ACTION)
+        assert (answer.status_code, answer.json()["count"]) == (503, 0)
+        assert (await client.get("api/message?number=1")).status_code == 503
+        assert (await client.get("healthz")).status_code == 200
+        assert "boilermaker_messages{" not in (await client.get("metrics")).text
+        path.unlink()
+        await until(lambda: shown_by(client), "a queue that can be read")
+    await bus.close()
+
+
+async def test_what_is_read_is_read_once_at_a_time_and_the_less_often_the_longer_it_takes():
+    reads, go_on = [], asyncio.Event()
+
+    async def read():
+        reads.append(len(reads))
+        await go_on.wait()
+        if len(reads) == 3:
+            raise ServiceBusUnavailable("away")
+        return reads[-1]
+
+    cached = dashboard.Cached(read, pause=0)
+    asking = [asyncio.create_task(cached.get()) for _ in range(20)]
+    await asyncio.sleep(0.1)
+    assert reads == [0]
+    go_on.set()
+    assert await asyncio.gather(*asking) == [0] * 20
+    assert await cached.get() == 0  # it took a tenth of a second, and so is not read again for two
+    assert reads == [0]
+    cached.forget()
+    assert await cached.get() == 1
+    cached.forget()
+    assert (await cached.get(), cached.error) == (1, "away")  # what was known stays
+    cached.forget()
+    assert (await cached.get(), cached.error) == (3, "")
+
+
+async def test_an_answer_does_not_wait_for_what_takes_long_to_read(monkeypatch):
+    monkeypatch.setattr(dashboard, "PATIENCE", 0.05)
+    go_on = asyncio.Event()
+    cached = dashboard.Cached(go_on.wait, pause=0)
+    assert await cached.get() is None
+    go_on.set()
+    assert await until(cached.get) is True
+
+
+# -- probes and metrics
+
+
+async def statuses(client):
+    return [(await client.get(path)).status_code for path in ("healthz", "readyz")]
+
+
+async def test_a_worker_is_ready_from_its_start_to_its_stop_and_healthy_all_the_while(open_bus):
+    may_start, may_end, running = asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app):
+        await may_start.wait()
+        yield
+
+    app = Boilermaker(None, open_bus(), lifespan=lifespan)
+
+    @app.task
+    async def work(state):
+        running.set()
+        await may_end.wait()
+
+    await work.delay()
+    async with page_of(app, has_worker=True) as client:
+        assert ((await client.get("readyz")).text, await statuses(client)) == ("no worker", [200, 503])
+        worker = asyncio.create_task(app.run())
+        await until(lambda: app.workers)
+        assert ((await client.get("readyz")).text, await statuses(client)) == ("connecting", [200, 503])
+        may_start.set()
+        await running.wait()
+        assert ((await client.get("readyz")).text, await statuses(client)) == ("ok", [200, 200])
+        stopping = asyncio.create_task(app.stop())
+        await until(lambda: [each.phase for each in app.workers] == [boilermaker.Phase.STOPPING])
+        assert ((await client.get("readyz")).text, await statuses(client)) == ("stopping", [200, 503])
+        may_end.set()
+        await asyncio.gather(worker, stopping)
+        assert await statuses(client) == [200, 503]
+
+
+async def test_through_an_outage_of_the_bus_a_worker_is_healthy_and_not_ready(azure_bus, emulator):
+    app = Boilermaker(None, azure_bus())
+    ran = []
+
+    @app.task
+    async def work(state):
+        ran.append(1)
+
+    async with page_of(app, has_worker=True) as client, working(app):
+        await until(lambda: app.workers)
+        await until_phase(client, "ok")
+        emulator.control("refuse 2")
+        emulator.control("drop")
+
+        async def is_reconnecting():
+            assert (await client.get("healthz")).status_code == 200
+            return (await client.get("readyz")).text == "reconnecting"
+
+        await until(is_reconnecting)
+        await until_phase(client, "ok")
+        assert (await client.get("healthz")).status_code == 200
+        await work.delay()
+        await until(lambda: ran)
+
+
+async def until_phase(client, phase):
+    async def is_there():
+        return (await client.get("readyz")).text == phase
+
+    await until(is_there, phase)
+
+
+async def test_a_worker_whose_receives_fail_is_not_ready_until_one_succeeds(open_bus, tmp_path, monkeypatch):
+    monkeypatch.setattr(boilermaker, "MAX_WAIT", 0.05)
+    monkeypatch.setattr(boilermaker, "LOCK_PATIENCE", 1)
+    app = Boilermaker(None, open_bus())
+    app.register_async(clean_up)
+    async with page_of(app, has_worker=True) as client, working(app):
+        await until_phase(client, "ok")
+        with contextlib.closing(sqlite3.connect(tmp_path / "queue.db", isolation_level=None)) as other:
+            other.execute("BEGIN IMMEDIATE")
+            await until_phase(client, "reconnecting")
+            assert (await client.get("healthz")).status_code == 200
+        await until_phase(client, "ok")
+
+
+async def test_a_worker_whose_event_loop_is_stuck_is_not_healthy(open_bus, monkeypatch):
+    monkeypatch.setattr(dashboard, "UNRESPONSIVE", 0.2)
+    app = Boilermaker(None, open_bus())
+    codes = []
+
+    @app.task
+    async def block(state):
+        deadline = time.monotonic() + PATIENCE
+        while 503 not in codes and time.monotonic() < deadline:
+            time.sleep(0.01)
+
+    async with page_of(app) as client, working(app):
+        ended = threading.Event()
+
+        def probe():
+            while not ended.is_set():
+                codes.append(httpx.get(f"{client.base_url}healthz").status_code)
+                time.sleep(0.05)
+
+        prober = threading.Thread(target=probe)
+        prober.start()
+        try:
+            await until(lambda: codes)
+            await block.delay()
+            await until(lambda: 503 in codes and codes[-1] == 200)
+        finally:
+            ended.set()
+            await asyncio.to_thread(prober.join)
+    assert codes[0] == 200
+
+
+async def test_a_worker_that_was_ended_by_an_error_is_not_healthy_until_another_works(open_bus):
+    app = Boilermaker(None, open_bus())
+    app.register_async(clean_up)
+    transport = httpx.ASGITransport(dashboard.asgi(app))
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        assert await statuses(client) == [200, 200]  # a process that only publishes
+        worker = asyncio.create_task(app.run())
+        await until(lambda: [each.phase for each in app.workers] == [boilermaker.Phase.WORKING])
+        assert await statuses(client) == [200, 200]
+        await app.service_bus_client.close()
+        await asyncio.wait([worker], timeout=PATIENCE)
+        assert isinstance(worker.exception(), UsageError)
+        assert await statuses(client) == [503, 503]
+        async with working(app):
+            await until_phase(client, "ok")
+            assert await statuses(client) == [200, 200]
+
+
+async def samples_of(client):
+    """The values of the metrics, by name and labels, as Prometheus reads them."""
+    answer = await client.get("metrics")
+    assert answer.headers["Content-Type"].startswith("text/plain; version=")
+    families = prometheus_client.parser.text_string_to_metric_families(answer.text)
+    return {
+        (sample.name.removeprefix("boilermaker_"), *sorted(sample.labels.values())): sample.value
+        for family in families
+        for sample in family.samples
+        if not sample.name.endswith("_created")
+    }
+
+
+async def test_metrics_count_what_was_settled_how_long_it_ran_and_what_is_there(open_bus):
+    app = await shop_after_a_night(bus := open_bus())
+    going_on = asyncio.Event()
+
+    @app.task
+    async def wait(state):
+        await going_on.wait()
+
+    async with page_of(app) as client:
+        assert (await samples_of(client))["concurrency",] == 0
+        await wait.delay()
+        await app.publish_task(app.mail.si("eve@example.org"))
+        await bus.send([letter(body_with(function_name=f"foreign{number}"), message_id=str(number)) for number in "12"])
+        await bus.send([letter("no task")])
+        async with working(app, concurrency=7, schedules=False):
+            await until(lambda: bus.counts(), "counts")
+
+            async def is_settled():
+                samples = await samples_of(client)
+                return samples.get(("messages", "dead_letter", "tasks")) == 9 and samples
+
+            samples = await until(is_settled)
+            assert (samples["tasks_running",], samples["concurrency",]) == (1, 7)
+            assert samples["messages", "running", "tasks"] == 1
+            going_on.set()
+
+            async def has_ended():
+                samples = await samples_of(client)
+                return samples.get(("tasks_total", "returned", "wait")) and samples
+
+            samples = await until(has_ended)
+    assert samples["tasks_total", "resize", "returned"] == 1
+    assert samples["tasks_total", "failed", "mail"] == 1
+    assert samples["tasks_total", "?", "unregistered"] == 2
+    assert samples["tasks_total", "?", "undecodable"] == 1
+    assert not [key for key in samples if any("foreign" in label for label in key)]
+    assert samples["task_duration_seconds_count", "mail"] == samples["task_wait_seconds_count", "mail"] == 1
+    assert samples["task_duration_seconds_bucket", "+Inf", "wait"] == 1
+    assert samples["task_wait_seconds_sum", "wait"] >= 0
+    assert ("task_duration_seconds_count", "?") not in samples  # they did not run
+    assert samples["messages", "scheduled", "tasks"] == 2
+
+
+# -- started as a command
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        (["--web", "TAKEN"], "--web TAKEN: cannot listen there: Address already in use."),
+        (["--web", "0", "--auth", "secret"], "auth must be USER:PASSWORD, with a colon."),
+        (["--web", "0", "--auth", ":secret"], "auth must be USER:PASSWORD, with a colon."),
+        (["--web", "0", "--auth", ""], "auth must be USER:PASSWORD, with a colon."),
+        (["--web", "0.0.0.0:0"], "--web 0.0.0.0:0: any host but loopback wants --auth USER:PASSWORD"),
+        (["--web", "[::]:0"], "--web [::]:0: any host but loopback wants --auth USER:PASSWORD"),
+        (["--web", "example.org:0"], "--web example.org:0: any host but loopback wants --auth USER:PASSWORD"),
+        (["--web", "eighty"], "--web 'eighty' must be [HOST:]PORT"),
+        (["--web", "70000"], "--web '70000' must be [HOST:]PORT"),
+        (["--web", "nowhere.invalid:0", "--auth", "a:b"], "--web nowhere.invalid:0: cannot listen there: "),
+    ],
+)
+@pytest.mark.parametrize("command", ["worker", "dashboard"])
+def test_where_the_page_cannot_be_served_one_is_told_why(night, capsys, command, options, problem):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        options = [option.replace("TAKEN", port) for option in options]
+        if command == "worker":
+            code, _, err = ran(capsys, "worker", night, *options)
+        else:
+            code, err = dashboard.main(["night.db", *options]), capsys.readouterr().err
+    assert code == boilermaker.USAGE
+    assert problem.replace("TAKEN", port) in err.splitlines()[-1]
+    assert "Traceback" not in err
+    assert "secret" not in err
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        (["--web", "0", "--processes", 2], "--web is for one process, which listens on the port"),
+        (["--auth", "a:b"], "--auth and --allow-host are of the page: give --web too."),
+        (["--allow-host", "example.org"], "--auth and --allow-host are of the page: give --web too."),
+    ],
+)
+def test_options_of_the_page_that_do_not_fit_are_told(night, capsys, options, problem):
+    code, _, err = ran(capsys, "worker", night, *options)
+    assert (code, problem in err) == (boilermaker.USAGE, True)
+
+
+@pytest.mark.parametrize("bus", ["nowhere.db", "night.db#nothing", "nomodule"])
+def test_the_page_of_what_is_not_there_is_an_error_that_says_so(night, capsys, bus):
+    assert dashboard.main([bus, "--web", "0"]) == boilermaker.USAGE
+    assert capsys.readouterr().err.startswith("dashboard: ")
+    assert not os.path.exists("nowhere.db")
+
+
+PACKAGES_OF_THE_PAGE = ("starlette", "uvicorn", "prometheus_client")
+
+
+@pytest.mark.parametrize("missing", [*[(name,) for name in PACKAGES_OF_THE_PAGE], PACKAGES_OF_THE_PAGE])
+@pytest.mark.parametrize("command", ["dashboard", "worker", "import"])
+def test_packages_that_the_page_lacks_are_named(night, missing, command):
+    code = {
+        "dashboard": "sys.argv = ['', 'night.db']; runpy.run_module('examples.dashboard', run_name='__main__')",
+        "worker": f"sys.exit(boilermaker.main(['worker', '{night}', '--web', '0']))",
+        "import": "import examples.dashboard",
+    }[command]
+    hidden = f"import runpy, sys, boilermaker; sys.modules |= dict.fromkeys({missing}); {code}"
+    environment = example_environment(PYTHONWARNINGS="ignore")
+    run = subprocess.run([sys.executable, "-c", hidden], env=environment, capture_output=True, text=True)
+    assert f"The page needs {', '.join(missing)}: pip install {' '.join(missing)}" in run.stderr.splitlines()[-1]
+    assert (run.returncode, "Traceback" in run.stderr) == ((1, True) if command == "import" else (2, False))
+
+
+def test_the_page_is_found_beside_the_module_under_whatever_name_that_is_vendored(tmp_path, monkeypatch):
+    folder = tmp_path / f"vendored{uuid.uuid4().hex}"
+    folder.mkdir()
+    shutil.copy(MODULE, folder / "queueing.py")
+    monkeypatch.syspath_prepend(tmp_path)
+    queueing = importlib.import_module(f"{folder.name}.queueing")
+    with pytest.raises(queueing.UsageError, match=f"--web needs dashboard.py and dashboard.html, in {folder}"):
+        queueing._dashboard()
+    source = Path(dashboard.__file__).read_text()
+    (folder / "dashboard.py").write_text(
+        source.replace("import boilermaker  #", f"from {folder.name} import queueing as boilermaker  #")
+    )
+    shutil.copy(Path(dashboard.__file__).with_suffix(".html"), folder)
+    assert queueing._dashboard().boilermaker is queueing
+    assert queueing._dashboard() is queueing._dashboard()
+
+
+def test_a_worker_that_is_started_again_keeps_its_page(night):
+    given = ["worker", night, "--web", "0.0.0.0:80", "--auth=a:-b", "--allow-host", "x.org", "--allow-host", "y.org"]
+    parser = boilermaker._parser()
+    again = parser.parse_args(boilermaker._arguments_of_child(parser.parse_args(given)))
+    assert (again.web, again.auth, again.allow_host) == ("0.0.0.0:80", "a:-b", ["x.org", "y.org"])
+
+
+async def url_in(log):
+    """Where a page is, as its log says."""
+
+    def found():
+        return re.search(r"The page of .* is at (http://\S+/)", log.read_text())
+
+    return (await until(found, f"the page: {log.read_text()}"))[1]
+
+
+async def test_a_worker_has_its_page_beside_it_until_it_has_ended(night, tmp_path, monkeypatch):
+    monkeypatch.setenv("BOILERMAKER_WEB_AUTH", "ann:secret")
+    with command_running(tmp_path, "worker", night, "--web", "0", "--allow-host", "tasks.example") as (process, log):
+        async with httpx.AsyncClient(base_url=await url_in(log), auth=("ann", "secret")) as client:
+            await until_phase(client, "ok")
+            shown = await shown_by(client)
+            assert [row["name"] for row in shown["schedules"]["rows"]] == ["tidy"]
+            assert (await samples_of(client))["concurrency",] == 10
+            assert (await client.get("api", headers={"Host": "tasks.example"})).status_code == 200
+            answer = await client.post("api/discard", json={"matching": {"task": "mail"}}, headers=ACTION)
+            assert answer.json()["count"] == 1
+            assert (await client.get("api", auth=("ann", "Secret"))).status_code == 401
+            process.send_signal(signal.SIGTERM)
+            await until(lambda: process.poll() is not None, "the end")
+    assert process.returncode == 0
+    assert "Page: discard Matching(text='', task='mail') by ann (127.0.0.1): messages=1" in log.read_text()
+    assert "secret" not in log.read_text()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_the_page_alone_serves_until_a_signal(night, tmp_path, number):
+    log = tmp_path / "page.log"
+    with log.open("wb") as stream:
+        command = [sys.executable, "-m", "examples.dashboard", "night.db", "--web", "localhost:0", "--read-only"]
+        process = subprocess.Popen(command, env=example_environment(), stdout=stream, stderr=stream)
+    try:
+        async with httpx.AsyncClient(base_url=await url_in(log)) as client:
+            shown = await shown_by(client)
+            assert (shown["read_only"], shown["counts"]["dead_letter"]) == (True, 6)
+            assert await statuses(client) == [200, 200]
+        process.send_signal(number)
+        await until(lambda: process.poll() is not None, "the end")
+        assert process.returncode == 0
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_the_installed_package_has_the_page(clean_python, tmp_path):
+    [packages] = clean_python.parent.parent.glob("lib/python*/site-packages")
+    command = [sys.executable, "-m", "boilermaker.dashboard", "--help"]
+    environment = {**os.environ, "PYTHONPATH": str(packages)}
+    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert run.stdout.startswith("usage: dashboard [-h] [--web [HOST:]PORT]"), run.stderr
+    code = "import boilermaker; print(boilermaker._dashboard().__file__)"
+    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert run.stdout == f"{packages}/boilermaker/dashboard.py\n", run.stderr
+
+
+# -- in a browser
+
+CHROMIUM, CHROMEDRIVER = "/usr/bin/chromium", "/usr/bin/chromedriver"
+CHROMIUM_OPTIONS = (
+    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+    "--disable-component-update --disable-sync --window-size=1280,1000"
+)
+
+
+class Browser:
+    """Headless Chromium, and what somebody sees and does there."""
+
+    def __init__(self, profile):
+        options = webdriver.ChromeOptions()
+        options.binary_location = CHROMIUM
+        for option in [*CHROMIUM_OPTIONS.split(), f"--user-data-dir={profile}"]:
+            options.add_argument(option)
+        options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+        self.driver = webdriver.Chrome(options=options, service=ChromeService(CHROMEDRIVER))
+
+    async def open(self, url):
+        self.driver.get(str(url))
+        await self.until_text("#status", "Live")
+        await until(lambda: "\u2013" not in self.text("#dead_letter b"), "the first counts")
+
+    def run(self, script, *arguments):
+        return self.driver.execute_script(script, *arguments)
+
+    def text(self, selector):
+        """What is shown there: nothing where it is hidden."""
+        visible = "[...document.querySelectorAll(arguments[0])].filter(e => e.checkVisibility())"
+        return self.run(f"return {visible}.map(e => e.innerText).join('|')", selector)
+
+    def count(self, selector):
+        return self.run("return document.querySelectorAll(arguments[0]).length", selector)
+
+    async def until_text(self, selector, expected):
+        try:
+            await until(lambda: re.search(expected, self.text(selector)))
+        except AssertionError:
+            raise AssertionError(f"{selector} shows {self.text(selector)!r}, not {expected!r}") from None
+
+    def click(self, selector):
+        element = self.driver.find_element("css selector", selector)
+        self.run("arguments[0].scrollIntoView({block: 'center'})", element)
+        element.click()
+
+    def type(self, *keys):
+        """Type where the focus is."""
+        ActionChains(self.driver).send_keys(*keys).perform()
+
+    def focus(self):
+        return self.run("return document.activeElement.getAttribute('aria-label') || document.activeElement.innerText")
+
+    async def act(self, selector, question, done):
+        """Press a button, read the question, agree, and wait for what is said then."""
+        self.click(selector)
+        await self.until_text("dialog[open]", question)
+        self.click("dialog .go")
+        await self.until_text("#done", done)
+
+    def complaints(self):
+        """What the console has of warnings and errors since the last call."""
+        return [entry["message"] for entry in self.driver.get_log("browser")]
+
+    def foreign_requests(self):
+        names = self.run("return performance.getEntriesByType('resource').map(entry => entry.name)")
+        return [name for name in names if not name.startswith((self.run("return location.origin"), "data:"))]
+
+
+@pytest.fixture(scope="session")
+def chromium(tmp_path_factory):
+    if not (os.path.exists(CHROMIUM) and os.path.exists(CHROMEDRIVER)):
+        if os.environ.get("BROWSER_TESTS") == "required":
+            pytest.fail(f"There is no {CHROMIUM}, or no {CHROMEDRIVER}.")
+        pytest.skip("needs Chromium: apt-get install chromium chromium-driver")
+    browser = Browser(tmp_path_factory.mktemp("profile"))
+    yield browser
+    browser.driver.quit()
+
+
+@pytest.fixture
+def browser(chromium):
+    """The browser, of which a test must leave no complaint."""
+    chromium.complaints()
+    yield chromium
+    complaints, foreign = chromium.complaints(), chromium.foreign_requests()
+    chromium.driver.get("about:blank")
+    assert (complaints, foreign) == ([], [])
+
+
+async def test_counts_change_on_the_page_without_a_reload(browser, open_bus):
+    app = await shop_after_a_night(open_bus())
+    going_on = asyncio.Event()
+
+    @app.task
+    async def wait(state):
+        await going_on.wait()
+
+    async with page_of(app) as client:
+        await browser.open(client.base_url)
+        browser.run("window.same = true")
+        tiles = [browser.text(f"#{name} b") for name in ("active", "running", "scheduled-count", "dead_letter")]
+        assert tiles == ["1", "0", "2", "5"]
+        assert browser.text("#tasks tbody tr:first-child button") == "resize"
+        async with working(app):
+            await wait.delay()
+            await browser.until_text("#running b", "^1$")
+            await browser.until_text("#tasks", r"wait\s+0\s+1\s+0\s+0")
+            await app.mail.delay("eve@example.org")
+            await browser.until_text("#dead_letter b", "^6$")
+            await browser.until_text("#dead tbody:nth-of-type(1)", "eve@example.org")
+            going_on.set()
+            await browser.until_text("#running b", "^0$")
+        assert browser.count("#tiles svg path.line[d^=M]") == 5
+        assert browser.driver.title == "(6 dead) tasks · boilermaker"
+        assert browser.run("return window.same") is True
+
+
+async def test_the_page_is_filtered_by_text_and_by_task_and_a_traceback_is_unfolded(browser, open_bus):
+    app = await shop_after_a_night(open_bus())
+    async with page_of(app) as client:
+        await browser.open(client.base_url)
+        browser.click("#text")
+        browser.type("lost2")
+        await browser.until_text("#dead-note", "^1 match")
+        assert browser.count("#dead tbody") == 1
+        assert browser.text("#scheduled-note") == browser.text("#schedules tbody") == ""
+        browser.click("#dead .unfold")
+        await browser.until_text("#dead .detail", r"Traceback \(most recent call last\)")
+        await browser.until_text("#dead .detail", "FileNotFoundError: no such image: lost2.png")
+        await browser.until_text("#dead .detail", r'"width": 2')
+        browser.run("document.querySelector('#dead .detail').dataset.same = 1")
+        await app.mail.delay("eve@example.org")
+        await browser.until_text("#active b", "^2$")  # a poll later
+        assert browser.count("#dead .detail[data-same]:not([hidden])") == 1
+        browser.click("#dead .unfold")
+        assert browser.text("#dead .detail") == ""
+
+        browser.run("document.querySelector('#text').select()")
+        browser.type(Keys.BACKSPACE)
+        await browser.until_text("#dead-note", "^5$")
+        browser.click("#tasks tbody tr:nth-child(2) button")
+        await browser.until_text("#dead-note", "^2 match")
+        assert set(browser.text("#dead tbody td[data-label=Task]").split("|")) == {"mail"}
+        assert browser.run("return location.search") == "?task=mail"
+        browser.driver.refresh()
+        await browser.until_text("#dead-note", "^2 match")
+        browser.click("#task")
+        await browser.until_text("#dead-note", "^5$")
+
+
+async def test_dead_letters_are_replayed_and_discarded_and_what_is_scheduled_is_cancelled_on_the_page(
+    browser, open_bus
+):
+    app = await shop_after_a_night(bus := open_bus())
+    async with page_of(app) as client:
+        await browser.open(client.base_url)
+        browser.click("#dead tbody [aria-label^='Replay ']")
+        await browser.until_text("dialog[open]", "Replay this dead letter[?]")
+        browser.type(Keys.ESCAPE)
+        assert browser.count("dialog[open]") == 0
+        browser.click("#dead tbody [aria-label^='Replay ']")
+        browser.click("dialog [value=no]")
+        await asyncio.sleep(0.1)
+        assert (await bus.counts()).dead_letter == 5
+
+        await browser.act("#dead [aria-label^='Replay ']", "Replay this dead letter[?]", "^1 dead letter replayed.$")
+        await browser.until_text("#dead-note", "^4$")
+        await browser.act("#dead [aria-label^='Discard ']", "deleted for good", "^1 dead letter discarded.$")
+        await browser.until_text("#dead-note", "^3$")
+        browser.click("#text")
+        browser.type("lost")
+        await browser.until_text("#dead-note", "^(\\d) match")
+        left = int(browser.text("#dead-note").split()[0])
+        await browser.act("[data-all=replay]", "with “lost”", f"^{left} dead letters? replayed.$")
+        await browser.until_text("#dead-note", "^$")
+        assert browser.text("#dead ~ p") in ("No dead letter matches.", "None: all is well.")
+        browser.run("document.querySelector('#text').select()")
+        browser.type(Keys.BACKSPACE)
+        await browser.until_text("#scheduled-note", "^2$")
+        await browser.act("#scheduled [aria-label^='Cancel ']", "Cancel this", "^1 scheduled message cancelled.$")
+        await browser.act("[data-all=cancel]", "Cancel all scheduled messages[?]", "^1 scheduled message cancelled.$")
+        await browser.until_text("#scheduled ~ p", "^Nothing is scheduled.$")
+    counts = await bus.counts()
+    assert (counts.active, counts.scheduled, counts.dead_letter) == (2 + left, 0, 3 - left)
+
+
+async def test_what_is_gone_already_is_said_to_be(browser, open_bus):
+    app = await shop_after_a_night(bus := open_bus())
+    async with page_of(app) as client:
+        await browser.open(client.base_url)
+        browser.click("#dead tbody [aria-label^='Replay ']")
+        await browser.until_text("dialog[open]", "Replay this")
+        await bus.discard(lambda message: True)
+        browser.click("dialog .go")
+        await browser.until_text("#done", "^Replay did not work: Gone")
+        await browser.until_text("#dead ~ p", "^None: all is well.$")
+    assert [message for message in browser.complaints() if "404" not in message] == []
+
+
+async def test_a_server_that_goes_away_is_said_to_be_and_found_again(browser, open_bus):
+    app = await shop_after_a_night(open_bus())
+    async with page_of(app) as client:
+        await browser.open(client.base_url)
+    await browser.until_text("#status", r"^No connection to the server since \d\d:\d\d:\d\d, trying again$")
+    assert browser.text("#dead_letter b") == "5"  # what was last seen
+    await app.mail.delay("eve@example.org")
+    await work_off(app, schedules=False)
+    async with page_of(app, address=str(client.base_url.port)):
+        await browser.until_text("#status", "^Live$")
+        await browser.until_text("#dead_letter b", "^6$")
+    assert [message for message in browser.complaints() if "net::ERR" not in message] == []
+
+
+async def test_a_hidden_page_does_not_ask(browser, open_bus, monkeypatch):
+    asked = []
+    show = dashboard.Queue.show
+
+    async def counted(*arguments):
+        asked.append(arguments)
+        return await show(*arguments)
+
+    monkeypatch.setattr(dashboard.Queue, "show", counted)
+    async with page_of(open_bus()) as client:
+        await browser.open(client.base_url)
+        await until(lambda: len(asked) >= 2)
+        page = browser.driver.current_window_handle
+        browser.driver.switch_to.new_window("tab")
+        await asyncio.sleep(0.5)
+        seen = len(asked)
+        await asyncio.sleep(5)
+        assert len(asked) == seen
+        browser.driver.close()
+        browser.driver.switch_to.window(page)
+        await until(lambda: len(asked) > seen)
+        await browser.until_text("#status", "^Live$")
+
+
+async def test_ten_thousand_dead_letters_are_shown_page_by_page(browser, open_bus):
+    bus = open_bus()
+    await bury(bus, bodies_of(bus, *["a", "b"] * 5000))
+    async with page_of(bus) as client:
+        await browser.open(client.base_url)
+        await browser.until_text("#dead-note", "^10,000$")
+        assert browser.count("#dead tbody") == dashboard.ROWS
+        answer = await client.get("api")
+        assert len(answer.content) < 100_000
+        browser.click("[aria-label='Pages of dead letters'] [data-turn='1']")
+        await browser.until_text("[aria-label='Pages of dead letters']", "26 to 50 of 10,000")
+        assert browser.count("#dead tbody") == dashboard.ROWS
+        browser.click("#text")
+        browser.type("4321")
+        await browser.until_text("#dead-note", "^[1-9] match")
+        await browser.act("[data-all=discard]", "with “4321”", "^[1-9] dead letters? discarded.$")
+        await browser.until_text("#dead_letter b", "^9,99[0-9]$")
+
+
+async def test_what_is_hostile_is_shown_as_text(browser, open_bus):
+    bus = open_bus()
+    name, argument = "<img src=x onerror='window.bad=1'>", "<script>window.bad=2</script>\u202egnp.exe\u0000"
+    tasks = [named(name, args=[argument]), named("large", args=["y" * 100_000])]
+    messages = [letter(encode(task, "tasks", "tasks"), message_id=task.task_id) for task in tasks]
+    await bury(bus, messages, description="<b onclick=alert(3)>bold</b>", traceback="<i>slanted</i>" * 3)
+    async with page_of(bus) as client:
+        await browser.open(client.base_url)
+        rows = browser.text("#dead tbody")
+        assert name in rows
+        assert r"<script>window.bad=2</script>\u202egnp.exe" in rows
+        assert "<b onclick=alert(3)>bold</b>" in rows
+        browser.click("#dead tbody:nth-of-type(1) .unfold")
+        browser.click("#dead tbody:nth-of-type(2) .unfold")
+        await until(lambda: browser.text("#dead .detail").count("<i>slanted</i>") == 6)
+        assert "y" * 100_000 in browser.text("#dead .detail").replace("\n", "")
+        browser.click("#dead tbody:nth-of-type(1) [aria-label^='Discard ']")
+        await browser.until_text("dialog[open]", "Discard this")
+        browser.type(Keys.ESCAPE)
+        browser.driver.get(f"{client.base_url}?task={urllib.parse.quote(name)}&text=%3Cb")
+        await browser.until_text("#dead-note", "^1 match")
+        assert name in browser.text("#task")
+        assert browser.run("return window.bad") is None
+        assert browser.count("main img, main script, main i, td b") == 0
+        assert browser.run("return document.documentElement.scrollWidth <= window.innerWidth")
+
+
+async def test_the_page_works_at_a_path_of_another_application_with_a_password(browser, open_bus):
+    app = await shop_after_a_night(open_bus())
+    api = fastapi.FastAPI()
+    api.mount("/deep/tasks", dashboard.asgi(app, auth="ann:secret"))
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        server = uvicorn.Server(uvicorn.Config(api, log_config=None, ws="none"))
+        thread = threading.Thread(target=asyncio.run, args=(server.serve(sockets=[listening]),))
+        thread.start()
+        try:
+            place = f"127.0.0.1:{listening.getsockname()[1]}/deep/tasks/"
+            browser.driver.get(f"http://ann:secret@{place}")
+            await browser.until_text("#dead-note", "^5$")
+            await browser.act("#dead [aria-label^='Replay ']", "Replay this", "^1 dead letter replayed.$")
+            await browser.until_text("#dead-note", "^4$")
+        finally:
+            server.should_exit = True
+            await asyncio.to_thread(thread.join)
+    browser.complaints()  # the server is gone
+
+
+async def test_a_page_that_is_read_only_has_no_buttons_for_actions(browser, open_bus):
+    app = await shop_after_a_night(open_bus())
+    async with page_of(app, read_only=True) as client:
+        await browser.open(client.base_url)
+        await browser.until_text("#dead-note", "^5$")
+        assert "read-only" in browser.text("#footer")
+        buttons = browser.run(
+            "return [...document.querySelectorAll('main button')].filter(b => b.checkVisibility())"
+            ".map(b => b.className)"
+        )
+        assert set(buttons) == {"link", "unfold"}
+
+
+async def test_the_page_can_be_used_by_keyboard_alone(browser, open_bus):
+    app = await shop_after_a_night(bus := open_bus())
+    async with page_of(app) as client:
+        await browser.open(client.base_url)
+        await browser.until_text("#dead-note", "^5$")
+        browser.type(Keys.TAB)
+        assert browser.focus() == "Skip to the content"
+
+        def tab_to(label):
+            for _ in range(40):
+                browser.type(Keys.TAB)
+                if browser.focus().startswith(label):
+                    return
+            raise AssertionError(f"no way by Tab to {label}")
+
+        tab_to("resize")
+        tab_to("Details of ")
+        browser.type(Keys.ENTER)
+        await browser.until_text("#dead .detail", "Traceback")
+        browser.type(Keys.SPACE)
+        tab_to("Discard ")
+        label = browser.focus()
+        browser.type(Keys.ENTER)
+        await browser.until_text("dialog[open]", "Discard this dead letter")
+        assert browser.focus() == "Leave as is"
+        browser.type(Keys.ESCAPE)
+        assert browser.focus() == label
+        browser.type(Keys.ENTER)
+        await browser.until_text("dialog[open]", "Discard this dead letter")
+        browser.type(Keys.TAB, Keys.ENTER)
+        await browser.until_text("#done", "^1 dead letter discarded.$")
+        await browser.until_text("#dead-note", "^4$")
+        assert browser.focus() == "Dead letters"  # what had the focus is gone
+    assert (await bus.counts()).dead_letter == 4
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+async def test_the_page_fits_a_phone_and_its_tables_stay_tables_for_screen_readers(browser, open_bus, width):
+    app = await shop_after_a_night(open_bus())
+    metrics = {"width": width, "height": 844, "deviceScaleFactor": 1, "mobile": width < 500}
+    browser.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+    try:
+        async with page_of(app) as client:
+            await browser.open(client.base_url)
+            await browser.until_text("#dead-note", "^5$")
+            browser.click("#dead .unfold")
+            await browser.until_text("#dead .detail", "Traceback")
+            assert browser.run("return document.documentElement.scrollWidth") <= width
+            nodes = browser.driver.execute_cdp_cmd("Accessibility.getFullAXTree", {})["nodes"]
+            seen = [
+                (each["role"]["value"], each.get("name", {}).get("value", "")) for each in nodes if not each["ignored"]
+            ]
+            roles = Counter(role for role, _ in seen)
+            assert (roles["table"], roles["columnheader"]) == (4, 7 + 5 + 4 + 4)
+            assert roles["row"] >= 4 + 2 + 5 + 2 + 1
+            assert [role for role, name in seen if role in ("button", "searchbox", "table", "image") and not name] == []
+    finally:
+        browser.driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+async def test_the_page_has_enough_contrast(browser, open_bus, scheme):
+    app = await shop_after_a_night(open_bus())
+    feature = {"name": "prefers-color-scheme", "value": scheme}
+    browser.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
+    try:
+        async with page_of(app) as client:
+            await browser.open(client.base_url)
+            await browser.until_text("#dead-note", "^5$")
+            browser.click("#dead .unfold")
+            await browser.until_text("#dead .detail", "Traceback")
+            assert browser.run(LOW_CONTRAST) == []
+            browser.click("[data-all=discard]")
+            await browser.until_text("dialog[open]", "Discard all")
+            assert browser.run(LOW_CONTRAST) == []
+    finally:
+        browser.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+
+
+LOW_CONTRAST = """
+const numbers = (color) => color.match(/[\\d.]+/g).map(Number);
+const light = (color) => numbers(color).slice(0, 3).map((value) => value / 255)
+  .map((value) => value <= 0.03928 ? value / 12.92 : ((value + 0.055) / 1.055) ** 2.4)
+  .reduce((sum, value, place) => sum + value * [0.2126, 0.7152, 0.0722][place], 0);
+const behind = (element) => {
+  for (let each = element; each; each = each.parentElement) {
+    const color = getComputedStyle(each).backgroundColor;
+    if (numbers(color)[3] !== 0) return color;
+  }
+};
+return [...document.querySelectorAll("body *")]
+  .filter((e) => e.checkVisibility() && [...e.childNodes].some((n) => n.nodeType === 3 && n.data.trim()))
+  .map((e) => [e.innerText, light(getComputedStyle(e).color), light(behind(e))])
+  .map(([text, a, b]) => [text, (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05)])
+  .filter(([, contrast]) => contrast < 4.5);
+"""
+
+
+async def test_a_queue_on_azure_is_shown_and_acted_on_and_asked_sparingly(browser, azure_bus, monkeypatch):
+    app = shop_app(bus := azure_bus())
+    await app.publish_many([app.resize.si(f"lost{number}.png") for number in range(3)])
+    await work_off(app, schedules=False)
+    await app.publish_task(app.mail.si("soon@example.org"), delay=3600)
+    looked = Counter()
+    for name in ("counts", "counts_by_task"):
+        monkeypatch.setattr(bus, name, counting(looked, name, getattr(bus, name)))
+    async with page_of(app) as client:
+        await browser.open(client.base_url)
+        await browser.until_text("#dead-note", "^3$")
+        assert (browser.text("#dead_letter b"), browser.text("#running b")) == ("≥ 3", "\u2013")
+        await browser.until_text("#tasks", "resize.*3")
+        await browser.until_text("#scheduled-note", "^1$")
+        await browser.act("#dead [aria-label^='Replay ']", "Replay this", "^1 dead letter replayed.$")
+        await browser.until_text("#dead-note", "^2$")
+        await browser.act("[data-all=cancel]", "Cancel all", "^1 scheduled message cancelled.$")
+        await browser.until_text("#scheduled ~ p", "^Nothing is scheduled.$")
+        await browser.until_text("#dead_letter b", "^≥ 2$")
+    assert looked["counts_by_task"] == 1
+    assert looked["counts"] <= 5
+
+
+def counting(counts, name, function):
+    async def counted():
+        counts[name] += 1
+        return await function()
+
+    return counted
+
+
+# ======================================================================================================================
 # Examples: each runs as its docstring says
 # ======================================================================================================================
 
@@ -15429,7 +16639,8 @@ def test_the_tests_test_this_checkout():
 
 def test_the_wheel_holds_the_module_and_its_types_and_nothing_else(wheel):
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
-    assert names == {"boilermaker/__init__.py", "boilermaker/__main__.py", "boilermaker/py.typed"}
+    files = ("__init__.py", "__main__.py", "dashboard.py", "dashboard.html", "py.typed")
+    assert names == {f"boilermaker/{name}" for name in files}
 
 
 def test_the_wheel_names_what_it_needs(wheel):
