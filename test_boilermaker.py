@@ -15816,7 +15816,7 @@ async def test_dead_letters_are_replayed_and_discarded_and_what_is_scheduled_is_
     async with page_of(app) as client:
         await browser.open(client.base_url)
         browser.click("#dead tbody [aria-label^='Replay ']")
-        await browser.until_text("dialog[open]", "Replay this dead letter[?]")
+        await browser.until_text("dialog[open]", r"Replay this dead letter[?]\s+(mail|resize)\(.*\), number \d")
         browser.type(Keys.ESCAPE)
         assert browser.count("dialog[open]") == 0
         browser.click("#dead tbody [aria-label^='Replay ']")
