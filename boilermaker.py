@@ -71,6 +71,7 @@ import dataclasses
 import datetime
 import enum
 import functools
+import heapq
 import importlib.util
 import inspect
 import itertools
@@ -2605,7 +2606,7 @@ def _traceback_of(error: BaseException | None) -> str:
     return text.encode("utf-8", "backslashreplace").decode("utf-8")[-MAX_DESCRIPTION_LENGTH:]
 
 
-def root_of(delivery: Delivery, queue: str) -> str:
+def root_of(delivery: Delivery | Message, queue: str) -> str:
     """What the ids of all that follows a task are made of: a UUID of its first try's message.
 
     Redelivery does not change it, no caller chooses it, and no two messages share it. It is itself the id of what
@@ -5044,6 +5045,18 @@ MAX_HELD = 2_000
 OPERATION_PATIENCE = 60
 """Seconds without an answer after which an operation stops."""
 
+REPLIES_AHEAD = 100
+"""Replies that the service sends before they are asked for, so that many cost one round trip and not one each."""
+
+REPLY_SOCKET_TIMEOUT = 0.1
+"""As SOCKET_TIMEOUT, for replies: who reads keeps nobody from settling there, so that it wakes less often."""
+
+PUBLISHED_KEPT = 100_000
+"""Tasks that a process can still ask for by their ids alone."""
+
+LONGEST_TIME_TO_LIVE = 2**32 // 1000 - 1
+"""Seconds, about 49 days: AMQP has 32 bits for the milliseconds."""
+
 TRACEBACK_PROPERTY = "DeadLetterTraceback"
 """The application property of a dead letter that has the end of the traceback."""
 
@@ -5065,12 +5078,19 @@ JOIN_REST = 1.0
 WITH_SESSIONS = "--enable-session true"
 """What `az servicebus queue create` makes a queue with, through which results and groups go."""
 
+AZURE_REASONS = ("MaxDeliveryCountExceeded", "TTLExpiredException")
+"""Why Azure itself dead-letters a message, of which no worker knows."""
+
 DEAD_LETTER_PROPERTIES = ("DeadLetterReason", "DeadLetterErrorDescription", TRACEBACK_PROPERTY)
 """Application properties that a message has for being dead; those of another kind travel on when it is replayed."""
 
 
 class Throttled(ServiceBusUnavailable):
     """The service asks to slow down; the link is fine."""
+
+
+class SessionLost(ServiceBusUnavailable):
+    """The lock of a link's session ran out, or somebody took it: the link is of no use."""
 
 
 def _default_credential(include_msi: bool) -> Any:
@@ -5256,6 +5276,7 @@ class AzureServiceBus:
         self._connection_string: str | None = None
         self._client_options = client_options
         self._opened: dict[tuple[int, asyncio.AbstractEventLoop], _Opened] = {}
+        self._outcomes: dict[tuple[int, asyncio.AbstractEventLoop], AzureOutcomes] = {}
 
         # The SDK's client takes any option, and says nothing of one that it does not know; its documentation does.
         known = re.findall(r":keyword [^:]*?(\w+):", _import_azure().aio.ServiceBusClient.__doc__ or "")
@@ -5369,23 +5390,81 @@ class AzureServiceBus:
                 numbers[place] = number
         return numbers
 
+    # -- outcomes are told by request and response: each event loop that publishes has a session in the reply queue
+
+    def _outcomes_of_this_loop(self) -> AzureOutcomes:
+        """They outlive `close`: who opens the bus again may ask for what was published before."""
+        here = os.getpid(), asyncio.get_running_loop()
+        if here not in self._outcomes:
+            for closed in [other for other in list(self._outcomes) if other[1].is_closed()]:
+                self._outcomes.pop(closed, None)
+            self._outcomes[here] = AzureOutcomes(self)
+        return self._outcomes[here]
+
     def address(self, task_id: str, ttl: float) -> Address:
-        raise UsageError("Results are kept on the local bus only.")
+        outcomes = self._outcomes_of_this_loop()
+        outcomes.remember(task_id)
+        return Address(task_id, ttl, queue=self.reply_queue, session=outcomes.session)
 
     def address_of(self, task_id: str) -> Address:
-        raise UsageError("Results are kept on the local bus only.")
+        """Only the process and event loop that published a task is told its outcome."""
+        return self._outcomes_of_this_loop().address_of(task_id)
 
     async def expect(self, addresses: Sequence[Address]) -> None:
         if any(address.position is not None for address in addresses):
             await self.check_join_queue()
+        if awaited := [address for address in addresses if address.position is None]:
+            await self._outcomes_of_this_loop().expect(awaited)
 
     def reply(self, answer: Answer) -> Outgoing | None:
+        """The message to who awaits an outcome, or to the group of a member; None for one of a local bus."""
         to = answer.to
-        body = f'{{"position":{to.position},"failed":{_to_json(answer.failed)},"value":{answer.value}}}'
-        return Outgoing(body, f"{to.id}:{to.position}", to.queue or "", session=to.id)
+        if to.queue is None:
+            return None
+        document = f'{{"failed":{_to_json(answer.failed)},"value":{answer.value}'
+        if to.position is None:
+            ttl = min(math.ceil(to.ttl), LONGEST_TIME_TO_LIVE)  # the SDK takes whole seconds, and 0.5 for 0
+            message = Outgoing(
+                document + "}",
+                answer.message_id,
+                to.queue,
+                session=to.session,
+                correlation_id=to.id,
+                time_to_live=ttl,
+            )
+        else:
+            document += f',"position":{to.position}}}'  # what GroupState reads
+            message = Outgoing(document, f"{to.id}:{to.position}", to.queue, session=to.id)
+        if (size := self.size(message)) > self.max_message_bytes:
+            raise MessageTooLarge(f"it makes an outcome of {size} bytes, the limit is {self.max_message_bytes}")
+        return message
+
+    async def publish(self, messages: Sequence[Outgoing]) -> None:
+        """Send messages, at last the outcomes among them, whoever awaits them.
+
+        Where one of these can never be told, as the queue is gone, that is no reason to do anything again.
+        """
+        if others := [message for message in messages if message.correlation_id is None]:
+            await self.send(others)
+        for outcome in (message for message in messages if message.correlation_id is not None):
+            try:
+                await self.send([outcome])
+            except (ConfigurationError, RequestRefused) as error:
+                logger.error("Outcome cannot be told task_id=%s: %s", outcome.correlation_id, error)
+
+    def end_of(self, message: Message, why: str) -> list[Outgoing]:
+        """What is told of a message that is removed: whoever awaits its outcome would wait for nothing."""
+        queue = message.queue_name.removesuffix(DEAD_LETTER_SUFFIX)
+        body = message.body if message.raw_body is None else message.raw_body
+        answer = ended_by(body, queue, why, "The message was removed.")
+        if answer is None:
+            return []
+        message_id = f"{root_of(message, queue)}:{why}"
+        reply = self.reply(answer._replace(message_id=message_id))
+        return [] if reply is None else [reply]
 
     async def outcome(self, address: Address, timeout: float | None) -> Answer:
-        raise UsageError("Results are kept on the local bus only.")
+        return await self._outcomes_of_this_loop().get(address, timeout)
 
     def member_address(self, group_id: str, position: int) -> Address:
         return Address(group_id, position=position, queue=self.join_queue)
@@ -5405,7 +5484,8 @@ class AzureServiceBus:
     def size(self, message: Outgoing) -> int:
         """The body, the ids and properties, and 512 bytes for what AMQP adds to them."""
         properties = sum(len(key) + len(value) for key, value in message.application_properties.items())
-        return len(message.body) + len(message.message_id) + properties + 512
+        ids = len(message.message_id) + len(message.session or "") + len(message.correlation_id or "")
+        return len(message.body) + ids + properties + 512
 
     async def open_receiver(
         self, on_lock_lost: Callable[[Delivery], None], max_renewal: float, suspect_from: int = MAX_SECONDS
@@ -5437,15 +5517,16 @@ class AzureServiceBus:
         client = self._of_this_loop().client
         return AzureLink(self, queue, client.get_queue_receiver(queue.removesuffix(DEAD_LETTER_SUFFIX), **options))
 
-    def session_link(self, queue: str, session: str | None, wait: float) -> AzureLink:
+    def session_link(self, queue: str, session: str | None, wait: float, **options: Any) -> AzureLink:
         """A receiver of one session of a queue.
 
         Args:
             session: its id; None for the next that has messages and that nobody holds, which opening waits for.
             wait: seconds to wait for it.
+            options: of the SDK's receiver.
         """
         sdk = _import_azure()
-        options: dict[str, Any] = {"socket_timeout": SOCKET_TIMEOUT, "timeout": ATTEMPT_TIMEOUT, "max_wait_time": wait}
+        options = {"socket_timeout": SOCKET_TIMEOUT, "timeout": ATTEMPT_TIMEOUT, "max_wait_time": wait, **options}
         options["session_id"] = sdk.NEXT_AVAILABLE_SESSION if session is None else session
         hint = f"The queue has to be made {WITH_SESSIONS}."
         return AzureLink(self, queue, self._of_this_loop().client.get_queue_receiver(queue, **options), hint)
@@ -5547,8 +5628,16 @@ class AzureServiceBus:
     async def discard(
         self, which: Which, dry_run: bool = False, on_progress: Callable[[int], object] | None = None
     ) -> list[Message]:
-        """Delete dead letters; else as `replay`."""
-        return await self._remove_dead_letters(which, dry_run, on_progress, lambda message: [])
+        """Delete dead letters; else as `replay`.
+
+        Who awaits the outcome of one that, by its reason, Azure itself has dead-lettered is told; of the others a
+        worker has told.
+        """
+
+        def told(message: Message) -> list[Outgoing]:
+            return self.end_of(message, DISCARDED) if message.dead_letter_reason in AZURE_REASONS else []
+
+        return await self._remove_dead_letters(which, dry_run, on_progress, told)
 
     async def _remove_dead_letters(
         self,
@@ -5579,7 +5668,7 @@ class AzureServiceBus:
         if self.queue_name.endswith(DEAD_LETTER_SUFFIX):
             raise UsageError(f"{self!r} has dead letters only: discard() deletes these.")
         selection = selection_of(which)
-        operation = AzureOperation(self, self.queue_name, lambda message: [], on_progress)
+        operation = AzureOperation(self, self.queue_name, lambda message: self.end_of(message, CANCELLED), on_progress)
         found = await operation.find(selection, dry_run)
         if dry_run or not found:
             return found
@@ -5591,26 +5680,45 @@ class AzureServiceBus:
     async def cancel(self, sequence_number: int) -> None:
         """Take back a scheduled message.
 
+        Who awaits its outcome is told, where this identity may look at the queue.
+
         Raises:
             MessageNotFound: none is waiting under that number; it may be due already.
         """
         _check_sequence_number(sequence_number)
         if not _is_64_bit(sequence_number) or self.queue_name.endswith(DEAD_LETTER_SUFFIX):
             raise MessageNotFound(f"{self!r} has no scheduled message with sequence number {sequence_number}.")
-        async with self.sender_link(self.queue_name) as link:
-            await link.request(link.sdk.cancel_scheduled_messages, sequence_number, timeout=ATTEMPT_TIMEOUT)
+
+        async def look() -> list[Message]:
+            with contextlib.suppress(BoilermakerError):
+                return await self.peek(1, sequence_number=sequence_number)
+            return []
+
+        looking = asyncio.ensure_future(look())  # while the other link is opened
+        try:
+            async with self.sender_link(self.queue_name) as link:
+                found = await looking
+                await link.request(link.sdk.cancel_scheduled_messages, sequence_number, timeout=ATTEMPT_TIMEOUT)
+        finally:
+            looking.cancel()
+        for message in found:
+            if message.sequence_number == sequence_number:
+                await self.publish(self.end_of(message, CANCELLED))
 
     async def close(self) -> None:
         """Close all connections of this event loop. The bus opens new ones if it is used again."""
-        opened = self._opened.pop((os.getpid(), asyncio.get_running_loop()), None)
-        if opened is not None:
+        here = os.getpid(), asyncio.get_running_loop()
+        opened, outcomes = self._opened.pop(here, None), self._outcomes.get(here)
 
-            async def close_all() -> None:
+        async def close_all() -> None:
+            if outcomes is not None:
+                await outcomes.close()
+            if opened is not None:
                 await asyncio.gather(*[sender.close() for sender in opened.senders.values()])
                 await opened.client.close()
                 opened.administration.close()
 
-            await asyncio.shield(asyncio.ensure_future(close_all()))
+        await asyncio.shield(asyncio.ensure_future(close_all()))
 
     @contextlib.contextmanager
     def explained(self, queue: str) -> Iterator[None]:
@@ -5762,6 +5870,8 @@ _AZURE_ERRORS: Mapping[str, tuple[type[BoilermakerError], str]] = {
     "ServiceBusAuthorizationError": (ConfigurationError, f"Access to {{where}} was refused: {_ACCESS}"),
     "ServiceBusServerBusyError": (Throttled, "{where} is throttled:"),
     "ServiceBusConnectionError": (ServiceBusUnavailable, f"{{where}} cannot be reached: {_NETWORK}"),
+    "SessionCannotBeLockedError": (ServiceBusUnavailable, "Another receiver holds that session of {where}:"),
+    "SessionLockLostError": (SessionLost, "{where}: the lock of the session ran out, or was taken:"),
     "OperationTimeoutError": (ServiceBusUnavailable, f"{{where}} did not answer in time: {_NETWORK}"),
     "TimeoutError": (ServiceBusUnavailable, f"{{where}} did not answer in time: {_NETWORK}"),
     "ClientAuthenticationError": (
@@ -5962,6 +6072,12 @@ class AzureLink:
             work = functools.partial(settle, raw._delivery_id, raw._delivery_tag, "rejected", error=error, **outcome)
         await explained(work)
         raw._settled = True
+
+    @property
+    def has_more(self) -> bool:
+        """Whether messages have come ahead that nobody has received yet."""
+        waiting = getattr(getattr(self.sdk, "_handler", None), "_received_messages", None)
+        return waiting is not None and not waiting.empty()
 
     async def renew(self, raws: Sequence[Any], timeout: float) -> list[datetime.datetime]:
         """`renew_message_lock` for several at once; one that is lost is an error for all."""
@@ -6190,6 +6306,268 @@ def _sdk_message(message: Outgoing) -> ServiceBusMessage:
     return sdk_message
 
 
+class AzureOutcomes:
+    """Takes the outcomes that one event loop of this process is told, and keeps them until they expire.
+
+    They come through a session of the reply queue, which one task holds for as long as the bus is open, whatever
+    happens to its link. That task does one thing after the other, so that nothing on the link waits for its reads: it
+    receives, hands on, deletes, and renews the session's lock when that is due, which is a sign of life at the same
+    time. What is not deleted, since a link was lost, comes once more and says the same.
+    """
+
+    def __init__(self, bus: AzureServiceBus) -> None:
+        self.session = str(uuid.uuid4())
+        self._bus = bus
+        self._queue = bus.reply_queue
+        self._loop = asyncio.get_running_loop()
+        self._published: collections.OrderedDict[str, float] = collections.OrderedDict()  # when, by the loop's clock
+        self._outcomes: dict[str, tuple[Answer, float]] = {}  # with when they expire
+        self._ends: list[tuple[float, str]] = []  # a heap of these times
+        self._waiting: dict[str, set[asyncio.Future[Answer]]] = {}
+        self._link: AzureLink | None = None
+        self._running: asyncio.Task[None] | None = None
+        self._opened: asyncio.Future[None]
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._deleting: set[asyncio.Task[None]] = set()
+        self._failures = 0
+        self._longest_lock: float = LONGEST_LOCK
+        self._renew_at = 0.0
+
+    # -- asking
+
+    def remember(self, task_id: str) -> None:
+        """Know a task as one of ours."""
+        self._published.setdefault(task_id, -math.inf)
+        self._published.move_to_end(task_id)
+        if len(self._published) > PUBLISHED_KEPT:
+            self._published.popitem(last=False)
+
+    def address_of(self, task_id: str) -> Address:
+        if task_id not in self._published:
+            raise self._not_ours(task_id)
+        return Address(task_id, 0, queue=self._queue, session=self.session)
+
+    def _not_ours(self, task_id: str) -> UsageError:
+        return UsageError(
+            f"Task {_printable(task_id)[:MAX_MESSAGE_ID_LENGTH]} was not published here with a result_ttl, or too long "
+            f"ago: of {self._bus!r} only the process and event loop that published a task can ask for its result."
+        )
+
+    async def expect(self, addresses: Sequence[Address]) -> None:
+        """Hold the session; and forget the outcomes that there were of the same ids.
+
+        But where a second message of an id is dropped: there the outcome is that of the first.
+
+        Raises:
+            ConfigurationError: there is no such queue, or not for this identity, or it is one without sessions.
+            ServiceBusUnavailable: the service is away, or somebody else holds the session.
+        """
+        self._bus.check_queue(self._queue)
+        self._start()
+        await asyncio.shield(self._opened)
+        now = self._loop.time()
+        for address in addresses:
+            self.remember(address.id)
+            if now - self._published[address.id] >= self._bus.id_window:
+                self._outcomes.pop(address.id, None)
+                self._published[address.id] = now
+
+    async def get(self, address: Address, timeout: float | None) -> Answer:
+        """An outcome that is there, or comes within so many seconds.
+
+        Raises:
+            TimeoutError: it does not.
+            UsageError: another process, or event loop, is told it.
+        """
+        if (address.queue, address.session) != (self._queue, self.session):
+            raise self._not_ours(address.id)
+        self._start()
+        self._forget_expired()
+        if address.id in self._outcomes:
+            return self._outcomes[address.id][0]
+        if timeout == 0:
+            raise TimeoutError
+        outcome: asyncio.Future[Answer] = self._loop.create_future()
+        self._waiting.setdefault(address.id, set()).add(outcome)
+        try:
+            async with asyncio.timeout(timeout):
+                return await outcome
+        finally:
+            self._waiting[address.id].discard(outcome)
+            if not self._waiting[address.id]:
+                del self._waiting[address.id]
+
+    # -- being told
+
+    def _start(self) -> None:
+        if self._running is None or self._running.done():
+            self._opened = self._loop.create_future()
+            self._running = self._loop.create_task(self._run())
+
+    async def _run(self) -> None:
+        """Take what is told, until cancelled; what is wrong at the start ends it, and is told to all who wait."""
+        this = asyncio.current_task()
+        assert this is not None
+        error: BoilermakerError = ServiceBusUnavailable(f"{self._bus!r} was closed while a result was awaited.")
+        try:
+            await self._open()
+            self._opened.set_result(None)
+            while not this.cancelling():  # wait_for, by which the SDK reads, may lose a cancellation in Python 3.11
+                await self._turn()
+        except BoilermakerError as failure:
+            error = failure
+        finally:
+            _resolve(self._opened, error)
+            self._opened.exception()  # nobody may be waiting for it
+            for waiting in itertools.chain(*self._waiting.values()):
+                _resolve(waiting, error)
+
+    async def _open(self) -> None:
+        """Open the session, so that what is wrong with the queue shows at once; what may pass is tried again."""
+        failure: BoilermakerError | None = None
+        try:
+            async with asyncio.timeout(SEND_PATIENCE):
+                for pause in (0, *SEND_PAUSES):
+                    await asyncio.sleep(pause)
+                    try:
+                        await self._accept()
+                        return
+                    except ServiceBusUnavailable as error:
+                        failure = error
+        except ConfigurationError as error:
+            raise self._bus.without_a_queue(self._queue, "Results", WITH_SESSIONS, error) from error
+        except TimeoutError as error:
+            failure = failure or ServiceBusUnavailable(f"{self._queue!r} took over {SEND_PATIENCE} s to open: {error}")
+        assert failure is not None
+        raise failure
+
+    async def _accept(self) -> None:
+        options = {"prefetch_count": REPLIES_AHEAD, "socket_timeout": REPLY_SOCKET_TIMEOUT}
+        link = self._bus.session_link(self._queue, self.session, ATTEMPT_TIMEOUT, **options)
+        self._link = await link.__aenter__()
+        self._granted(link.sdk.session.locked_until_utc)
+
+    async def _turn(self) -> None:
+        """Take what has come, or wait for it until the lock is to be renewed; open another link if this one is lost."""
+        link = self._link
+        assert link is not None
+        if not link.works:
+            await self._reopen(link)
+            return
+        try:
+            if self._loop.time() >= self._renew_at:
+                self._granted(await link.request(link.sdk.session.renew_lock, timeout=ATTEMPT_TIMEOUT))
+            replies = await self._receive(link)
+        except Throttled:
+            await asyncio.sleep(RETRY_PAUSE)
+            return
+        except BoilermakerError as error:
+            link.error = link.error or error
+            return
+        self._forget_expired()
+        for reply in replies:
+            self._keep(reply)
+            deleting = self._spawn(self._delete(link, reply))
+            self._deleting.add(deleting)
+            deleting.add_done_callback(self._deleting.discard)
+        if self._deleting:  # to receive meanwhile would slow down both
+            await asyncio.wait(self._deleting, timeout=SETTLE_WAIT)
+
+    async def _receive(self, link: AzureLink) -> list[ServiceBusReceivedMessage]:
+        """The next reply, and those that have come with it: to ask for several would wait for more than there are."""
+        wait = max(self._renew_at - self._loop.time(), RETRY_PAUSE)
+        replies: list[ServiceBusReceivedMessage] = await link.call(link.sdk.receive_messages, 1, max_wait_time=wait)
+        while replies and link.has_more and len(replies) < REPLIES_AHEAD:
+            replies += await link.call(link.sdk.receive_messages, 1, max_wait_time=wait)
+        if replies:
+            link.heard = time.monotonic()
+        return replies
+
+    def _granted(self, until: datetime.datetime | None) -> None:
+        """Note when to renew the session's lock: when half of it has passed, by this machine's clock.
+
+        Where that is wrong, as the lock was lost, it is taken for the shortest that Azure has.
+        """
+        left = until.timestamp() - time.time() if until is not None else 0
+        left = min(left if left > 0 else SHORTEST_LOCK, self._longest_lock)
+        self._renew_at = self._loop.time() + min(left / 2, SILENCE)
+
+    async def _reopen(self, former: AzureLink) -> None:
+        """Open the same session over another link, however long it takes; the pauses grow until that works."""
+        error = former.error
+        if isinstance(error, SessionLost):
+            self._longest_lock = SHORTEST_LOCK
+        if former.heard > former.opened or time.monotonic() - former.opened > 1:
+            self._failures = 0
+        closing = self._spawn(former.close())
+        if error is None:  # worn out: it still holds the session
+            await asyncio.wait([closing])
+        while True:
+            if error is not None:
+                pause = random.uniform(0.5, 1.0) * min(2.0 ** min(self._failures, 10) / 16, MAX_BACKOFF)
+                self._failures += 1
+                logger.warning("The link for results of %r was lost, again in %.1f s: %s", self._bus, pause, error)
+                await asyncio.sleep(pause)
+            try:
+                await self._accept()
+                return
+            except BoilermakerError as failure:
+                error = failure
+
+    def _keep(self, reply: ServiceBusReceivedMessage) -> None:
+        """Keep an outcome for its time, in place of a former one, and hand it to those who wait."""
+        task_id = str(reply.correlation_id)
+        try:
+            document = _from_json(text_of(_body_of(reply))[0])
+            failed, value = document["failed"] is True, _to_json(document["value"])
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
+            logger.warning("What came as an outcome is none task_id=%s: %r", _printable(task_id), error)
+            return
+        ttl = 0 if reply.time_to_live is None else reply.time_to_live.total_seconds()
+        answer, end = Answer(Address(task_id, ttl), failed, value), self._loop.time() + ttl
+        self._outcomes[task_id] = answer, end
+        heapq.heappush(self._ends, (end, task_id))
+        for waiting in self._waiting.get(task_id, ()):
+            _resolve(waiting, answer)
+
+    def _forget_expired(self) -> None:
+        now = self._loop.time()
+        while self._ends and self._ends[0][0] <= now:
+            end, task_id = heapq.heappop(self._ends)
+            if task_id in self._outcomes and self._outcomes[task_id][1] == end:  # else there is a later one
+                del self._outcomes[task_id]
+
+    async def _delete(self, link: AzureLink, reply: ServiceBusReceivedMessage) -> None:
+        while link.works:
+            try:
+                await link.call(link.sdk.complete_message, reply)
+                return
+            except Throttled:
+                await asyncio.sleep(RETRY_PAUSE)
+            except BoilermakerError as error:
+                logger.debug("A reply was not deleted: %s", error)
+                return
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = self._loop.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    async def close(self) -> None:
+        """Let go of the session, and leave nobody waiting. What is there already can still be asked for."""
+        running = self._running
+        while running is not None and not running.done():
+            running.cancel()
+            await asyncio.wait([running], timeout=1)
+        for deleting in self._deleting:
+            deleting.cancel()
+        if self._link is not None:
+            await self._link.close()
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+
+
 @dataclass(slots=True, eq=False)
 class _Lock:
     """When a lock is to be renewed, and when it is given up; of the monotonic clock."""
@@ -6403,8 +6781,8 @@ class AzureReceiver:
             )
             return
         try:
-            if settlement.messages:
-                await self._insist(settlement, functools.partial(self._bus.send, settlement.messages))
+            for _, some in itertools.groupby(settlement.messages, lambda each: each.correlation_id is None):
+                await self._insist(settlement, functools.partial(self._bus.publish, list(some)))
             if settlement.answer is not None and settlement.answer.to.queue == self._bus.join_queue:
                 self.join_groups()
             if held:
@@ -6416,6 +6794,8 @@ class AzureReceiver:
                 settlement.action = instead.action
                 if instead.action is not Action.KEEP:
                     with contextlib.suppress(BoilermakerError):
+                        if instead.answer is not None and (reply := self._bus.reply(instead.answer)) is not None:
+                            await self._insist(settlement, functools.partial(self._bus.publish, [reply]))
                         await self._insist(settlement, functools.partial(self._dispose, instead))
         finally:
             if settlement.action is not Action.KEEP:
@@ -6722,7 +7102,7 @@ class AzureJoiner:
     async def _publish(self, state: GroupState, error: Exception | None) -> None:
         outcomes = {position: (failed, _to_json(value)) for position, (failed, value) in state.outcomes.items()}
         ending = ending_of(self._bus, self._home, state.definition, outcomes, error)
-        await self._bus.send(ending.messages)
+        await self._bus.publish(ending.messages)
 
     async def _set(self, link: AzureLink, state: GroupState) -> None:
         await link.request(link.sdk.session.set_state, state.write(), timeout=ATTEMPT_TIMEOUT)
@@ -6867,7 +7247,9 @@ class AzureOperation:
                 return any([await self._cancel(link, [number]) for number in numbers])
             del self.left[numbers[0]]
             return True
-        self._done += [self.left.pop(number) for number in numbers]
+        cancelled = [self.left.pop(number) for number in numbers]
+        self._done += cancelled
+        await asyncio.gather(*[self._bus.publish(self._outgoing_of(message)) for message in cancelled])
         return False
 
     async def receive(self) -> None:
@@ -6932,7 +7314,7 @@ class AzureOperation:
             return None
         try:
             messages = self._outgoing_of(message)
-            if messages and delivery.raw.body_type.value != "data":
+            if any(each.session is None for each in messages) and delivery.raw.body_type.value != "data":
                 raise RequestRefused(f"its body is an AMQP {delivery.raw.body_type.value}, and would go back as text")
             for outgoing in messages:
                 if (size := self._bus.size(outgoing)) > (limit := self._bus.max_message_bytes):
@@ -6945,7 +7327,7 @@ class AzureOperation:
 
     async def _settle(self, settlements: Sequence[Settlement], receiver: AzureReceiver) -> None:
         """Publish what is to be published, then delete; each notes its error."""
-        sending = [self._bus.send(settlement.messages) for settlement in settlements]
+        sending = [self._bus.publish(settlement.messages) for settlement in settlements]
         for settlement, sent in zip(settlements, await asyncio.gather(*sending, return_exceptions=True), strict=True):
             settlement.error = sent if isinstance(sent, Exception) else None
         await receiver.complete([settlement for settlement in settlements if settlement.error is None])

@@ -12638,6 +12638,704 @@ def test_random_kills_and_idle_connections_lose_nothing(fault, kills):
 
 
 # ======================================================================================================================
+# Azure bus: results
+# ======================================================================================================================
+
+
+def calculator(bus, **options):
+    """An application with tasks whose results are kept for ten minutes."""
+    app = Boilermaker([], bus)
+
+    @app.task(result_ttl=600, **options)
+    async def double(state, number):
+        state.append(number)
+        return 2 * number
+
+    @app.task(result_ttl=600, policy=RetryPolicy(max_tries=2, delay=0))
+    async def fail(state, retry=False):
+        if retry and current_task().attempts.attempts == 0:
+            raise RetryException("once more")
+        raise ValueError("of no use")
+
+    return app, double, fail
+
+
+async def sent_to(bus, work, address, message_id="x"):
+    """Publish a task whose outcome is told wherever one likes."""
+    task = work.si(1)
+    task.outcome_to = address
+    await bus.send([letter(encode(task, bus.queue_name, bus.queue_name), message_id=message_id, queue=bus.queue_name)])
+
+
+async def test_a_result_is_awaited_as_often_as_one_likes_by_its_handle_and_by_its_id(azure_bus):
+    app, double, _ = calculator(azure_bus())
+    task = await double.delay(21)
+    with pytest.raises(TimeoutError):
+        await task.result(0)
+    with pytest.raises(TimeoutError, match=r"no outcome after 0.01 s"):
+        await task.result(0.01)
+    async with working(app):
+        assert await asyncio.gather(task.result(PATIENCE), app.result(task.task_id, None)) == [42, 42]
+    assert [await task.result(0), await app.result(task.task_id, 0)] == [42, 42]
+    assert app.state == [21]
+    assert await is_empty(app.service_bus_client)
+
+
+@pytest.mark.parametrize("value", [None, 0, "", [], {"é": [1.5, None, True]}, "x" * 200_000])
+async def test_every_value_of_json_is_a_result(azure_bus, value):
+    app = Boilermaker(None, azure_bus())
+
+    @app.task(result_ttl=60)
+    async def give(state):
+        return value
+
+    async with working(app):
+        assert await (await give.delay()).result(PATIENCE) == value
+
+
+async def test_a_workflow_s_last_step_is_told_to_who_awaits_its_head(azure_bus):
+    app, double, _ = calculator(azure_bus())
+    workflow = await (double.si(1) | double.s() | double.s()).publish()
+    async with working(app):
+        assert await app.result(workflow.task_id, PATIENCE) == 8
+    assert app.state == [1, 2, 4]
+
+
+async def test_a_group_is_awaited_on_azure_too(azure_bus):
+    app, double, _ = calculator(azure_bus())
+
+    @app.task
+    async def total(state, numbers):
+        return sum(numbers)
+
+    work = await (double.map([1, 2, 3]) | total.s()).publish()
+    async with working(app):
+        assert await work.result(PATIENCE) == 12
+
+
+async def test_a_failure_is_told_after_the_last_try_with_all_that_a_callback_gets(azure_bus):
+    app, _, fail = calculator(azure_bus())
+    task = await fail.delay(retry=True)
+    async with working(app):
+        with pytest.raises(boilermaker.TaskFailed, match=r"fail .*: ValueError: of no use") as failed:
+            await task.result(PATIENCE)
+    error = failed.value
+    assert (error.task_id, error.function_name, error.error, error.message, error.attempts) == (
+        *(task.task_id, "fail", "ValueError", "of no use", 2),
+    )
+    assert "raise ValueError" in error.__notes__[0]
+
+
+@pytest.mark.parametrize(
+    ("value", "error"),
+    [("x" * 300_000, "MessageTooLarge"), ({1, 2}, "InvalidArguments"), (math.nan, "InvalidArguments")],
+    ids=["too large", "a set", "NaN"],
+)
+async def test_a_result_that_cannot_be_told_is_a_failure_and_runs_no_second_time(azure_bus, value, error):
+    app = Boilermaker([], azure_bus())
+
+    @app.task(result_ttl=60)
+    async def give(state):
+        state.append("ran")
+        return value
+
+    task = await give.delay()
+    async with working(app):
+        with pytest.raises(boilermaker.TaskFailed) as failed:
+            await task.result(PATIENCE)
+    assert failed.value.error == error
+    [dead] = await app.service_bus_client.peek(dead_letter=True)
+    assert (dead.dead_letter_reason, app.state) == ("FollowUpRejected", ["ran"])
+
+
+async def test_what_the_service_finds_too_large_to_be_told_is_a_failure_that_is_told(azure_bus):
+    """Its limit is smaller than that of which this side knows."""
+    bus = azure_bus()
+    bus.max_message_bytes = 1_000_000
+    app = Boilermaker([], bus)
+
+    @app.task(result_ttl=60)
+    async def give(state):
+        state.append("ran")
+        return "x" * 300_000
+
+    task = await give.delay()
+    async with working(app):
+        with pytest.raises(boilermaker.TaskFailed, match="MessageTooLarge"):
+            await task.result(PATIENCE)
+    assert [dead.dead_letter_reason for dead in await bus.peek(dead_letter=True)] == ["FollowUpRejected"]
+    assert app.state == ["ran"]
+
+
+async def test_a_result_that_has_expired_is_forgotten(azure_bus):
+    app, double, _ = calculator(azure_bus())
+    task = await double.options(result_ttl=1).delay(1)
+    async with working(app):
+        assert await task.result(PATIENCE) == 2
+        await asyncio.sleep(1.1)
+        with pytest.raises(TimeoutError):
+            await task.result(0)
+    [outcomes] = app.service_bus_client._outcomes.values()
+    assert outcomes._outcomes == {}
+    assert outcomes._ends == []
+
+
+async def test_a_task_that_awaits_another_s_result_lets_it_run_in_its_place(azure_bus):
+    app, double, _ = calculator(azure_bus())
+
+    @app.task(result_ttl=60)
+    async def outer(state, number):
+        return 1 + await (await double.delay(number)).result(PATIENCE)
+
+    async with working(app, concurrency=1):
+        assert await (await outer.delay(4)).result(PATIENCE) == 9
+
+
+async def test_many_results_come_each_to_its_own_and_are_deleted(azure_bus, emulator):
+    before = stored(emulator)
+    app, double, _ = calculator(azure_bus())
+    tasks = await app.publish_many([double.si(number) for number in range(300)])
+    async with working(app, concurrency=50):
+        results = await asyncio.gather(*[task.result(PATIENCE) for task in tasks])
+    assert results == [2 * number for number in range(300)]
+    await until(lambda: stored(emulator) == before)
+
+
+def stored(emulator):
+    """How many messages there are in all its queues."""
+    stats = emulator.control("stats")
+    return stats["active"] + stats["locked"]
+
+
+@pytest.mark.parametrize("fault", ["drop", "detach", "expire", "steal", "lose 2", "mute 1"])
+async def test_whatever_happens_to_the_link_of_who_waits_the_result_comes(azure_bus, emulator, fault):
+    bus = azure_bus()
+    _, double, _ = calculator(bus)
+    worker, *_ = calculator(azure_bus(bus.queue_name))
+    first, second = await double.delay(1), await double.delay(2)
+    waiting = asyncio.gather(first.result(PATIENCE), second.result(PATIENCE))
+    await asyncio.sleep(0.05)
+    [outcomes] = bus._outcomes.values()
+    former = outcomes._link
+    emulator.control(f"steal {outcomes.session}" if fault == "steal" else fault)
+    async with working(worker):
+        assert await waiting == [2, 4]
+        for number in range(3, 6):
+            assert await (await double.delay(number)).result(PATIENCE) == 2 * number
+    emulator.control("mute 0")
+    assert outcomes._link is not former or fault in ("lose 2", "mute 1")
+
+
+async def test_a_session_s_link_that_is_worn_out_is_replaced_without_a_word(azure_bus, monkeypatch, caplog):
+    monkeypatch.setattr(boilermaker, "SILENCE", 0.05)
+    monkeypatch.setattr(boilermaker, "MAX_REQUESTS", 2)
+    bus = azure_bus()
+    app, double, _ = calculator(bus)
+    task = await double.delay(1)
+    [outcomes] = bus._outcomes.values()
+    former = outcomes._link
+    await until(lambda: outcomes._link is not former)
+    async with working(app):
+        assert await task.result(PATIENCE) == 2
+    assert "was lost" not in caplog.text
+
+
+async def test_a_connection_that_passes_nothing_on_is_found_by_who_waits(quick_azure_bus, quick_emulator, monkeypatch):
+    monkeypatch.setattr(boilermaker, "SILENCE", 0.3)
+    monkeypatch.setattr(boilermaker, "ATTEMPT_TIMEOUT", 0.7)
+    bus = quick_azure_bus()
+    _, double, _ = calculator(bus)
+    task = await double.delay(1)
+    waiting = asyncio.create_task(task.result(PATIENCE))
+    await asyncio.sleep(0.05)
+    quick_emulator.control("freeze")
+    worker, *_ = calculator(quick_azure_bus(bus.queue_name))
+    async with working(worker):
+        assert await waiting == 2
+
+
+async def test_the_session_of_who_waits_is_kept_beyond_its_lock(quick_azure_bus, quick_emulator, caplog):
+    app, double, _ = calculator(quick_azure_bus())
+    task = await double.delay(1)
+    ends = time.monotonic() + 4.5
+    while time.monotonic() < ends:
+        assert quick_emulator.control("stats")["sessions"] == 1
+        await asyncio.sleep(0.1)
+    async with working(app):
+        assert await task.result(PATIENCE) == 2
+    assert "was lost" not in caplog.text
+
+
+async def test_a_clock_that_is_behind_costs_a_session_once(quick_azure_bus, quick_emulator, caplog, monkeypatch):
+    monkeypatch.setattr(boilermaker, "SHORTEST_LOCK", 1)
+    now = time.time
+    monkeypatch.setattr(time, "time", lambda: now() - 60)
+    app, double, _ = calculator(quick_azure_bus())
+    task = await double.delay(1)
+    await until(lambda: "the lock of the session ran out" in caplog.text)
+    await until(lambda: quick_emulator.control("stats")["sessions"] == 1)
+    await asyncio.sleep(3)
+    assert caplog.text.count("was lost") == 1
+    monkeypatch.undo()
+    async with working(app):
+        assert await task.result(PATIENCE) == 2
+
+
+AZURE_WORKER_THAT_DIES = """
+import asyncio, os, signal, sys
+from boilermaker import AzureReceiver, AzureServiceBus, Boilermaker
+
+async def dies(*arguments):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+AzureReceiver._dispose = dies
+app = Boilermaker(None, AzureServiceBus.from_connection_string(sys.argv[1], "tasks"))
+
+@app.task(result_ttl=600)
+async def double(state, number):
+    return 2 * number
+
+asyncio.run(app.run())
+"""
+
+
+async def test_a_worker_that_dies_between_telling_and_settling_tells_twice_and_is_heard_once(
+    impatient, start_program, monkeypatch
+):
+    told, keep = [], boilermaker.AzureOutcomes._keep
+    monkeypatch.setattr(
+        boilermaker.AzureOutcomes, "_keep", lambda self, reply: (told.append(reply.message_id), keep(self, reply))
+    )
+    with ServiceBusEmulator(["tasks"], session_queue=["tasks-replies"], lock_duration=2) as emulator:
+        bus = AzureServiceBus.from_connection_string(emulator.connection_string, "tasks")
+        app, double, _ = calculator(bus)
+        task = await double.delay(1)
+        dying = start_program(AZURE_WORKER_THAT_DIES, emulator.connection_string)
+        assert await task.result(PATIENCE) == 2
+        assert await exit_code(dying) == -signal.SIGKILL
+        async with working(app):
+            await until(lambda: len(told) == 2)
+        assert await task.result(0) == 2
+        assert told[0] == told[1]  # so that a reply queue that drops duplicates would drop it
+        await app.close()
+
+
+ASKING_PROGRAM = """
+import asyncio, sys
+from boilermaker import AzureServiceBus, Boilermaker, UsageError
+
+async def main():
+    app = Boilermaker(None, AzureServiceBus.from_connection_string(*sys.argv[1:3]))
+    try:
+        await app.result(sys.argv[3], 1)
+    except UsageError as error:
+        print(error)
+    print(await (await app.send_task("double", 4, result_ttl=60)).result(60))
+    # It is not closed: the program ends all the same.
+
+asyncio.run(main())
+"""
+
+
+async def test_another_process_has_a_session_of_its_own_and_cannot_ask_for_what_it_did_not_publish(
+    azure_bus, emulator, start_program
+):
+    app, double, _ = calculator(azure_bus())
+    task = await double.delay(3)
+    program = start_program(ASKING_PROGRAM, emulator.connection_string, app.service_bus_client.queue_name, task.task_id)
+    async with working(app):
+        assert await exit_code(program) == 0
+        assert await task.result(PATIENCE) == 6
+    refusal, result = program[1].read_text().splitlines()
+    assert re.search(rf"{task.task_id} was not published here.* only the process and event loop that", refusal)
+    assert result == "8"
+
+
+FORKING_ASKER = """
+import asyncio, os, sys
+from boilermaker import AzureServiceBus, Boilermaker, UsageError
+
+app = Boilermaker(None, AzureServiceBus.from_connection_string(*sys.argv[1:3]))
+
+async def ask(number):
+    return await (await app.send_task("double", number, result_ttl=60)).result(60)
+
+async def parent():
+    task = await app.send_task("double", 1, result_ttl=60)
+    child = os.fork()
+    if not child:
+        return task
+    assert await task.result(60) == 2
+    assert await ask(2) == 4
+    assert os.waitpid(child, 0)[1] == 0
+    await app.close()
+
+async def in_child(task):
+    try:
+        await task.result(1)
+    except UsageError as error:
+        assert "only the process" in str(error)
+    assert await ask(3) == 6
+    await app.close()
+
+loop = asyncio.new_event_loop()
+task = loop.run_until_complete(parent())
+if task is not None:
+    asyncio.set_event_loop(None)
+    import threading
+    threading.Thread(target=lambda: (asyncio.run(in_child(task)), os._exit(0))).start()
+    threading.Event().wait(60)
+    os._exit(1)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+async def test_a_forked_child_and_its_parent_each_have_their_own_results(azure_bus, emulator, start_program):
+    app, *_ = calculator(azure_bus())
+    program = start_program(FORKING_ASKER, emulator.connection_string, app.service_bus_client.queue_name)
+    async with working(app):
+        assert await exit_code(program) == 0, program[1].read_text()
+
+
+async def test_every_event_loop_has_its_own_results(azure_bus):
+    app, double, _ = calculator(azure_bus())
+    here = await double.delay(1)
+
+    async def elsewhere(number):
+        with pytest.raises(UsageError, match="only the process and event loop that published"):
+            await here.result(PATIENCE)
+        with pytest.raises(UsageError, match="was not published here"):
+            await app.result(here.task_id, PATIENCE)
+        try:
+            return await (await double.delay(number)).result(PATIENCE)
+        finally:
+            await app.service_bus_client.close()
+
+    async with working(app):
+        results = asyncio.gather(*[asyncio.to_thread(asyncio.run, elsewhere(number)) for number in (2, 3)])
+        assert await results == [4, 6]
+        assert await here.result(PATIENCE) == 2
+
+
+async def test_who_waits_when_the_bus_is_closed_is_told_and_may_ask_again_when_it_is_open_again(azure_bus):
+    bus = azure_bus()
+    app, double, _ = calculator(bus)
+    task = await double.delay(1)
+    waiting = [asyncio.create_task(each) for each in (task.result(PATIENCE), app.result(task.task_id, None))]
+    await asyncio.sleep(0.05)
+    await bus.close()
+    for each in waiting:
+        with pytest.raises(ServiceBusUnavailable, match="was closed while a result was awaited"):
+            await each
+    worker, *_ = calculator(azure_bus(bus.queue_name))
+    async with working(worker):
+        assert await task.result(PATIENCE) == 2
+        await bus.close()
+        assert await task.result(0) == 2
+        assert await (await double.delay(2)).result(PATIENCE) == 4
+
+
+async def test_a_bus_that_is_closed_while_its_session_is_opened_tells_who_publishes(azure_bus):
+    bus = azure_bus()
+    _, double, _ = calculator(bus)
+    publishing = asyncio.create_task(double.delay(1))
+    await until(lambda: bus._outcomes)
+    await asyncio.sleep(0)
+    await bus.close()
+    with pytest.raises(ServiceBusUnavailable, match="was closed"):
+        await publishing
+
+
+@pytest.mark.parametrize(
+    ("queue", "text"),
+    [("nowhere", "There is no queue 'nowhere'"), (fresh_queue(), "does not require sessions")],
+    ids=["no such queue", "a queue without sessions"],
+)
+async def test_where_results_cannot_be_told_nothing_is_published_and_the_command_is_said(
+    emulator, impatient, queue, text
+):
+    bus = AzureServiceBus.from_connection_string(emulator.connection_string, fresh_queue(), reply_queue_name=queue)
+    async with Boilermaker(None, bus) as app:
+        command = f"az servicebus queue create --namespace-name 127 .* --name {queue} --enable-session true"
+        for task_id in "ab":
+            with pytest.raises(ConfigurationError, match=f"Results of {bus.queue_name!r} need .*{command}.*{text}"):
+                await app.send_task("work", task_id=task_id, result_ttl=60)
+        assert await is_empty(bus)
+
+
+async def test_a_connection_string_of_the_one_queue_is_an_error_where_a_result_is_asked_for(emulator, impatient):
+    queue = fresh_queue()
+    bus = AzureServiceBus.from_connection_string(f"{emulator.connection_string}EntityPath={queue}", queue)
+    async with Boilermaker(None, bus) as app:
+        with pytest.raises(UsageError, match=f"cannot send to queue '{queue}-replies'.*EntityPath"):
+            await app.send_task("work", result_ttl=60)
+
+
+async def test_a_session_that_somebody_else_holds_is_an_error_that_says_so(azure_bus, emulator):
+    bus = azure_bus()
+    app, double, _ = calculator(bus)
+    session = bus.address("x", 60).session
+    async with talks_on(emulator, bus.reply_queue) as talks, talks.accept(session):
+        with pytest.raises(ServiceBusUnavailable, match=f"Another receiver holds that session of .*{session}"):
+            await double.delay(1)
+        assert await is_empty(bus)
+    task = await double.delay(1)
+    async with working(app):
+        assert await task.result(PATIENCE) == 2
+
+
+async def test_the_service_may_be_away_for_a_moment_when_the_first_result_is_asked_for(azure_bus, emulator):
+    app, double, _ = calculator(azure_bus())
+    emulator.control("refuse 0.3")
+    task = await double.delay(1)
+    async with working(app):
+        assert await task.result(PATIENCE) == 2
+
+
+async def test_what_cannot_be_asked_for_is_an_error_that_says_why(azure_bus):
+    app, *_ = calculator(azure_bus())
+
+    @app.task
+    async def plain(state): ...
+
+    _, elsewhere, _ = calculator(azure_bus())
+    theirs = await elsewhere.delay(1)
+    for task_id in ("never", theirs.task_id, (await plain.delay()).task_id):
+        with pytest.raises(UsageError, match=rf"Task {task_id} was not published here with a result_ttl"):
+            await app.result(task_id, 1)
+    for malformed in (7, None, b"x", ["x"], ""):
+        with pytest.raises(UsageError, match="must be that of a published task, a string"):
+            await app.result(malformed, 1)
+    with pytest.raises(UsageError):
+        await theirs.result(-1)
+    with pytest.raises(UsageError, match=r"The result of .* is not kept"):
+        await (await plain.delay()).result(1)
+    with pytest.raises(UsageError, match="only the process and event loop"):
+        await app.service_bus_client.outcome(boilermaker.Address("x", 60), 1)  # one of a local bus
+
+
+async def test_only_so_many_ids_are_remembered_and_a_handle_needs_none(azure_bus, monkeypatch):
+    monkeypatch.setattr(boilermaker, "PUBLISHED_KEPT", 2)
+    app, double, _ = calculator(azure_bus())
+    tasks = [await double.delay(number) for number in range(3)]
+    async with working(app):
+        with pytest.raises(UsageError, match="or too long ago"):
+            await app.result(tasks[0].task_id, PATIENCE)
+        assert [await task.result(PATIENCE) for task in tasks] == [0, 2, 4]
+        assert [await app.result(task.task_id, PATIENCE) for task in tasks[1:]] == [2, 4]
+
+
+async def test_an_id_that_is_given_again_is_the_first_one_s_within_the_window_and_later_its_own(azure_bus):
+    app, double, _ = calculator(azure_bus())
+    mine = double.options(task_id="mine")
+    async with working(app):
+        assert await (await mine.delay(1)).result(PATIENCE) == 2
+        again = await mine.delay(2)
+        assert await again.result(0) == 2
+        app.service_bus_client.id_window = 0
+        again = await mine.delay(3)
+        with pytest.raises(TimeoutError):
+            await again.result(0)
+
+
+async def test_a_replay_replaces_the_outcome(azure_bus):
+    bus = azure_bus()
+    app = Boilermaker(["broken"], bus)
+
+    @app.task(result_ttl=60)
+    async def work(state):
+        if state == ["broken"]:
+            raise ValueError("broken")
+        return "mended"
+
+    task = await work.delay()
+    async with working(app):
+        with pytest.raises(boilermaker.TaskFailed, match="broken"):
+            await task.result(PATIENCE)
+        app.state.clear()
+        await until(lambda: bus.replay(anything))
+        await until(lambda: is_empty(bus))
+
+        async def is_mended():
+            with contextlib.suppress(boilermaker.TaskFailed):
+                return await task.result(0)
+
+        assert await until(is_mended) == "mended"
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        boilermaker.Address("x", 60, queue="gone", session="s"),
+        boilermaker.Address("x", 60, queue="no/ such ?", session="s"),
+        boilermaker.Address("x", 60, queue="with-sessions", session="s" * 200),
+        boilermaker.Address("x", 60, queue="with-sessions"),
+    ],
+    ids=["a queue that is gone", "one that cannot be", "no session's id", "no session"],
+)
+@pytest.mark.parametrize("acks_late", [True, False])
+async def test_who_can_never_be_told_is_no_reason_to_run_a_task_again(azure_bus, caplog, address, acks_late):
+    bus = azure_bus()
+    app, double, _ = calculator(bus, acks_late=acks_late)
+    await sent_to(bus, double, address)
+    await work_off(app)
+    assert app.state == [1]
+    assert await is_empty(bus)
+    assert await bus.peek(dead_letter=True) == []
+    assert "Outcome cannot be told task_id=x: " in caplog.text
+
+
+async def test_an_outcome_that_a_local_bus_would_keep_is_told_nobody(azure_bus, caplog):
+    bus = azure_bus()
+    app, double, _ = calculator(bus)
+    await sent_to(bus, double, boilermaker.Address("x", 60))
+    await work_off(app)
+    assert (app.state, await is_empty(bus)) == ([1], True)
+    assert "ERROR" not in caplog.text
+
+
+async def test_a_long_time_to_live_is_as_long_as_can_be_said(azure_bus):
+    bus = azure_bus()
+    app, double, _ = calculator(bus)
+    task = await double.options(result_ttl=datetime.timedelta(days=10_000)).delay(1)
+    async with working(app):
+        assert await task.result(PATIENCE) == 2
+    reply = bus.reply(boilermaker.Answer(boilermaker.Address("x", 0.5, queue="q", session="s"), False, "1", "m"))
+    assert (reply.time_to_live, reply.session, reply.correlation_id, reply.message_id) == (1, "s", "x", "m")
+    assert json.loads(reply.body) == {"failed": False, "value": 1}
+
+
+async def test_a_member_s_outcome_goes_to_its_group(azure_bus):
+    bus = azure_bus()
+    member = boilermaker.Address("group", 60, position=3, queue="q-join")
+    reply = bus.reply(boilermaker.Answer(member, True, '{"error":"E"}', "m"))
+    assert (reply.queue, reply.session, reply.message_id) == ("q-join", "group", "group:3")
+    assert (reply.correlation_id, reply.time_to_live) == (None, None)
+    assert json.loads(reply.body) == {"failed": True, "value": {"error": "E"}, "position": 3}
+
+
+async def test_what_is_no_outcome_is_dropped_from_a_session(azure_bus, emulator, caplog):
+    before = stored(emulator)
+    bus = azure_bus()
+    app, double, _ = calculator(bus)
+    task = await double.delay(1)
+    async with talks_on(emulator, bus.reply_queue) as talks:
+        texts = ["", "{", "[]", "{}", '{"failed":true}', '{"failed":false,"value":NaN}']
+        await talks.send(task.outcome_to.session, *texts, correlation_id=task.task_id)
+        async with working(app):
+            assert await task.result(PATIENCE) == 2
+    assert caplog.text.count("What came as an outcome is none") == len(texts)
+    await until(lambda: stored(emulator) == before)
+
+
+@pytest.mark.parametrize("how", ["cancel", "purge scheduled", "purge"])
+async def test_what_is_taken_back_is_told_to_who_waits(azure_bus, how):
+    bus = azure_bus()
+    _, double, _ = calculator(bus)
+    operator = azure_bus(bus.queue_name)
+    task, other = await double.options(delay=0 if how == "purge" else 3600).delay(1), await double.delay(2)
+    waiting = asyncio.create_task(task.result(PATIENCE))
+    [number] = [message.sequence_number for message in await bus.peek() if message.message_id == task.task_id]
+    if how == "cancel":
+        await operator.cancel(number)
+    else:
+        assert len(await operator.purge([number])) == 1
+    with pytest.raises(boilermaker.TaskFailed) as failed:
+        await waiting
+    error = failed.value
+    assert (error.error, error.function_name, error.task_id) == ("Cancelled", "double", task.task_id)
+    with pytest.raises(TimeoutError):
+        await other.result(0)
+
+
+async def test_a_purge_of_many_tells_each(azure_bus):
+    app, double, _ = calculator(azure_bus())
+    tasks = await app.publish_many([double.options(delay=3600 * (number % 2)).si(number) for number in range(60)])
+    waiting = asyncio.gather(*[task.result(PATIENCE) for task in tasks], return_exceptions=True)
+    assert len(await app.service_bus_client.purge(anything)) == 60
+    assert {error.error for error in await waiting} == {"Cancelled"}
+    assert {error.task_id for error in await waiting} == {task.task_id for task in tasks}
+
+
+async def test_a_cancellation_is_told_although_the_queue_cannot_be_looked_at_and_a_wrong_number_tells_nobody(
+    azure_bus, monkeypatch
+):
+    bus = azure_bus()
+    _, double, _ = calculator(bus)
+    task = await double.options(delay=3600).delay(1)
+    [message] = await bus.peek()
+    with pytest.raises(MessageNotFound):
+        await bus.cancel(message.sequence_number - 1)
+
+    async def refused(*arguments, **options):
+        raise ConfigurationError("Listen is not allowed")
+
+    monkeypatch.setattr(bus, "peek", refused)
+    await bus.cancel(message.sequence_number)
+    monkeypatch.undo()
+    assert await is_empty(bus)
+    with pytest.raises(TimeoutError):
+        await task.result(0.2)
+
+
+async def test_a_discard_tells_of_what_azure_has_dead_lettered_and_of_nothing_else(azure_bus):
+    bus = azure_bus()
+    app, double, fail = calculator(bus)
+    failing = await fail.delay()
+    async with working(app):
+        with pytest.raises(boilermaker.TaskFailed):
+            await failing.result(PATIENCE)
+    await until(lambda: is_empty(bus))
+    worn = await double.delay(1)
+    async with receiving(bus) as receiver:
+        for _ in range(10):
+            [delivery] = await receiver.receive(1, PATIENCE)
+            await settle(receiver, delivery, ABANDON)
+    await until(lambda: is_empty(bus))
+    with pytest.raises(TimeoutError):
+        await worn.result(0)
+    assert len(await azure_bus(bus.queue_name).discard(anything)) == 2
+    with pytest.raises(boilermaker.TaskFailed) as failed:
+        await worn.result(PATIENCE)
+    assert (failed.value.error, failed.value.function_name) == ("Discarded", "double")
+    with pytest.raises(boilermaker.TaskFailed, match="of no use"):
+        await failing.result(0)
+
+
+async def test_a_reply_queue_that_is_gone_stops_no_operation(azure_bus, caplog):
+    bus = azure_bus()
+    _, double, _ = calculator(bus)
+    await sent_to(bus, double, boilermaker.Address("x", 60, queue="gone", session="s"))
+    assert len(await bus.purge(anything)) == 1
+    assert await is_empty(bus)
+    assert "Outcome cannot be told task_id=x: There is no queue 'gone'" in caplog.text
+
+
+async def test_a_service_that_is_busy_is_told_the_outcome_later(azure_bus, emulator, caplog):
+    app, double, _ = calculator(azure_bus())
+    task = await double.delay(1)
+    emulator.control("busy 6")
+    async with working(app):
+        assert await task.result(PATIENCE) == 2
+    emulator.control("busy 0")
+    assert app.state == [1]
+
+
+async def test_who_asks_for_no_result_has_no_session(azure_bus, emulator):
+    bus = azure_bus()
+    app = Boilermaker([], bus)
+
+    @app.task
+    async def work(state):
+        state.append("ran")
+
+    await work.delay()
+    assert emulator.control("stats")["connections"] == 1
+    await work_off(app)
+    assert (bus._outcomes, app.state) == ({}, ["ran"])
+
+
+# ======================================================================================================================
 # Emulator: queues with sessions, by the real SDK
 # ======================================================================================================================
 
