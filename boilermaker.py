@@ -4973,6 +4973,9 @@ BATCH_WAIT = 0.02
 PATIENT_BATCH_WAIT = 0.5
 """The same where many are to come, and nobody waits for the first."""
 
+MOST_LONELY = 15
+"""Messages that are received one by one, at most, before the next look for many: each costs a round trip."""
+
 ATTEMPT_TIMEOUT = 15
 """Seconds for one attempt to send, to settle, to renew or to open a link."""
 
@@ -6584,7 +6587,9 @@ class AzureReceiver:
     Everything waits for a link that works, which one task opens when the former is lost: by management requests, the
     messages of one link can be settled and renewed over another. A receive is never cancelled, since its credit would
     stay on the link and lock messages that nobody looks at. It asks for one message when the queue was empty, and for
-    all the free slots when it was not: either way it returns as soon as there is something to do.
+    all the free slots when it was not: either way it returns as soon as there is something to do. But where one message
+    comes after the other, as requests do of one who awaits each result, a look for many would hold back each: there it
+    looks for many more and more rarely.
     """
 
     RENEWAL_TICK = 0.25
@@ -6605,6 +6610,7 @@ class AzureReceiver:
         self._connecting: asyncio.Task[None] | None = None
         self._failures = 0
         self._busy = expects_many
+        self._lonely = self._singles = 0  # messages to receive one by one before the next look for many; how many now
         self._batch_wait = PATIENT_BATCH_WAIT if expects_many else BATCH_WAIT
         self._youngest = -math.inf  # how far ahead of this machine's clock a message's time of enqueueing was, at most
         self._warned_of_clock = False
@@ -6720,7 +6726,6 @@ class AzureReceiver:
             except BoilermakerError as error:
                 link.error = link.error or error  # go on with another
             else:
-                self._busy = bool(messages)
                 if messages:
                     link.heard = time.monotonic()
                 return [self._hold(raw) for raw in messages]
@@ -6734,8 +6739,13 @@ class AzureReceiver:
         if self._busy:
             wait = max(self._batch_wait, 2 * link.round_trip)
             messages = await receive(max_message_count, max_wait_time=wait)
+            if max_message_count > 1:
+                self._lonely = 0 if len(messages) > 1 else min(2 * self._lonely + 1, MOST_LONELY)
+                self._singles = self._lonely
         if not messages:
             messages = await receive(1, max_wait_time=max_wait_time or EMPTY_WAIT)
+            self._singles = max(self._singles - 1, 0)
+        self._busy = bool(messages) and not self._singles
         if not messages and time.monotonic() - link.heard > SILENCE:
             await link.request(link.sdk.peek_messages, 1, timeout=ATTEMPT_TIMEOUT)
         return messages

@@ -13321,6 +13321,25 @@ async def test_a_service_that_is_busy_is_told_the_outcome_later(azure_bus, emula
     assert app.state == [1]
 
 
+async def test_where_one_message_follows_the_other_a_worker_looks_for_many_ever_more_rarely(azure_bus, monkeypatch):
+    app, double, _ = calculator(azure_bus())
+    looks, receive = Counter(), boilermaker.AzureReceiver._receive_over
+
+    async def counted(self, link, max_message_count, max_wait_time):
+        looks[self._busy] += 1
+        return await receive(self, link, max_message_count, max_wait_time)
+
+    monkeypatch.setattr(boilermaker.AzureReceiver, "_receive_over", counted)
+    async with working(app):
+        for number in range(40):
+            assert await (await double.delay(number)).result(PATIENCE) == 2 * number
+        assert looks[True] <= 7  # after 1, 3, 7 and 15 messages, and every 15
+        looks.clear()
+        tasks = await app.publish_many([double.si(number) for number in range(300)])
+        await asyncio.gather(*[task.result(PATIENCE) for task in tasks])
+        assert sum(looks.values()) < 150
+
+
 async def test_who_asks_for_no_result_has_no_session(azure_bus, emulator):
     bus = azure_bus()
     app = Boilermaker([], bus)
