@@ -27,6 +27,8 @@ that all meet the same machine, and every measurement runs in new processes, on 
                still. The same while the worker buries 100,000 messages that have expired. Of boilermaker only.
     azure      The Azure bus over examples.servicebus_emulator, 32 tasks at once, beside the loop that one would write
                with the SDK alone, and beside boilermaker-servicebus 1.4.1. A tenth of the tasks; half to publish.
+    replies    The same emulator: from publishing a no-op task to its result in the process that published it, one after
+               the other, 500 of them, beside request and response by the SDK alone: p50 and p99.
 
 Each task must run exactly once (in `kill`, twice): where one does not, or a worker of boilermaker says that the
 database is locked, this script says so at the end and exits with 1.
@@ -682,10 +684,37 @@ def azure_publish(contestant: Contestant, count: int) -> Figures:
         return {"rate": call(contestant, "publish", place, how="many", start=0, count=count)["rate"]}
 
 
+def replies(benchmark: Benchmark) -> list[Table]:
+    nowhere = "Endpoint=sb://localhost;SharedAccessKeyName=x;SharedAccessKey=x"
+    everybody = [
+        Contestant("BoilermakerOnAzure", nowhere),
+        Contestant("BareSdk", nowhere, variant="one at a time", concurrency=1),
+    ]
+    contestants = [contestant for contestant in everybody if is_there(contestant)]
+    results = benchmark.figures("replies", contestants, functools.partial(replies_one, count=500))
+    return [
+        table("Azure, over the emulator: a no-op task's result, one after the other: p50", "ms", results, "p50"),
+        table("Azure, over the emulator: a no-op task's result, one after the other: p99", "ms", results, "p99"),
+    ]
+
+
+def replies_one(contestant: Contestant, count: int) -> Figures:
+    """The first two warm up."""
+    with tempfile.TemporaryDirectory() as name, emulator() as place:
+        folder = Path(name)
+        times = Ledger.create(str(folder / "ledger"), count + 2)
+        with worker(contestant, folder, place, count + 2) as process:
+            seconds = call(contestant, "request", place, start=0, count=count + 2)[2:]
+            all_ran(contestant, times, process)
+    delays = sorted(1000 * each for each in seconds)
+    return {"p50": statistics.median(delays), "p99": delays[math.ceil(0.99 * len(delays)) - 1]}
+
+
 @contextlib.contextmanager
 def emulator() -> Iterator[str]:
-    """The connection string of a Service Bus with an empty queue."""
-    line = [sys.executable, "-m", "examples.servicebus_emulator", "--queue", "tasks", "--port", "0"]
+    """The connection string of a Service Bus with an empty queue, and one with sessions for replies."""
+    queues = ["--queue", "tasks", "--session-queue", "tasks-replies"]
+    line = [sys.executable, "-m", "examples.servicebus_emulator", *queues, "--port", "0"]
     with subprocess.Popen(line, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         try:
@@ -709,6 +738,7 @@ PARTS: dict[str, Callable[[Benchmark], list[Table]]] = {
     "growth": growth,
     "operating": operating,
     "azure": azure,
+    "replies": replies,
 }
 
 

@@ -613,6 +613,10 @@ class BoilermakerOnAzure(Boilermaker):
 
         return boilermaker.AzureServiceBus.from_connection_string(self.place, "tasks")
 
+    async def ask(self, number: int) -> None:
+        task = await self.tasks["noop"].options(result_ttl=60).delay(number)
+        await task.result(timeout=60)
+
 
 class BareSdk(Peer):
     """What one would write by hand: receive as many as may run, run and settle them at once, and again."""
@@ -632,6 +636,7 @@ class BareSdk(Peer):
         self.body = boilermaker.encode(boilermaker.Task(function_name="TASK", args=[12345]), "tasks", "tasks")
         self.client = ServiceBusClient.from_connection_string(self.place)
         self.sender = await self.client.get_queue_sender("tasks").__aenter__()
+        self.replies: Any = None
 
     async def publish(self, task: str, number: int) -> None:
         await self.publish_many(task, [number])
@@ -643,7 +648,22 @@ class BareSdk(Peer):
         bodies = [body.replace("12345", str(number)) for number in numbers]
         await self.sender.send_messages([ServiceBusMessage(body, message_id=str(uuid.uuid4())) for body in bodies])
 
+    async def ask(self, number: int) -> None:
+        """Request and response by a session, as the service's documentation has them; one reply at a time."""
+        from azure.servicebus import ServiceBusMessage
+
+        if self.replies is None:
+            receiver = self.client.get_queue_receiver("tasks-replies", session_id=str(uuid.uuid4()))
+            self.replies = await receiver.__aenter__()
+        body = self.body.replace("TASK", "noop").replace("12345", str(number))
+        session_id = self.replies.session.session_id
+        await self.sender.send_messages(ServiceBusMessage(body, reply_to_session_id=session_id))
+        [reply] = await self.replies.receive_messages(1)
+        await self.replies.complete_message(reply)
+
     async def close(self) -> None:
+        if self.replies is not None:
+            await self.replies.close()
         await self.sender.close()
         await self.client.close()
 
@@ -651,16 +671,21 @@ class BareSdk(Peer):
         asyncio.run(self.loop(concurrency))
 
     async def loop(self, concurrency: int) -> None:
+        from azure.servicebus import ServiceBusMessage
         from azure.servicebus.aio import ServiceBusClient
 
         async with (
             ServiceBusClient.from_connection_string(self.place) as client,
             client.get_queue_receiver("tasks", socket_timeout=0.02) as receiver,
+            client.get_queue_sender("tasks-replies") as replies,
         ):
 
             async def handle(message: Any) -> None:
                 task = json.loads(str(message))
                 await ASYNC[task["function_name"]](*task["payload"]["args"])
+                if message.reply_to_session_id is not None:
+                    reply = ServiceBusMessage("null", session_id=message.reply_to_session_id)
+                    await replies.send_messages(reply)
                 await receiver.complete_message(message)
 
             while True:
@@ -768,6 +793,22 @@ async def _publish(peer: Peer, how: str, start: int, count: int, clear: bool) ->
     seconds = time.perf_counter() - started
     await peer.close()
     return {"rate": count / seconds, "memory": peak_memory("self")}
+
+
+def request(peer: str, place: str, start: int, count: int) -> list[float]:
+    """Await the results of no-op tasks on Azure, each when the one before is there; the seconds that each took."""
+    return asyncio.run(_request(PEERS[peer](place), start, count))
+
+
+async def _request(peer: Any, start: int, count: int) -> list[float]:
+    await peer.open()
+    seconds = []
+    for number in range(start, start + count):
+        started = time.perf_counter()
+        await peer.ask(number)
+        seconds.append(time.perf_counter() - started)
+    await peer.close()
+    return seconds
 
 
 def publishing(peer: Peer, how: str) -> Callable[[str, range], Coroutine[Any, Any, None]]:
@@ -967,7 +1008,7 @@ def peak_memory(pid: int | str) -> float:
 
 
 ROLES: dict[str, Callable[..., Any]] = {
-    role.__name__: role for role in (check, remove, fill, publish, drip, ask, work, grow, bystand, operate)
+    role.__name__: role for role in (check, remove, fill, publish, drip, ask, request, work, grow, bystand, operate)
 }
 
 
