@@ -2215,8 +2215,8 @@ class ServiceBus(Protocol):
         """Where this process and event loop would be told the outcome of a task."""
         ...
 
-    async def expect(self, addresses: Sequence[Address]) -> None:
-        """Be ready to be told, before what is told of is published; ConfigurationError where that cannot be."""
+    async def expect(self, heads: Sequence[Task]) -> None:
+        """Be ready to be told how workflows end, before they are published; ConfigurationError where that cannot be."""
         ...
 
     def reply(self, answer: Answer) -> Outgoing | None:
@@ -4430,8 +4430,8 @@ class LocalServiceBus:
         """Any process that has the file can ask for any."""
         return Address(task_id, 0)
 
-    async def expect(self, addresses: Sequence[Address]) -> None:
-        """They are found when somebody looks."""
+    async def expect(self, heads: Sequence[Task]) -> None:
+        """How they end is found when somebody looks."""
 
     def reply(self, answer: Answer) -> Outgoing | None:
         """None: they are written in settling."""
@@ -5413,10 +5413,11 @@ class AzureServiceBus:
         """Only the process and event loop that published a task is told its outcome."""
         return self._outcomes_of_this_loop().address_of(task_id)
 
-    async def expect(self, addresses: Sequence[Address]) -> None:
-        if any(address.position is not None for address in addresses):
+    async def expect(self, heads: Sequence[Task]) -> None:
+        workflows = [head for head in heads if head.group or head.on_success or head.on_failure]
+        if any(task.group is not None for head in workflows for task in _workflow(head)):
             await self.check_join_queue()
-        if awaited := [address for address in addresses if address.position is None]:
+        if awaited := [head.outcome_to for head in heads if head.outcome_to is not None]:
             await self._outcomes_of_this_loop().expect(awaited)
 
     def reply(self, answer: Answer) -> Outgoing | None:
@@ -9123,8 +9124,7 @@ class Boilermaker:
                 _set_options(head, its)
             if self._keeps_results or "result_ttl" in its:
                 self._keep_results(head, its)
-        if expected := self._expected(heads):
-            await self.service_bus_client.expect(expected)
+        await self.service_bus_client.expect(heads)
         with contextlib.ExitStack() as spans:
             messages, firsts, make = list[Outgoing](), list[int](), self._maker(spans)
             for head, its in zip(heads, said, strict=True):
@@ -9139,15 +9139,6 @@ class Boilermaker:
         for head, first in zip(heads, firsts, strict=True):
             head.sequence_number, head.message_id = numbers[first], head.task_id
         return heads
-
-    def _expected(self, heads: Sequence[Task]) -> list[Address]:
-        """Where the outcomes of workflows are told, and those of the members of their groups."""
-        expected = [head.outcome_to for head in heads if head.outcome_to is not None]
-        for head in heads:
-            if head.on_success is not None or head.on_failure is not None or head.group is not None:
-                groups = [task for task in _workflow(head) if task.group is not None]
-                expected += [self.service_bus_client.member_address(task.task_id, 0) for task in groups]
-        return expected
 
     def _keep_results(self, head: Task, options: PublishOptions) -> None:
         """Say where the outcomes of a workflow are told: its own, and those of what follows a failure, each its own."""
