@@ -37,7 +37,6 @@ import contextlib
 import functools
 import io
 import logging
-import mimetypes
 import multiprocessing
 import os
 import re
@@ -239,12 +238,11 @@ class Progress:
 
 
 def files_in(folder: Path) -> list[Path]:
-    """The files of a folder, without pictures, hidden ones and caches."""
+    """The files of a folder, without hidden ones and caches."""
     found: list[Path] = []
     for root, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if name[0] != "." and name not in ("__pycache__", "node_modules")]
-        shown = [name for name in names if name[0] != "." and name.isprintable()]
-        found += [Path(root, name) for name in shown if not (mimetypes.guess_type(name)[0] or "").startswith("image/")]
+        found += [Path(root, name) for name in names if name[0] != "." and name.isprintable()]
     return sorted(path for path in found if path.is_file())
 
 
