@@ -5263,8 +5263,8 @@ class AzureServiceBus:
         self.namespace = _namespace_of(namespace_url)
         self.queue_name = _checked_queue_name(queue_name)
         home = self.queue_name.removesuffix(DEAD_LETTER_SUFFIX)
-        self.reply_queue = _checked_queue_name(f"{home}-replies" if reply_queue_name is None else reply_queue_name)
-        self.join_queue = _checked_queue_name(f"{home}-join" if join_queue_name is None else join_queue_name)
+        self.reply_queue = f"{home}-replies" if reply_queue_name is None else _checked_queue_name(reply_queue_name)
+        self.join_queue = f"{home}-join" if join_queue_name is None else _checked_queue_name(join_queue_name)
         if len({home, self.reply_queue, self.join_queue}) < 3:
             raise ConfigurationError(
                 f"queue_name={home!r}, reply_queue_name={self.reply_queue!r} and join_queue_name={self.join_queue!r} "

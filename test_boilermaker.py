@@ -11362,6 +11362,8 @@ def quick_emulator():
 async def azure_buses(emulator):
     """Makes buses on a fresh queue, or on the one that is named; that one of them leaves a connection is an error."""
     buses = []
+    for fault in ("busy", "lose", "mute", "slow", "unlock"):  # that an earlier test has left
+        emulator.control(f"{fault} 0")
 
     def make(queue_name=None):
         buses.append(AzureServiceBus.from_connection_string(emulator.connection_string, queue_name or fresh_queue()))
@@ -13394,6 +13396,7 @@ async def talks_on(emulator, name):
 @pytest.fixture
 async def talks(emulator):
     """A queue with sessions, made for replies to one without."""
+    emulator.control("busy 0")  # that an earlier test has left
     async with talks_on(emulator, f"{fresh_queue()}-replies") as talks:
         yield talks
 
