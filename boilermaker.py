@@ -999,6 +999,18 @@ class Task(_Bound, Generic[R_co]):
         result: R_co = await self._app._result(self.outcome_to, timeout)
         return result
 
+    async def progress(self) -> Progress:
+        """Of a group, how many members have ended; on the local bus, until 600 seconds after the end.
+
+        Raises:
+            UsageError: it is no group, is not published, or ended longer ago; or on Azure, which does not tell.
+        """
+        if self.group is None:
+            raise UsageError(f"{self!r} is no group: only the members of one are counted.")
+        if self._app is None or self.message_id is None:
+            raise UsageError(f"{self!r} is not published yet: what publishing gives has the progress.")
+        return await self._app.service_bus_client.progress(self.message_id)
+
     def __rshift__(self, other: Task[T] | TaskFunction[..., T]) -> Task[T]:
         """`a >> b` runs b when a has returned, and gives b, so that `a >> b >> c` reads on. Publish a.
 
@@ -1042,16 +1054,6 @@ class Group(Task[list[T]]):
 
     def __repr__(self) -> str:
         return f"<Group of {len(self.members)} {_printable(str(self.task_id))}>"
-
-    async def progress(self) -> Progress:
-        """How many of the members have ended; on the local bus, until 600 seconds after the end.
-
-        Raises:
-            UsageError: it is not published, or ended longer ago; or on Azure, which does not tell.
-        """
-        if self._app is None or self.message_id is None:
-            raise UsageError(f"{self!r} is not published yet: what publishing gives has the progress.")
-        return await self._app.service_bus_client.progress(self.message_id)
 
 
 def group(

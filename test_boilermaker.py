@@ -17031,6 +17031,24 @@ def test_an_example_prints_what_its_docstring_says(name):
     assert output_of_example(name, flags=BARE) == documented_output(name)
 
 
+def test_the_example_of_groups_counts_a_folder_in_two_processes_and_names_what_it_cannot_read(tmp_path):
+    for name, text in {"a.txt": b"one", "b.txt": b"one two", "c.txt": b"one two three", "d.bin": b"\xff"}.items():
+        (tmp_path / name).write_bytes(text)
+    *lines, processes = run_example("groups", str(tmp_path)).stdout.splitlines()
+    assert lines == [
+        f"[{'#' * 50}] 4 of 4, 1 failed",
+        "3 files, 6 words",
+        "       3 c.txt",
+        "       2 b.txt",
+        "       1 a.txt",
+        "not read: d.bin: 'utf-8' codec can't decode byte 0xff in position 0: invalid start byte",
+    ]
+    assert re.fullmatch("by [12] processes", processes)
+    shapes = [re.sub(r"\w+", "x", line) for line in documented_output("groups").splitlines()]
+    assert len(shapes) == len(lines) + 1
+    assert shapes[0] == re.sub(r"\w+", "x", lines[0])
+
+
 def test_retries_come_when_they_are_due_and_failures_end_among_the_dead_letters():
     time = re.compile(r"^(\d+) s  ", re.MULTILINE)
     output = output_of_example("retries_and_routing", flags=BARE)
