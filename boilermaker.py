@@ -9126,7 +9126,6 @@ class Boilermaker:
                 _set_options(head, its)
             if self._keeps_results or "result_ttl" in its:
                 self._keep_results(head, its)
-        await self.service_bus_client.expect(heads)
         with contextlib.ExitStack() as spans:
             messages, firsts, make = list[Outgoing](), list[int](), self._maker(spans)
             for head, its in zip(heads, said, strict=True):
@@ -9137,7 +9136,8 @@ class Boilermaker:
                     some = [message._replace(given_id=True) for message in some]
                     some[0] = some[0]._replace(outcome_id=head.task_id)
                 messages += some
-            numbers = await self._send(messages, max((its.get("publish_attempts") or 1 for its in said), default=1))
+            attempts = max((its.get("publish_attempts") or 1 for its in said), default=1)
+            numbers = await self._send(messages, attempts, heads)
         for head, first in zip(heads, firsts, strict=True):
             head.sequence_number, head.message_id = numbers[first], head.task_id
         return heads
@@ -9216,12 +9216,18 @@ class Boilermaker:
 
         return make
 
-    async def _send(self, messages: Sequence[Outgoing], attempts: int) -> list[int | None]:
+    async def _send(self, messages: Sequence[Outgoing], attempts: int, heads: Sequence[Task] = ()) -> list[int | None]:
+        """Send messages, ready to be told how the workflows of these heads end."""
         errors: list[Exception] = []
+        ready = False
         while True:
             try:
+                await self.service_bus_client.expect(heads)
+                ready = True
                 return await self.service_bus_client.send(messages)
             except (ServiceBusUnavailable, ConfigurationError) as error:
+                if isinstance(error, ConfigurationError) and not ready:
+                    raise  # a queue is missing, which no attempt will make
                 errors.append(error)
                 if len(errors) == attempts:
                     raise BoilermakerAppException("Publishing failed", errors) from error
