@@ -14,6 +14,8 @@ that all meet the same machine, and every measurement runs in new processes, on 
     results    No-op tasks whose results are awaited from another process than the worker's: one after the other, from
                `delay()` to the result, p50 and p99; and 1,000 published at once and awaited together, beside as many
                whose results nobody keeps, from publishing to the last task's run. Of boilermaker only.
+    groups     A group of 10,000 no-op tasks, from publishing to its result in another process than the worker's, beside
+               as many tasks, to the last one's run; on Azure, over the emulator, of 500. Of boilermaker only.
     io         1,000 tasks that sleep 0.1 s, 100 at once: ideally 1 s.
     processes  1, 2 and 4 worker processes of boilermaker on one file, started at once, four times the tasks.
     import     Starting Python and importing boilermaker, beside `import asyncio, sqlite3, json`, and nothing.
@@ -128,6 +130,9 @@ class Contestant:
         groups = {"Boilermaker": "ours", "BoilermakerOnAzure": "ours", "Bare": "bare", "BareSdk": "bare"}
         return groups.get(self.name, "peer")
 
+
+NOWHERE = "Endpoint=sb://localhost;SharedAccessKeyName=x;SharedAccessKey=x"
+"""In place of an emulator's connection string, until there is one."""
 
 OURS = Contestant("Boilermaker")
 BARE = Contestant("Bare")
@@ -452,6 +457,33 @@ def results_one(contestant: Contestant, one_by_one: int, together: int) -> Figur
     return figures
 
 
+def groups(benchmark: Benchmark) -> list[Table]:
+    tables = []
+    for title, contestant, count in (
+        ("Groups: 10,000 members", OURS, 10_000),
+        ("Groups on Azure, over the emulator: 500 members", Contestant("BoilermakerOnAzure", NOWHERE), 500),
+    ):
+        if is_there(contestant):
+            figures = benchmark.figures(title, [contestant], functools.partial(groups_one, count=count))
+            rows = [
+                Row(label, tuple(each[name] for each in figures.get(contestant, [])), "ours")
+                for label, name in (("as many tasks", "plain"), ("the group, to its result", "group"))
+            ]
+            tables += [Table(title, "ms", rows)] if figures else []
+    return tables
+
+
+def groups_one(contestant: Contestant, count: int) -> Figures:
+    with contextlib.ExitStack() as stack:
+        folder, place = stack.enter_context(folder_for(contestant))
+        place = stack.enter_context(emulator()) if contestant.place == NOWHERE else place
+        path = str(folder / "ledger")
+        Ledger.create(path, 1 + 2 * count)
+        with worker(contestant, folder, place, 1 + 2 * count):
+            figures: Figures = call(contestant, "join", place, path=path, count=count)
+    return figures
+
+
 def io(benchmark: Benchmark) -> list[Table]:
     contestants = [OURS, *(contestant for contestant in benchmark.peers if contestant.peer.parallel)]
     results = benchmark.figures("io", contestants, io_one)
@@ -653,8 +685,7 @@ def bury_one(contestant: Contestant, expired: int) -> Figures:
 def azure(benchmark: Benchmark) -> list[Table]:
     count = max(100, benchmark.options.tasks // 10)
     pythons = {name: path for names, path in benchmark.options.python for name in names.split(",")}
-    nowhere = "Endpoint=sb://localhost;SharedAccessKeyName=x;SharedAccessKey=x"
-    everybody = [Contestant(peer.__name__, nowhere, pythons.get(peer.__name__, sys.executable)) for peer in AZURE_PEERS]
+    everybody = [Contestant(peer.__name__, NOWHERE, pythons.get(peer.__name__, sys.executable)) for peer in AZURE_PEERS]
     contestants = [contestant for contestant in everybody if is_there(contestant)]
     tables = []
     for task, what in (("noop", "no-op tasks"), ("doze", f"tasks of {DOZE} s")):
@@ -685,10 +716,9 @@ def azure_publish(contestant: Contestant, count: int) -> Figures:
 
 
 def replies(benchmark: Benchmark) -> list[Table]:
-    nowhere = "Endpoint=sb://localhost;SharedAccessKeyName=x;SharedAccessKey=x"
     everybody = [
-        Contestant("BoilermakerOnAzure", nowhere),
-        Contestant("BareSdk", nowhere, variant="one at a time", concurrency=1),
+        Contestant("BoilermakerOnAzure", NOWHERE),
+        Contestant("BareSdk", NOWHERE, variant="one at a time", concurrency=1),
     ]
     contestants = [contestant for contestant in everybody if is_there(contestant)]
     results = benchmark.figures("replies", contestants, functools.partial(replies_one, count=500))
@@ -712,8 +742,8 @@ def replies_one(contestant: Contestant, count: int) -> Figures:
 
 @contextlib.contextmanager
 def emulator() -> Iterator[str]:
-    """The connection string of a Service Bus with an empty queue, and one with sessions for replies."""
-    queues = ["--queue", "tasks", "--session-queue", "tasks-replies"]
+    """The connection string of a Service Bus with an empty queue, and those with sessions for replies and groups."""
+    queues = ["--queue", "tasks", "--session-queue", "tasks-replies", "--session-queue", "tasks-join"]
     line = [sys.executable, "-m", "examples.servicebus_emulator", *queues, "--port", "0"]
     with subprocess.Popen(line, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
@@ -731,6 +761,7 @@ PARTS: dict[str, Callable[[Benchmark], list[Table]]] = {
     "publish": publish,
     "latency": latency,
     "results": results,
+    "groups": groups,
     "io": io,
     "processes": processes,
     "import": imports,

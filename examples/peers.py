@@ -875,6 +875,28 @@ async def _ask(peer: Boilermaker, times: Ledger, one_by_one: int, together: int)
     return figures | {"without": seconds_without * 1000, "together": seconds * 1000}
 
 
+def join(peer: str, place: str, path: str, count: int) -> dict[str, float]:
+    """Publish no-op tasks from 1 on, then as many as one group; the ms to the last run, and to the group's result."""
+    return asyncio.run(_join(PEERS[peer](place), Ledger(path, 1 + 2 * count), count))
+
+
+async def _join(peer: Any, times: Ledger, count: int) -> dict[str, float]:
+    noop = peer.tasks["noop"]
+    await peer.open()
+    await noop.map([0]).publish()  # where groups are joined by a worker, it begins to do so
+    started = time.monotonic()
+    await peer.app.publish_many([noop.si(number) for number in range(1, 1 + count)])
+    while not all(times.first[1 : 1 + count]):
+        await asyncio.sleep(DOZE)
+    plain = max(times.first[1 : 1 + count]) - started
+    started = time.monotonic()
+    published = await noop.map(range(1 + count, 1 + 2 * count)).publish(result_ttl=60)
+    await published.result(FOREVER)
+    joined = time.monotonic() - started
+    await peer.close()
+    return {"plain": plain * 1000, "group": joined * 1000}
+
+
 def work(peer: str, place: str, path: str, count: int, concurrency: int, at: float = 0, log: bool = False) -> None:
     """Run tasks until killed.
 
@@ -1008,7 +1030,8 @@ def peak_memory(pid: int | str) -> float:
 
 
 ROLES: dict[str, Callable[..., Any]] = {
-    role.__name__: role for role in (check, remove, fill, publish, drip, ask, request, work, grow, bystand, operate)
+    role.__name__: role
+    for role in (check, remove, fill, publish, drip, ask, request, join, work, grow, bystand, operate)
 }
 
 
