@@ -1,5 +1,5 @@
 # mypy: disable-error-code="import-not-found"
-# pyright: basic, reportMissingImports=false
+# pyright: basic, reportMissingImports=false, reportMissingModuleSource=false
 """Async background tasks: Azure Service Bus in production, a durable SQLite queue everywhere else.
 
     import asyncio
@@ -21,15 +21,16 @@ A task is an `async def` whose first argument is the application's state. Publis
 arguments into a JSON message on a queue; a worker receives the message under a lock, runs the function, and settles
 the message: completed, retried later, or dead-lettered. What must follow (a callback, the next step of a chain, a
 retry) is a message too, published before its parent is settled, so that a worker may die at any instant and nothing
-is lost. Deciding what follows is pure (section 6); only the worker and the application (sections 12 and 13) talk to
-a bus.
+is lost. How a workflow ended is told, in the same way, to who awaits its result or to the group that it is a member of.
+Deciding what follows, and what is told to whom, is pure (section 6); only the worker and the application (sections 12
+and 13) talk to a bus.
 
     1.  Vocabulary      errors, limits, checks, clocks
     2.  Retries         policies and the exceptions that carry them
-    3.  Tasks           a task, its callbacks, chains; the decorated function
+    3.  Tasks           a task, its callbacks, chains, groups; the decorated function
     4.  Wire format     a task as JSON, compatible with boilermaker-servicebus 1.x
     5.  Messages        what travels between the application and a bus
-    6.  Decisions       what happens to a message: a table and a pure function
+    6.  Decisions       what happens to a message, and how a group ends: a table and pure functions
     7.  Store           the embedded queue as SQL
     8.  Local bus       group commit, waking up, lock renewal around the store
     9.  Azure bus       the same protocol over azure-servicebus
@@ -70,7 +71,8 @@ import dataclasses
 import datetime
 import enum
 import functools
-import importlib
+import heapq
+import importlib.util
 import inspect
 import itertools
 import json
@@ -99,11 +101,13 @@ from pathlib import Path
 from typing import (
     TYPE_CHECKING,
     Any,
+    ClassVar,
     Concatenate,
     Generic,
     NamedTuple,
     ParamSpec,
     Protocol,
+    Self,
     TypeAlias,
     TypedDict,
     TypeVar,
@@ -138,6 +142,7 @@ __all__ = [
     "NoRetry",
     "OperationStopped",
     "Outcome",
+    "Phase",
     "Progress",
     "RequestRefused",
     "RetryException",
@@ -167,6 +172,7 @@ if TYPE_CHECKING:  # which knows defaults of type variables; Python does from 3.
     R_co = TypeVarWithDefault("R_co", covariant=True, default=Any)
 else:
     R_co = TypeVar("R_co", covariant=True)
+TaskT = TypeVar("TaskT", bound="Task[Any]")
 
 # ======================================================================================================================
 # 1. Vocabulary: errors, limits, checks, clocks
@@ -291,6 +297,14 @@ def _short(value: object) -> str:
 def _printable(text: str) -> str:
     """Foreign text for a line of the log: with a line break in it, it would forge another."""
     return text if text.isprintable() else text.encode("unicode_escape").decode("ascii")
+
+
+def _is_text(value: object) -> bool:
+    """Whether it may be an id: a string that is not empty, and that can be encoded."""
+    try:
+        return isinstance(value, str) and bool(value.encode())
+    except UnicodeEncodeError:
+        return False
 
 
 def _positive(name: str, value: float, or_zero: bool = False) -> float:
@@ -587,7 +601,7 @@ def _members_of(group: BaseExceptionGroup[Any]) -> Iterator[Any]:
 
 
 # ======================================================================================================================
-# 3. Tasks: a task, its callbacks, chains; the decorated function
+# 3. Tasks: a task, its callbacks, chains, groups; the decorated function
 # ======================================================================================================================
 
 TaskCallable: TypeAlias = Callable[Concatenate[Any, P], Coroutine[Any, Any, R]]
@@ -608,6 +622,14 @@ def new_task_id() -> str:
     bits = milliseconds << 80 | 0x7 << 76 | _random.getrandbits(12) << 64 | 0b10 << 62 | _random.getrandbits(62)
     text = f"{bits:032x}"
     return f"{text[:8]}-{text[8:12]}-{text[12:16]}-{text[16:20]}-{text[20:]}"
+
+
+def derived_id(text: str) -> str:
+    """A UUID of version 5: the same for the same text."""
+    return str(uuid.uuid5(_ID_NAMESPACE, text))
+
+
+_ID_NAMESPACE = uuid.UUID("5f6a1c1e-7b5c-5a53-9d0c-6d1f2f3c7b10")
 
 
 class Options(NamedTuple):
@@ -946,7 +968,7 @@ class Task(_Bound, Generic[R_co]):
         """The arguments as they stand in the message."""
         return {"args": self.args, "kwargs": self.kwargs}
 
-    def copy(self) -> Task[R_co]:
+    def copy(self) -> Self:
         """The same work as new work: this task and its callbacks with fresh ids, unpublished."""
         twin = _replica(self)
         for task in _workflow(twin):
@@ -954,12 +976,12 @@ class Task(_Bound, Generic[R_co]):
             task.root = task.retry_policy = task.outcome_to = None
         return twin
 
-    async def publish(self, **options: Unpack[PublishOptions]) -> Task[R_co]:
+    async def publish(self, **options: Unpack[PublishOptions]) -> Self:
         """`app.publish_task(self, ...)` of the application the task was made by; options as PublishOptions says."""
         if self._app is None:
             raise UsageError(f"{self!r} belongs to no application: use `await app.publish_task(task)`.")
-        [published] = await self._app._publish([self], options)
-        return published
+        await self._app._publish([self], options)
+        return self
 
     async def result(self, timeout: float | datetime.timedelta | None) -> R_co:
         """What the task returned, or the last step of the workflow that it is the head of; see `app.result`.
@@ -1016,10 +1038,10 @@ class Task(_Bound, Generic[R_co]):
                 raise UsageError(
                     f"{task!r}: a | b makes copies with fresh ids; give the whole one: publish(task_id=...)."
                 )
-        head: Task[Any] = self.copy()
+        head: Any = self.copy()
         head._app = head._app or following._app  # an empty group has none
         _chain_of(head)[-1].on_success = following.copy()
-        return head
+        return head  # type: ignore[no-any-return]
 
 
 @dataclass(eq=False, repr=False, kw_only=True)
@@ -1132,13 +1154,14 @@ class TaskFunction(functools.partial[Coroutine[Any, Any, R]], Generic[P, R]):
 
     def map(self, items: Iterable[Any], /, *args: Any, **kwargs: Any) -> Group[R]:
         """A group of this function's calls, one for each item: `fn(state, item, *args, **kwargs)`; see `group`."""
-        calls = [self.si(item, *args, **kwargs) for item in _listed(items, f"{self.registration.name}.map")]
+        calls = [self._call((item, *args), dict(kwargs)) for item in _listed(items, f"{self.registration.name}.map")]
         whole: Group[R] = group(calls)
         whole._app, whole._publishing = self.app, self._about_sending()
         if "task_id" in self._publishing:
             _set_options(whole, {"task_id": self._publishing["task_id"]})
-        for call in calls:  # what is said of publishing is said of the group
-            call._publishing = {}
+        for call in calls:
+            _check_arguments(call)
+            call._publishing = {}  # what is said of publishing is said of the group
             if call._id_is_given:
                 call.task_id, call._id_is_given = new_task_id(), False
         return whole
@@ -1366,7 +1389,7 @@ def _steps_of(head: Task) -> list[Task]:
     return steps
 
 
-def _replica(head: Task) -> Task:
+def _replica(head: TaskT) -> TaskT:
     """A copy of a workflow, ids included, that can be changed without the original."""
     replicas: dict[int, Task] = {}
     for task in _workflow(head):
@@ -1380,7 +1403,8 @@ def _replica(head: Task) -> Task:
             parts["members"] = [replicas[id(member)] for member in task.members]
         replicas[id(task)] = replica = dataclasses.replace(task, **parts)
         _bind_like(replica, task)
-    return replicas[id(head)]
+    twin: TaskT = replicas[id(head)]  # type: ignore[assignment]
+    return twin
 
 
 def _bind_like(twin: Task, task: Task) -> None:
@@ -1600,13 +1624,19 @@ def _write_address(address: Address) -> str:
 
 
 def _read_address(document: dict[str, Any], name: str, where: str) -> Address:
-    address = Address(*(document.get(part, default) for part, default in _ADDRESS_DEFAULTS.items()))
-    texts, numbers = (address.id, address.queue or "", address.session or ""), (address.ttl, address.position or 0)
-    if (
-        not all(isinstance(text, str) for text in texts)
-        or not all(type(number) in (int, float) and 0 <= number <= MAX_SECONDS for number in numbers)
-        or type(address.position) is float
-    ):
+    address = Address(*[document.get(part, default) for part, default in _ADDRESS_DEFAULTS.items()])
+    try:
+        known = _is_text(address.id) and (address.session is None or _is_text(address.session))
+        if address.position is None:
+            known = known and _time_limit("ttl", address.ttl) is not None
+        else:
+            known = known and type(address.position) is int and 0 <= address.position <= MAX_SECONDS
+            _seconds("ttl", address.ttl)
+        if address.queue is not None:
+            _checked_queue_name(address.queue)
+    except UsageError:
+        known = False
+    if not known:
         raise InvalidTaskFormat(f"{name} of {where}: {_short(document)} does not say whom to tell.")
     return address
 
@@ -1983,8 +2013,8 @@ class Settlement:
 
     @property
     def is_plain(self) -> bool:
-        """Whether the message is to be deleted, and that is all."""
-        return self.action is Action.COMPLETE and not self.messages and self.answer is None
+        """Whether the message is to be deleted, and nothing follows it; its outcome may be told."""
+        return self.action is Action.COMPLETE and not self.messages
 
 
 class MessageState(enum.StrEnum):
@@ -2022,14 +2052,22 @@ class Message:
     dead_lettered_time_utc: datetime.datetime | None = None
     dead_letter_traceback: str | None = None
     raw_body: bytes | None = field(default=None, repr=False)
+    _decoded: ClassVar[Any] = ...  # until it is; a cached_property would make a dict for each of many thousands
 
-    @functools.cached_property
+    @property
     def task(self) -> Task | None:
-        try:
-            body = self.body if self.raw_body is None else self.raw_body
-            return decode(body, self.queue_name.removesuffix(DEAD_LETTER_SUFFIX))
-        except InvalidTaskFormat:
-            return None
+        if self._decoded is ...:
+            try:
+                body = self.body if self.raw_body is None else self.raw_body
+                task = decode(body, self.queue_name.removesuffix(DEAD_LETTER_SUFFIX))
+            except InvalidTaskFormat:
+                task = None
+            object.__setattr__(self, "_decoded", task)
+        return self._decoded  # type: ignore[no-any-return]
+
+    def forget_task(self) -> None:
+        """Let go of what was decoded: of many thousands, it would take a gigabyte."""
+        object.__setattr__(self, "_decoded", ...)
 
 
 def text_of(body: str | bytes) -> tuple[str, bytes | None]:
@@ -2124,6 +2162,11 @@ class OperationStopped(ServiceBusUnavailable):
 class Receiver(Protocol):
     """The receiving side of a bus: messages under locks, which it renews by itself until they are settled."""
 
+    @property
+    def connected(self) -> bool:
+        """Whether it has what it receives from, as far as it knows; False while it reconnects."""
+        ...
+
     async def receive(self, max_message_count: int, max_wait_time: float) -> list[Delivery]:
         """Lock and return what is there, or what comes first within `max_wait_time` seconds.
 
@@ -2180,8 +2223,8 @@ class ServiceBus(Protocol):
         """Where this process and event loop would be told the outcome of a task."""
         ...
 
-    async def expect(self, addresses: Sequence[Address]) -> None:
-        """Be ready to be told, before what is told of is published; ConfigurationError where that cannot be."""
+    async def expect(self, heads: Sequence[Task]) -> None:
+        """Be ready to be told how workflows end, before they are published; ConfigurationError where that cannot be."""
         ...
 
     def reply(self, answer: Answer) -> Outgoing | None:
@@ -2282,7 +2325,7 @@ class ServiceBus(Protocol):
 
 
 # ======================================================================================================================
-# 6. Decisions: what happens to a message
+# 6. Decisions: what happens to a message, and how a group ends
 # ======================================================================================================================
 
 # The handling of a message ends in one of the ways that `Outcome` lists, as a table: how the message is settled, by
@@ -2441,7 +2484,8 @@ def _answer_of(
 ) -> Answer:
     assert task.outcome_to is not None
     value = _to_json(result if failure is None else failure)
-    return Answer(task.outcome_to, failure is not None, value, f"{_root(task, delivery, queue)}:outcome")
+    message_id = f"{_root(task, delivery, queue)}:outcome" if task.outcome_to.queue is not None else ""
+    return Answer(task.outcome_to, failure is not None, value, message_id)
 
 
 def ended_by(body: str | bytes, queue: str, reason: str, message: str) -> Answer | None:
@@ -2570,17 +2614,14 @@ def _traceback_of(error: BaseException | None) -> str:
     return text.encode("utf-8", "backslashreplace").decode("utf-8")[-MAX_DESCRIPTION_LENGTH:]
 
 
-_ID_NAMESPACE = uuid.UUID("5f6a1c1e-7b5c-5a53-9d0c-6d1f2f3c7b10")
-
-
-def root_of(delivery: Delivery, queue: str) -> str:
+def root_of(delivery: Delivery | Message, queue: str) -> str:
     """What the ids of all that follows a task are made of: a UUID of its first try's message.
 
     Redelivery does not change it, no caller chooses it, and no two messages share it. It is itself the id of what
     follows the task, success or failure alike, whichever of its tries ends it: so only one of these can be enqueued,
     even when a worker died between publishing and completing. Retries have `<root>:<attempt>`, and carry the root.
     """
-    return str(uuid.uuid5(_ID_NAMESPACE, f"{queue}\n{delivery.sequence_number}\n{delivery.message_id}"))
+    return derived_id(f"{queue}\n{delivery.sequence_number}\n{delivery.message_id}")
 
 
 def _root(task: Task, delivery: Delivery, queue: str) -> str:
@@ -2605,7 +2646,7 @@ def replay_of(dead_letter: Message) -> Outgoing:
             document["policy"] = document.pop("scheduled_policy")
         body = _to_json(document)
     number = dead_letter.sequence_number
-    message_id = str(uuid.uuid5(_ID_NAMESPACE, f"replay\n{queue}\n{number}\n{dead_letter.message_id}"))
+    message_id = derived_id(f"replay\n{queue}\n{number}\n{dead_letter.message_id}")
     name = None if task is None else task.function_name
     is_awaited = task is not None and task.outcome_to is not None and task.outcome_to.position is None
     outcome_id = task.outcome_to.id if is_awaited and task is not None and task.outcome_to is not None else None
@@ -2654,7 +2695,7 @@ def messages_of(
         (name, len(list(same))) for name, same in itertools.groupby(member.function_name for member in task.members)
     )
     definition = dataclasses.replace(task, members=(), group=task.group._replace(names=names))  # type: ignore[call-arg]
-    definition.root = root = str(uuid.uuid5(_ID_NAMESPACE, f"group\n{message_id}"))
+    definition.root = root = derived_id(f"group\n{message_id}")
     _bind_like(definition, task)
     messages = bus.open_group(make(definition, message_id, due))
     for position, member in enumerate(task.members):
@@ -3260,10 +3301,10 @@ class Store(Connection):
     # -- settling
 
     def settle(self, queue: str, settlements: Sequence[Settlement], now: float) -> None:
-        """Settle a message and publish what follows, or, if the lock was lost, neither.
+        """Settle a message, publish what follows and tell its outcome, or, if the lock was lost, none of that.
 
-        Several, if all that is to be done about them is to delete them, take one statement. It does not tell which of
-        them had been lost: then it is an error, for the transaction to be undone.
+        Several, if they are to be deleted and nothing follows them, take one statement. It does not tell which of them
+        had been lost: then it is an error, for the transaction to be undone.
         """
         settlement, held = settlements[0], True
         match settlement.action:
@@ -3286,8 +3327,7 @@ class Store(Connection):
             dropped: list[str] = []
             settlement.dropped = dropped
             self.insert(settlement.messages, now, dropped)
-        if settlement.answer is not None:
-            self.tell(settlement.answer, now)
+        self.tell([each.answer for each in settlements if each.answer is not None], now)
 
     def complete(self, deliveries: Sequence[Delivery]) -> int:
         """Delete messages; how many of them were still held."""
@@ -3330,22 +3370,27 @@ class Store(Connection):
 
     # -- outcomes
 
-    def tell(self, answer: Answer, now: float, instead: bool = True) -> None:
-        """Keep an outcome for who awaits it, or for the group of a member; what has expired goes.
+    def tell(self, answers: Sequence[Answer], now: float, instead: bool = True) -> None:
+        """Keep outcomes for who awaits them, or for the groups of members; what has expired goes.
 
         Args:
             instead: of what may be there, as of a task that has run anew; a member's first outcome stands.
         """
-        if answer.to.position is not None:
-            self._join(answer.to.id, answer.to.position, answer, now)
-            return
-        self.additions += 1
-        self.bytes_written += len(answer.value) + BYTES_OF_A_CHANGE
-        self.sql.execute("DELETE FROM outcome WHERE expires <= ?", (now,))
-        self.sql.execute(
-            f"INSERT OR {'REPLACE' if instead else 'IGNORE'} INTO outcome VALUES (?, ?, ?, ?)",
-            (answer.to.id, answer.failed, answer.value, now + answer.to.ttl),
-        )
+        kept = [answer for answer in answers if answer.to.position is None]
+        if kept:
+            self.additions += 1
+            self.bytes_written += sum(len(answer.value) + BYTES_OF_A_CHANGE for answer in kept)
+            self.sql.execute("DELETE FROM outcome WHERE expires <= ?", (now,))
+            self.sql.executemany(
+                f"INSERT OR {'REPLACE' if instead else 'IGNORE'} INTO outcome VALUES (?, ?, ?, ?)",
+                [(answer.to.id, answer.failed, answer.value, now + answer.to.ttl) for answer in kept],
+            )
+        by_group: dict[str, list[tuple[Any, ...]]] = {}
+        for to, failed, value, _ in answers:
+            if to.position is not None:
+                by_group.setdefault(to.id, []).append((to.id, to.position, failed, value))
+        for group_id, members in by_group.items():
+            self._join(group_id, members, now)
 
     # What defines a group is the row of its member -1, there until it ends: in `task_group`, to count a member would be
     # to write it anew.
@@ -3370,20 +3415,23 @@ class Store(Connection):
             self._end_group(group_id, now, message.due)
         return 0
 
-    def _join(self, group_id: str, position: int, answer: Answer, now: float) -> None:
-        """Note how a member of a group ended, the first time that it does; the last member ends the group."""
+    def _join(self, group_id: str, members: Sequence[tuple[Any, ...]], now: float) -> None:
+        """Note how members of a group ended, each the first time that it does; the last one ends the group.
+
+        Args:
+            members: their rows.
+        """
         is_open = "SELECT total, ended FROM task_group JOIN group_member USING (group_id) WHERE group_id = ?"
         row = self._one(f"{is_open} AND position = -1", (group_id,))
-        if row is None or not 0 <= position < row[0]:
+        if row is None:
             return
         total, ended = row
-        self.bytes_written += len(answer.value) + BYTES_OF_A_CHANGE
-        if self._changed(
-            "INSERT OR IGNORE INTO group_member VALUES (?, ?, ?, ?)",
-            (group_id, position, answer.failed, answer.value),
-        ):
-            self.sql.execute("UPDATE task_group SET ended = ended + 1 WHERE group_id = ?", (group_id,))
-            if ended + 1 == total:
+        known = [member for member in members if 0 <= member[1] < total]
+        self.bytes_written += sum(len(member[3]) + BYTES_OF_A_CHANGE for member in known)
+        joined = self.sql.executemany("INSERT OR IGNORE INTO group_member VALUES (?, ?, ?, ?)", known).rowcount
+        if joined > 0:
+            self.sql.execute("UPDATE task_group SET ended = ended + ? WHERE group_id = ?", (joined, group_id))
+            if ended + joined == total:
                 self._end_group(group_id, now)
 
     def _end_group(self, group_id: str, now: float, due: float | None = None) -> None:
@@ -3398,7 +3446,7 @@ class Store(Connection):
         self.sql.execute("UPDATE task_group SET due = ? WHERE group_id = ?", (now + GROUP_KEPT, group_id))
         self.insert([message._replace(due=due) for message in ending.messages] if due else ending.messages, now)
         if ending.answer is not None:
-            self.tell(ending.answer, now)
+            self.tell([ending.answer], now)
 
     def _see_to_groups(self, queue_id: int, now: float) -> None:
         """End a queue's group whose time has run out, or forget one that ended long ago, if there is one."""
@@ -3437,22 +3485,26 @@ class Store(Connection):
 
     def _tell_endings(self, queue: str, endings: Iterable[tuple[str | bytes, str, str]], now: float) -> None:
         """Tell of messages that end without a run, by their bodies, with reason and description."""
-        for body, reason, description in endings:
-            if (answer := ended_by(body, queue.removesuffix(DEAD_LETTER_SUFFIX), reason, description)) is not None:
-                self.tell(answer, now, instead=False)
+        home = queue.removesuffix(DEAD_LETTER_SUFFIX)
+        answers = [ended_by(body, home, reason, description) for body, reason, description in endings]
+        self.tell([answer for answer in answers if answer is not None], now, instead=False)
 
     def outcomes(self, ids: Sequence[str], now: float) -> dict[str, tuple[bool, str]]:
-        """Of some tasks the outcomes that are there, by id: whether it failed, and the value."""
+        """Of some tasks the outcomes that are there, by id: whether it failed, and the value.
+
+        In no transaction: it reads beside whoever writes, in other processes, and none of them waits for it.
+        """
         found: dict[str, tuple[bool, str]] = {}
-        for place in range(0, len(ids), READ_AT_ONCE):
-            some = ids[place : place + READ_AT_ONCE]
-            sql = f"""
-                SELECT task_id, failed, value
-                FROM   outcome
-                WHERE  task_id IN ({",".join("?" * len(some))}) AND expires > ?
-            """
-            for task_id, failed, value in self.sql.execute(sql, (*some, now)):
-                found[task_id] = bool(failed), value
+        with self.mutex:
+            for place in range(0, len(ids), READ_AT_ONCE):
+                some = ids[place : place + READ_AT_ONCE]
+                sql = f"""
+                    SELECT task_id, failed, value
+                    FROM   outcome
+                    WHERE  task_id IN ({",".join("?" * len(some))}) AND expires > ?
+                """
+                for task_id, failed, value in self.sql.execute(sql, (*some, now)):
+                    found[task_id] = bool(failed), value
         return found
 
     # -- for operators
@@ -3622,21 +3674,35 @@ def _select(connection: Connection, table: str, condition: str, *parameters: Any
     )
 
 
+NEAR = """
+    SELECT   sequence_number
+    FROM     (SELECT sequence_number, queue_id FROM message NOT INDEXED
+              WHERE sequence_number >= ?2 ORDER BY sequence_number LIMIT 20 * min(?3, 1000))
+    WHERE    queue_id = (SELECT queue_id FROM queue WHERE name = ?1)
+    ORDER BY sequence_number
+    LIMIT    ?3
+"""
+"""The first numbers of a queue from one on, found among the next rows of all queues: quick in a long queue."""
+
+ANYWHERE = """
+    SELECT   sequence_number
+    FROM     message
+    WHERE    queue_id = (SELECT queue_id FROM queue WHERE name = ?1) AND sequence_number >= ?2
+    ORDER BY sequence_number
+    LIMIT    ?3
+"""
+"""The same by the index that receives, through all of the queue: quick in a short one."""
+
+
 def read_messages(connection: Connection, queue: str, max_message_count: int, sequence_number: int) -> list[Message]:
     """The messages of a queue by sequence number, from that one on, locked and scheduled ones included."""
-    condition = """
-        sequence_number IN (
-            SELECT   sequence_number
-            FROM     message
-            WHERE    queue_id = (SELECT queue_id FROM queue WHERE name = ?) AND sequence_number >= ?
-            ORDER BY sequence_number
-            LIMIT    ?
-        )
-        ORDER BY sequence_number
-    """
+    rows: list[tuple[Any, ...]] = []
     # Held until all is read: a child that is forked in the middle of it could not close the connection.
     with _explained(connection.path), connection.mutex:
-        rows = list(_select(connection, BY_NUMBER, condition, queue, queue, sequence_number, max_message_count))
+        for numbers in (NEAR, ANYWHERE):
+            if len(rows) < max_message_count:
+                condition = f"sequence_number IN ({numbers}) ORDER BY sequence_number"
+                rows = list(_select(connection, BY_NUMBER, condition, queue, sequence_number, max_message_count))
     now = time.time()
     return [_message_of_row(queue, row, now) for row in rows]
 
@@ -3694,25 +3760,22 @@ def count_by_task(connection: Connection, queue: str, now: float) -> dict[str, T
     with _explained(connection.path), connection.mutex:
         version = _version_of(connection)
         connection.sql.create_function("name_in", 1, _name_in, deterministic=True)
-        name = "ifnull(function_name, name_in(body))" if version > 1 else "name_in(body)"
-        died = "ifnull(dead_lettered_time, due)" if version > 1 else "due"
+        by_state = """
+            sum(due <= :now) AS active, sum(state = 0 AND due > :now) AS running,
+            sum(state = 1 AND due > :now) AS scheduled, min(CASE WHEN due <= :now THEN enqueued_time END) AS since
+        """
         waiting = connection.sql.execute(
             f"""
-            SELECT   {name}, sum(due <= :now), sum(state = 0 AND due > :now), sum(state = 1 AND due > :now),
-                     min(CASE WHEN due <= :now THEN enqueued_time END)
-            FROM     message
-            WHERE    queue_id = (SELECT queue_id FROM queue WHERE name = :queue)
-            GROUP BY 1
+            SELECT   name, sum(active), sum(running), sum(scheduled), min(since)
+            FROM     ({_by_name(by_state, version)})
+            GROUP BY name
             """,
             {"queue": queue, "now": now},
         ).fetchall()
+        died = "ifnull(dead_lettered_time, due)" if version > 1 else "due"
+        and_last = f"count(*) AS number, dead_letter_error_description AS error, max({died}) AS died"
         dead = connection.sql.execute(
-            f"""
-            SELECT   {name}, count(*), dead_letter_error_description, max({died})
-            FROM     message
-            WHERE    queue_id = (SELECT queue_id FROM queue WHERE name = :queue)
-            GROUP BY 1
-            """,
+            f"SELECT name, sum(number), error, max(died) FROM ({_by_name(and_last, version)}) GROUP BY name",
             {"queue": dead_letter_queue(queue)},
         ).fetchall()
     counts = {
@@ -3729,6 +3792,26 @@ def count_by_task(connection: Connection, queue: str, now: float) -> dict[str, T
     for name, number, error, _ in dead:
         counts[name] = dataclasses.replace(counts.get(name, none), dead_letter=number, last_error=error)
     return counts
+
+
+def _by_name(columns: str, version: int) -> str:
+    """A select of :queue by function name, once for the names beside the bodies, and once for those in them.
+
+    In one, SQLite would sort all the bodies too. So a name may come twice.
+    """
+    return " UNION ALL ".join(
+        f"""
+        SELECT   {name} AS name, {columns}
+        FROM     message
+        WHERE    queue_id = (SELECT queue_id FROM queue WHERE name = :queue) AND {condition}
+        GROUP BY 1
+        """
+        for name, condition, since in (
+            ("function_name", "function_name IS NOT NULL", 2),
+            ("name_in(body)", "function_name IS NULL" if version > 1 else "1", 1),
+        )
+        if version >= since
+    )
 
 
 def _name_in(body: str | bytes) -> str:
@@ -3769,19 +3852,16 @@ class Walk:
     def ended(self) -> bool:
         return self._read_all and not self._rows
 
-    def step(self, reading: Callable[[], contextlib.AbstractContextManager[Connection]]) -> list[Message]:
+    def step(self, reading: Callable[[], contextlib.AbstractContextManager[Connection]]) -> Iterator[Message]:
         """The next that are asked for; within LONGEST_STEP, so there may be none although there are more to come."""
         if not self._rows:
             with reading() as connection, _explained(connection.path), connection.mutex:
                 self._read(connection)
-        found, now, latest = [], time.time(), time.monotonic() + LONGEST_STEP
-        while self._rows:
+        now, latest = time.time(), time.monotonic() + LONGEST_STEP
+        while self._rows and time.monotonic() < latest:
             message = _message_of_row(self.queue, self._rows.popleft(), now)
             if self._which.has(message):
-                found.append(message)
-            if time.monotonic() > latest:
-                break
-        return found
+                yield message
 
     def _read(self, connection: Connection) -> None:
         if self._last is None:
@@ -4002,6 +4082,19 @@ class QueueFile:
             with self._checkpointing:
                 self._checkpoint()
         return self.store.run(works)
+
+    async def outcomes(self, ids: Sequence[str]) -> dict[str, tuple[bool, str]]:
+        """Of some tasks the outcomes that are there: read here, or, where that would wait, in a thread."""
+        read = functools.partial(self.store.outcomes, ids, time.time())
+        if not self.store.mutex.locked():
+            with contextlib.suppress(sqlite3.Error):  # whatever it is, the thread meets it again
+                return read()
+
+        def read_patiently() -> dict[str, tuple[bool, str]]:
+            with _explained(self.store.path):
+                return _patiently(self.store.path, read)
+
+        return await self.in_a_thread(read_patiently)
 
     def log_is_full(self) -> bool:
         """Whether the log is so long that who writes waits for a checkpoint; looked at after some writing only."""
@@ -4356,8 +4449,8 @@ class LocalServiceBus:
         """Any process that has the file can ask for any."""
         return Address(task_id, 0)
 
-    async def expect(self, addresses: Sequence[Address]) -> None:
-        """They are found when somebody looks."""
+    async def expect(self, heads: Sequence[Task]) -> None:
+        """How they end is found when somebody looks."""
 
     def reply(self, answer: Answer) -> Outgoing | None:
         """None: they are written in settling."""
@@ -4475,10 +4568,12 @@ class LocalServiceBus:
         walk, done = Walk(queue, selection_of(which)), dict[int, Message]()
 
         def look() -> tuple[list[Message], dict[int, Outgoing | None]]:
-            found = walk.step(self._reading)
-            successors = {message.sequence_number: successor_of(message) for message in found}
-            for message in found:
-                vars(message).pop("task", None)  # of many thousands, what was decoded would take a gigabyte
+            found, successors = list[Message](), dict[int, Outgoing | None]()
+            for message in walk.step(self._reading):
+                found.append(message)
+                if not dry_run:
+                    successors[message.sequence_number] = successor_of(message)
+                message.forget_task()
             return found, successors
 
         try:
@@ -4621,7 +4716,7 @@ class LocalOutcomes:
         """
         if timeout == 0:
             commit = await self._bus.commit(keep_settings=False)
-            found = await commit.do(functools.partial(commit.file.store.outcomes, [task_id], time.time()))
+            found = await commit.file.outcomes([task_id])
             if task_id not in found:
                 raise TimeoutError
             return found[task_id]
@@ -4651,8 +4746,7 @@ class LocalOutcomes:
                 began = self._loop.time()
                 try:
                     commit.file.check(CHECK_INTERVAL)
-                    look = functools.partial(commit.file.store.outcomes, list(self._waiting), time.time())
-                    found = await commit.do(look)
+                    found = await commit.file.outcomes(list(self._waiting))
                 except ServiceBusUnavailable as error:
                     logger.warning("Looking for results failed, will try again: %s", error)
                     found = {}
@@ -4705,6 +4799,11 @@ class LocalReceiver:
         self._closed = threading.Event()
         self._renewer = threading.Thread(target=self._keep_locks, name="boilermaker-locks", daemon=True)
         self._renewer.start()
+
+    @property
+    def connected(self) -> bool:
+        """A file is no connection: where it is not to be used, `receive` says so."""
+        return True
 
     async def receive(self, max_message_count: int, max_wait_time: float) -> list[Delivery]:
         deadline = self._loop.time() + max_wait_time
@@ -4893,6 +4992,9 @@ BATCH_WAIT = 0.02
 PATIENT_BATCH_WAIT = 0.5
 """The same where many are to come, and nobody waits for the first."""
 
+MOST_LONELY = 15
+"""Messages that are received one by one, at most, before the next look for many: each costs a round trip."""
+
 ATTEMPT_TIMEOUT = 15
 """Seconds for one attempt to send, to settle, to renew or to open a link."""
 
@@ -4965,6 +5067,18 @@ MAX_HELD = 2_000
 OPERATION_PATIENCE = 60
 """Seconds without an answer after which an operation stops."""
 
+REPLIES_AHEAD = 100
+"""Replies that the service sends before they are asked for, so that many cost one round trip and not one each."""
+
+REPLY_SOCKET_TIMEOUT = 0.1
+"""As SOCKET_TIMEOUT, for replies: who reads keeps nobody from settling there, so that it wakes less often."""
+
+PUBLISHED_KEPT = 100_000
+"""Tasks that a process can still ask for by their ids alone."""
+
+LONGEST_TIME_TO_LIVE = 2**32 // 1000 - 1
+"""Seconds, about 49 days: AMQP has 32 bits for the milliseconds."""
+
 TRACEBACK_PROPERTY = "DeadLetterTraceback"
 """The application property of a dead letter that has the end of the traceback."""
 
@@ -4986,12 +5100,19 @@ JOIN_REST = 1.0
 WITH_SESSIONS = "--enable-session true"
 """What `az servicebus queue create` makes a queue with, through which results and groups go."""
 
+AZURE_REASONS = ("MaxDeliveryCountExceeded", "TTLExpiredException")
+"""Why Azure itself dead-letters a message, of which no worker knows."""
+
 DEAD_LETTER_PROPERTIES = ("DeadLetterReason", "DeadLetterErrorDescription", TRACEBACK_PROPERTY)
 """Application properties that a message has for being dead; those of another kind travel on when it is replayed."""
 
 
 class Throttled(ServiceBusUnavailable):
     """The service asks to slow down; the link is fine."""
+
+
+class SessionLost(ServiceBusUnavailable):
+    """The lock of a link's session ran out, or somebody took it: the link is of no use."""
 
 
 def _default_credential(include_msi: bool) -> Any:
@@ -5162,8 +5283,8 @@ class AzureServiceBus:
         self.namespace = _namespace_of(namespace_url)
         self.queue_name = _checked_queue_name(queue_name)
         home = self.queue_name.removesuffix(DEAD_LETTER_SUFFIX)
-        self.reply_queue = _checked_queue_name(f"{home}-replies" if reply_queue_name is None else reply_queue_name)
-        self.join_queue = _checked_queue_name(f"{home}-join" if join_queue_name is None else join_queue_name)
+        self.reply_queue = f"{home}-replies" if reply_queue_name is None else _checked_queue_name(reply_queue_name)
+        self.join_queue = f"{home}-join" if join_queue_name is None else _checked_queue_name(join_queue_name)
         if len({home, self.reply_queue, self.join_queue}) < 3:
             raise ConfigurationError(
                 f"queue_name={home!r}, reply_queue_name={self.reply_queue!r} and join_queue_name={self.join_queue!r} "
@@ -5178,6 +5299,7 @@ class AzureServiceBus:
         self._connection_string: str | None = None
         self._client_options = client_options
         self._opened: dict[tuple[int, asyncio.AbstractEventLoop], _Opened] = {}
+        self._outcomes: dict[tuple[int, asyncio.AbstractEventLoop], AzureOutcomes] = {}
 
         # The SDK's client takes any option, and says nothing of one that it does not know; its documentation does.
         known = re.findall(r":keyword [^:]*?(\w+):", _import_azure().aio.ServiceBusClient.__doc__ or "")
@@ -5291,23 +5413,82 @@ class AzureServiceBus:
                 numbers[place] = number
         return numbers
 
+    # -- outcomes are told by request and response: each event loop that publishes has a session in the reply queue
+
+    def _outcomes_of_this_loop(self) -> AzureOutcomes:
+        """They outlive `close`: who opens the bus again may ask for what was published before."""
+        here = os.getpid(), asyncio.get_running_loop()
+        if here not in self._outcomes:
+            for closed in [other for other in list(self._outcomes) if other[1].is_closed()]:
+                self._outcomes.pop(closed, None)
+            self._outcomes[here] = AzureOutcomes(self)
+        return self._outcomes[here]
+
     def address(self, task_id: str, ttl: float) -> Address:
-        raise UsageError("Results are kept on the local bus only.")
+        outcomes = self._outcomes_of_this_loop()
+        outcomes.remember(task_id)
+        return Address(task_id, ttl, queue=self.reply_queue, session=outcomes.session)
 
     def address_of(self, task_id: str) -> Address:
-        raise UsageError("Results are kept on the local bus only.")
+        """Only the process and event loop that published a task is told its outcome."""
+        return self._outcomes_of_this_loop().address_of(task_id)
 
-    async def expect(self, addresses: Sequence[Address]) -> None:
-        if any(address.position is not None for address in addresses):
+    async def expect(self, heads: Sequence[Task]) -> None:
+        workflows = [head for head in heads if head.group or head.on_success or head.on_failure]
+        if any(task.group is not None for head in workflows for task in _workflow(head)):
             await self.check_join_queue()
+        if awaited := [head.outcome_to for head in heads if head.outcome_to is not None]:
+            await self._outcomes_of_this_loop().expect(awaited)
 
     def reply(self, answer: Answer) -> Outgoing | None:
+        """The message to who awaits an outcome, or to the group of a member; None for one of a local bus."""
         to = answer.to
-        body = f'{{"position":{to.position},"failed":{_to_json(answer.failed)},"value":{answer.value}}}'
-        return Outgoing(body, f"{to.id}:{to.position}", to.queue or "", session=to.id)
+        if to.queue is None:
+            return None
+        document = f'{{"failed":{_to_json(answer.failed)},"value":{answer.value}'
+        if to.position is None:
+            ttl = min(math.ceil(to.ttl), LONGEST_TIME_TO_LIVE)  # the SDK takes whole seconds, and 0.5 for 0
+            message = Outgoing(
+                document + "}",
+                answer.message_id,
+                to.queue,
+                session=to.session,
+                correlation_id=to.id,
+                time_to_live=ttl,
+            )
+        else:
+            document += f',"position":{to.position}}}'  # what GroupState reads
+            message = Outgoing(document, f"{to.id}:{to.position}", to.queue, session=to.id)
+        if (size := self.size(message)) > self.max_message_bytes:
+            raise MessageTooLarge(f"it makes an outcome of {size} bytes, the limit is {self.max_message_bytes}")
+        return message
+
+    async def publish(self, messages: Sequence[Outgoing]) -> None:
+        """Send messages, at last the outcomes among them, whoever awaits them.
+
+        Where one of these can never be told, as the queue is gone, that is no reason to do anything again.
+        """
+        if others := [message for message in messages if message.correlation_id is None]:
+            await self.send(others)
+        for outcome in (message for message in messages if message.correlation_id is not None):
+            try:
+                await self.send([outcome])
+            except (ConfigurationError, RequestRefused) as error:
+                logger.error("Outcome cannot be told task_id=%s: %s", outcome.correlation_id, error)
+
+    def end_of(self, message: Message, why: str) -> list[Outgoing]:
+        """What is told of a message that is removed: whoever awaits its outcome would wait for nothing."""
+        queue = message.queue_name.removesuffix(DEAD_LETTER_SUFFIX)
+        body = message.body if message.raw_body is None else message.raw_body
+        answer = ended_by(body, queue, why, "The message was removed.")
+        if answer is None:
+            return []
+        message_id = f"{root_of(message, queue)}:{why}"
+        reply = self.reply(answer._replace(message_id=message_id))
+        return [] if reply is None else [reply]
 
     async def outcome(self, address: Address, timeout: float | None) -> Answer:
-        raise UsageError("Results are kept on the local bus only.")
+        return await self._outcomes_of_this_loop().get(address, timeout)
 
     def member_address(self, group_id: str, position: int) -> Address:
         return Address(group_id, position=position, queue=self.join_queue)
@@ -5323,7 +5504,7 @@ class AzureServiceBus:
             ending = ending_of(self, self.queue_name, message.body, {})
             return [each._replace(due=message.due) for each in ending.messages]
         end = (message.due or time.time()) + settings.timeout
-        opening, timer = (str(uuid.uuid5(_ID_NAMESPACE, f"{part}\n{group_id}")) for part in ("opening", "timer"))
+        opening, timer = (derived_id(f"{part}\n{group_id}") for part in ("opening", "timer"))
         head = message._replace(message_id=opening, queue=self.join_queue, due=None, session=group_id)
         return [head, head._replace(message_id=timer, body=_to_json({"timeout": True}), due=end, numbered=False)]
 
@@ -5333,7 +5514,8 @@ class AzureServiceBus:
     def size(self, message: Outgoing) -> int:
         """The body, the ids and properties, and 512 bytes for what AMQP adds to them."""
         properties = sum(len(key) + len(value) for key, value in message.application_properties.items())
-        return len(message.body) + len(message.message_id) + properties + 512
+        ids = len(message.message_id) + len(message.session or "") + len(message.correlation_id or "")
+        return len(message.body) + ids + properties + 512
 
     async def open_receiver(
         self, on_lock_lost: Callable[[Delivery], None], max_renewal: float, suspect_from: int = MAX_SECONDS
@@ -5365,15 +5547,16 @@ class AzureServiceBus:
         client = self._of_this_loop().client
         return AzureLink(self, queue, client.get_queue_receiver(queue.removesuffix(DEAD_LETTER_SUFFIX), **options))
 
-    def session_link(self, queue: str, session: str | None, wait: float) -> AzureLink:
+    def session_link(self, queue: str, session: str | None, wait: float, **options: Any) -> AzureLink:
         """A receiver of one session of a queue.
 
         Args:
             session: its id; None for the next that has messages and that nobody holds, which opening waits for.
             wait: seconds to wait for it.
+            options: of the SDK's receiver.
         """
         sdk = _import_azure()
-        options: dict[str, Any] = {"socket_timeout": SOCKET_TIMEOUT, "timeout": ATTEMPT_TIMEOUT, "max_wait_time": wait}
+        options = {"socket_timeout": SOCKET_TIMEOUT, "timeout": ATTEMPT_TIMEOUT, "max_wait_time": wait, **options}
         options["session_id"] = sdk.NEXT_AVAILABLE_SESSION if session is None else session
         hint = f"The queue has to be made {WITH_SESSIONS}."
         return AzureLink(self, queue, self._of_this_loop().client.get_queue_receiver(queue, **options), hint)
@@ -5475,8 +5658,16 @@ class AzureServiceBus:
     async def discard(
         self, which: Which, dry_run: bool = False, on_progress: Callable[[int], object] | None = None
     ) -> list[Message]:
-        """Delete dead letters; else as `replay`."""
-        return await self._remove_dead_letters(which, dry_run, on_progress, lambda message: [])
+        """Delete dead letters; else as `replay`.
+
+        Who awaits the outcome of one that, by its reason, Azure itself has dead-lettered is told; of the others a
+        worker has told.
+        """
+
+        def told(message: Message) -> list[Outgoing]:
+            return self.end_of(message, DISCARDED) if message.dead_letter_reason in AZURE_REASONS else []
+
+        return await self._remove_dead_letters(which, dry_run, on_progress, told)
 
     async def _remove_dead_letters(
         self,
@@ -5507,7 +5698,7 @@ class AzureServiceBus:
         if self.queue_name.endswith(DEAD_LETTER_SUFFIX):
             raise UsageError(f"{self!r} has dead letters only: discard() deletes these.")
         selection = selection_of(which)
-        operation = AzureOperation(self, self.queue_name, lambda message: [], on_progress)
+        operation = AzureOperation(self, self.queue_name, lambda message: self.end_of(message, CANCELLED), on_progress)
         found = await operation.find(selection, dry_run)
         if dry_run or not found:
             return found
@@ -5519,26 +5710,45 @@ class AzureServiceBus:
     async def cancel(self, sequence_number: int) -> None:
         """Take back a scheduled message.
 
+        Who awaits its outcome is told, where this identity may look at the queue.
+
         Raises:
             MessageNotFound: none is waiting under that number; it may be due already.
         """
         _check_sequence_number(sequence_number)
         if not _is_64_bit(sequence_number) or self.queue_name.endswith(DEAD_LETTER_SUFFIX):
             raise MessageNotFound(f"{self!r} has no scheduled message with sequence number {sequence_number}.")
-        async with self.sender_link(self.queue_name) as link:
-            await link.request(link.sdk.cancel_scheduled_messages, sequence_number, timeout=ATTEMPT_TIMEOUT)
+
+        async def look() -> list[Message]:
+            with contextlib.suppress(BoilermakerError):
+                return await self.peek(1, sequence_number=sequence_number)
+            return []
+
+        looking = asyncio.ensure_future(look())  # while the other link is opened
+        try:
+            async with self.sender_link(self.queue_name) as link:
+                found = await looking
+                await link.request(link.sdk.cancel_scheduled_messages, sequence_number, timeout=ATTEMPT_TIMEOUT)
+        finally:
+            looking.cancel()
+        for message in found:
+            if message.sequence_number == sequence_number:
+                await self.publish(self.end_of(message, CANCELLED))
 
     async def close(self) -> None:
         """Close all connections of this event loop. The bus opens new ones if it is used again."""
-        opened = self._opened.pop((os.getpid(), asyncio.get_running_loop()), None)
-        if opened is not None:
+        here = os.getpid(), asyncio.get_running_loop()
+        opened, outcomes = self._opened.pop(here, None), self._outcomes.get(here)
 
-            async def close_all() -> None:
+        async def close_all() -> None:
+            if outcomes is not None:
+                await outcomes.close()
+            if opened is not None:
                 await asyncio.gather(*[sender.close() for sender in opened.senders.values()])
                 await opened.client.close()
                 opened.administration.close()
 
-            await asyncio.shield(asyncio.ensure_future(close_all()))
+        await asyncio.shield(asyncio.ensure_future(close_all()))
 
     @contextlib.contextmanager
     def explained(self, queue: str) -> Iterator[None]:
@@ -5690,6 +5900,8 @@ _AZURE_ERRORS: Mapping[str, tuple[type[BoilermakerError], str]] = {
     "ServiceBusAuthorizationError": (ConfigurationError, f"Access to {{where}} was refused: {_ACCESS}"),
     "ServiceBusServerBusyError": (Throttled, "{where} is throttled:"),
     "ServiceBusConnectionError": (ServiceBusUnavailable, f"{{where}} cannot be reached: {_NETWORK}"),
+    "SessionCannotBeLockedError": (ServiceBusUnavailable, "Another receiver holds that session of {where}:"),
+    "SessionLockLostError": (SessionLost, "{where}: the lock of the session ran out, or was taken:"),
     "OperationTimeoutError": (ServiceBusUnavailable, f"{{where}} did not answer in time: {_NETWORK}"),
     "TimeoutError": (ServiceBusUnavailable, f"{{where}} did not answer in time: {_NETWORK}"),
     "ClientAuthenticationError": (
@@ -5890,6 +6102,12 @@ class AzureLink:
             work = functools.partial(settle, raw._delivery_id, raw._delivery_tag, "rejected", error=error, **outcome)
         await explained(work)
         raw._settled = True
+
+    @property
+    def has_more(self) -> bool:
+        """Whether messages have come ahead that nobody has received yet."""
+        waiting = getattr(getattr(self.sdk, "_handler", None), "_received_messages", None)
+        return waiting is not None and not waiting.empty()
 
     async def renew(self, raws: Sequence[Any], timeout: float) -> list[datetime.datetime]:
         """`renew_message_lock` for several at once; one that is lost is an error for all."""
@@ -6118,6 +6336,268 @@ def _sdk_message(message: Outgoing) -> ServiceBusMessage:
     return sdk_message
 
 
+class AzureOutcomes:
+    """Takes the outcomes that one event loop of this process is told, and keeps them until they expire.
+
+    They come through a session of the reply queue, which one task holds for as long as the bus is open, whatever
+    happens to its link. That task does one thing after the other, so that nothing on the link waits for its reads: it
+    receives, hands on, deletes, and renews the session's lock when that is due, which is a sign of life at the same
+    time. What is not deleted, since a link was lost, comes once more and says the same.
+    """
+
+    def __init__(self, bus: AzureServiceBus) -> None:
+        self.session = str(uuid.uuid4())
+        self._bus = bus
+        self._queue = bus.reply_queue
+        self._loop = asyncio.get_running_loop()
+        self._published: collections.OrderedDict[str, float] = collections.OrderedDict()  # when, by the loop's clock
+        self._outcomes: dict[str, tuple[Answer, float]] = {}  # with when they expire
+        self._ends: list[tuple[float, str]] = []  # a heap of these times
+        self._waiting: dict[str, set[asyncio.Future[Answer]]] = {}
+        self._link: AzureLink | None = None
+        self._running: asyncio.Task[None] | None = None
+        self._opened: asyncio.Future[None]
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._deleting: set[asyncio.Task[None]] = set()
+        self._failures = 0
+        self._longest_lock: float = LONGEST_LOCK
+        self._renew_at = 0.0
+
+    # -- asking
+
+    def remember(self, task_id: str) -> None:
+        """Know a task as one of ours."""
+        self._published.setdefault(task_id, -math.inf)
+        self._published.move_to_end(task_id)
+        if len(self._published) > PUBLISHED_KEPT:
+            self._published.popitem(last=False)
+
+    def address_of(self, task_id: str) -> Address:
+        if task_id not in self._published:
+            raise self._not_ours(task_id)
+        return Address(task_id, 0, queue=self._queue, session=self.session)
+
+    def _not_ours(self, task_id: str) -> UsageError:
+        return UsageError(
+            f"Task {_printable(task_id)[:MAX_MESSAGE_ID_LENGTH]} was not published here with a result_ttl, or too long "
+            f"ago: of {self._bus!r} only the process and event loop that published a task can ask for its result."
+        )
+
+    async def expect(self, addresses: Sequence[Address]) -> None:
+        """Hold the session; and forget the outcomes that there were of the same ids.
+
+        But where a second message of an id is dropped: there the outcome is that of the first.
+
+        Raises:
+            ConfigurationError: there is no such queue, or not for this identity, or it is one without sessions.
+            ServiceBusUnavailable: the service is away, or somebody else holds the session.
+        """
+        self._bus.check_queue(self._queue)
+        self._start()
+        await asyncio.shield(self._opened)
+        now = self._loop.time()
+        for address in addresses:
+            self.remember(address.id)
+            if now - self._published[address.id] >= self._bus.id_window:
+                self._outcomes.pop(address.id, None)
+                self._published[address.id] = now
+
+    async def get(self, address: Address, timeout: float | None) -> Answer:
+        """An outcome that is there, or comes within so many seconds.
+
+        Raises:
+            TimeoutError: it does not.
+            UsageError: another process, or event loop, is told it.
+        """
+        if (address.queue, address.session) != (self._queue, self.session):
+            raise self._not_ours(address.id)
+        self._start()
+        self._forget_expired()
+        if address.id in self._outcomes:
+            return self._outcomes[address.id][0]
+        if timeout == 0:
+            raise TimeoutError
+        outcome: asyncio.Future[Answer] = self._loop.create_future()
+        self._waiting.setdefault(address.id, set()).add(outcome)
+        try:
+            async with asyncio.timeout(timeout):
+                return await outcome
+        finally:
+            self._waiting[address.id].discard(outcome)
+            if not self._waiting[address.id]:
+                del self._waiting[address.id]
+
+    # -- being told
+
+    def _start(self) -> None:
+        if self._running is None or self._running.done():
+            self._opened = self._loop.create_future()
+            self._running = self._loop.create_task(self._run())
+
+    async def _run(self) -> None:
+        """Take what is told, until cancelled; what is wrong at the start ends it, and is told to all who wait."""
+        this = asyncio.current_task()
+        assert this is not None
+        error: BoilermakerError = ServiceBusUnavailable(f"{self._bus!r} was closed while a result was awaited.")
+        try:
+            await self._open()
+            self._opened.set_result(None)
+            while not this.cancelling():  # wait_for, by which the SDK reads, may lose a cancellation in Python 3.11
+                await self._turn()
+        except BoilermakerError as failure:
+            error = failure
+        finally:
+            _resolve(self._opened, error)
+            self._opened.exception()  # nobody may be waiting for it
+            for waiting in itertools.chain(*self._waiting.values()):
+                _resolve(waiting, error)
+
+    async def _open(self) -> None:
+        """Open the session, so that what is wrong with the queue shows at once; what may pass is tried again."""
+        failure: BoilermakerError | None = None
+        try:
+            async with asyncio.timeout(SEND_PATIENCE):
+                for pause in (0, *SEND_PAUSES):
+                    await asyncio.sleep(pause)
+                    try:
+                        await self._accept()
+                        return
+                    except ServiceBusUnavailable as error:
+                        failure = error
+        except ConfigurationError as error:
+            raise self._bus.without_a_queue(self._queue, "Results", WITH_SESSIONS, error) from error
+        except TimeoutError as error:
+            failure = failure or ServiceBusUnavailable(f"{self._queue!r} took over {SEND_PATIENCE} s to open: {error}")
+        assert failure is not None
+        raise failure
+
+    async def _accept(self) -> None:
+        options = {"prefetch_count": REPLIES_AHEAD, "socket_timeout": REPLY_SOCKET_TIMEOUT}
+        link = self._bus.session_link(self._queue, self.session, ATTEMPT_TIMEOUT, **options)
+        self._link = await link.__aenter__()
+        self._granted(link.sdk.session.locked_until_utc)
+
+    async def _turn(self) -> None:
+        """Take what has come, or wait for it until the lock is to be renewed; open another link if this one is lost."""
+        link = self._link
+        assert link is not None
+        if not link.works:
+            await self._reopen(link)
+            return
+        try:
+            if self._loop.time() >= self._renew_at:
+                self._granted(await link.request(link.sdk.session.renew_lock, timeout=ATTEMPT_TIMEOUT))
+            replies = await self._receive(link)
+        except Throttled:
+            await asyncio.sleep(RETRY_PAUSE)
+            return
+        except BoilermakerError as error:
+            link.error = link.error or error
+            return
+        self._forget_expired()
+        for reply in replies:
+            self._keep(reply)
+            deleting = self._spawn(self._delete(link, reply))
+            self._deleting.add(deleting)
+            deleting.add_done_callback(self._deleting.discard)
+        if self._deleting:  # to receive meanwhile would slow down both
+            await asyncio.wait(self._deleting, timeout=SETTLE_WAIT)
+
+    async def _receive(self, link: AzureLink) -> list[ServiceBusReceivedMessage]:
+        """The next reply, and those that have come with it: to ask for several would wait for more than there are."""
+        wait = max(self._renew_at - self._loop.time(), RETRY_PAUSE)
+        replies: list[ServiceBusReceivedMessage] = await link.call(link.sdk.receive_messages, 1, max_wait_time=wait)
+        while replies and link.has_more and len(replies) < REPLIES_AHEAD:
+            replies += await link.call(link.sdk.receive_messages, 1, max_wait_time=wait)
+        if replies:
+            link.heard = time.monotonic()
+        return replies
+
+    def _granted(self, until: datetime.datetime | None) -> None:
+        """Note when to renew the session's lock: when half of it has passed, by this machine's clock.
+
+        Where that is wrong, as the lock was lost, it is taken for the shortest that Azure has.
+        """
+        left = until.timestamp() - time.time() if until is not None else 0
+        left = min(left if left > 0 else SHORTEST_LOCK, self._longest_lock)
+        self._renew_at = self._loop.time() + min(left / 2, SILENCE)
+
+    async def _reopen(self, former: AzureLink) -> None:
+        """Open the same session over another link, however long it takes; the pauses grow until that works."""
+        error = former.error
+        if isinstance(error, SessionLost):
+            self._longest_lock = SHORTEST_LOCK
+        if former.heard > former.opened or time.monotonic() - former.opened > 1:
+            self._failures = 0
+        closing = self._spawn(former.close())
+        if error is None:  # worn out: it still holds the session
+            await asyncio.wait([closing])
+        while True:
+            if error is not None:
+                pause = random.uniform(0.5, 1.0) * min(2.0 ** min(self._failures, 10) / 16, MAX_BACKOFF)
+                self._failures += 1
+                logger.warning("The link for results of %r was lost, again in %.1f s: %s", self._bus, pause, error)
+                await asyncio.sleep(pause)
+            try:
+                await self._accept()
+                return
+            except BoilermakerError as failure:
+                error = failure
+
+    def _keep(self, reply: ServiceBusReceivedMessage) -> None:
+        """Keep an outcome for its time, in place of a former one, and hand it to those who wait."""
+        task_id = str(reply.correlation_id)
+        try:
+            document = _from_json(text_of(_body_of(reply))[0])
+            failed, value = document["failed"] is True, _to_json(document["value"])
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
+            logger.warning("What came as an outcome is none task_id=%s: %r", _printable(task_id), error)
+            return
+        ttl = 0 if reply.time_to_live is None else reply.time_to_live.total_seconds()
+        answer, end = Answer(Address(task_id, ttl), failed, value), self._loop.time() + ttl
+        self._outcomes[task_id] = answer, end
+        heapq.heappush(self._ends, (end, task_id))
+        for waiting in self._waiting.get(task_id, ()):
+            _resolve(waiting, answer)
+
+    def _forget_expired(self) -> None:
+        now = self._loop.time()
+        while self._ends and self._ends[0][0] <= now:
+            end, task_id = heapq.heappop(self._ends)
+            if task_id in self._outcomes and self._outcomes[task_id][1] == end:  # else there is a later one
+                del self._outcomes[task_id]
+
+    async def _delete(self, link: AzureLink, reply: ServiceBusReceivedMessage) -> None:
+        while link.works:
+            try:
+                await link.call(link.sdk.complete_message, reply)
+                return
+            except Throttled:
+                await asyncio.sleep(RETRY_PAUSE)
+            except BoilermakerError as error:
+                logger.debug("A reply was not deleted: %s", error)
+                return
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = self._loop.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    async def close(self) -> None:
+        """Let go of the session, and leave nobody waiting. What is there already can still be asked for."""
+        running = self._running
+        while running is not None and not running.done():
+            running.cancel()
+            await asyncio.wait([running], timeout=1)
+        for deleting in self._deleting:
+            deleting.cancel()
+        if self._link is not None:
+            await self._link.close()
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+
+
 @dataclass(slots=True, eq=False)
 class _Lock:
     """When a lock is to be renewed, and when it is given up; of the monotonic clock."""
@@ -6134,7 +6614,9 @@ class AzureReceiver:
     Everything waits for a link that works, which one task opens when the former is lost: by management requests, the
     messages of one link can be settled and renewed over another. A receive is never cancelled, since its credit would
     stay on the link and lock messages that nobody looks at. It asks for one message when the queue was empty, and for
-    all the free slots when it was not: either way it returns as soon as there is something to do.
+    all the free slots when it was not: either way it returns as soon as there is something to do. But where one message
+    comes after the other, as requests do of one who awaits each result, a look for many would hold back each: there it
+    looks for many more and more rarely.
     """
 
     RENEWAL_TICK = 0.25
@@ -6155,6 +6637,7 @@ class AzureReceiver:
         self._connecting: asyncio.Task[None] | None = None
         self._failures = 0
         self._busy = expects_many
+        self._lonely = self._singles = 0  # messages to receive one by one before the next look for many; how many now
         self._batch_wait = PATIENT_BATCH_WAIT if expects_many else BATCH_WAIT
         self._youngest = -math.inf  # how far ahead of this machine's clock a message's time of enqueueing was, at most
         self._warned_of_clock = False
@@ -6184,6 +6667,10 @@ class AzureReceiver:
         return task
 
     # -- the link
+
+    @property
+    def connected(self) -> bool:
+        return self._link.error is None
 
     @property
     def trouble(self) -> object:
@@ -6266,7 +6753,6 @@ class AzureReceiver:
             except BoilermakerError as error:
                 link.error = link.error or error  # go on with another
             else:
-                self._busy = bool(messages)
                 if messages:
                     link.heard = time.monotonic()
                 return [self._hold(raw) for raw in messages]
@@ -6280,8 +6766,13 @@ class AzureReceiver:
         if self._busy:
             wait = max(self._batch_wait, 2 * link.round_trip)
             messages = await receive(max_message_count, max_wait_time=wait)
+            if max_message_count > 1:
+                self._lonely = 0 if len(messages) > 1 else min(2 * self._lonely + 1, MOST_LONELY)
+                self._singles = self._lonely
         if not messages:
             messages = await receive(1, max_wait_time=max_wait_time or EMPTY_WAIT)
+            self._singles = max(self._singles - 1, 0)
+        self._busy = bool(messages) and not self._singles
         if not messages and time.monotonic() - link.heard > SILENCE:
             await link.request(link.sdk.peek_messages, 1, timeout=ATTEMPT_TIMEOUT)
         return messages
@@ -6327,8 +6818,8 @@ class AzureReceiver:
             )
             return
         try:
-            if settlement.messages:
-                await self._insist(settlement, functools.partial(self._bus.send, settlement.messages))
+            for _, some in itertools.groupby(settlement.messages, lambda each: each.correlation_id is None):
+                await self._insist(settlement, functools.partial(self._bus.publish, list(some)))
             if settlement.answer is not None and settlement.answer.to.queue == self._bus.join_queue:
                 self.join_groups()
             if held:
@@ -6340,6 +6831,8 @@ class AzureReceiver:
                 settlement.action = instead.action
                 if instead.action is not Action.KEEP:
                     with contextlib.suppress(BoilermakerError):
+                        if instead.answer is not None and (reply := self._bus.reply(instead.answer)) is not None:
+                            await self._insist(settlement, functools.partial(self._bus.publish, [reply]))
                         await self._insist(settlement, functools.partial(self._dispose, instead))
         finally:
             if settlement.action is not Action.KEEP:
@@ -6660,7 +7153,7 @@ class AzureJoiner:
     async def _publish(self, state: GroupState, error: Exception | None) -> None:
         outcomes = {position: (failed, _to_json(value)) for position, (failed, value) in state.outcomes.items()}
         ending = ending_of(self._bus, self._home, state.definition, outcomes, error)
-        await self._bus.send(ending.messages)
+        await self._bus.publish(ending.messages)
 
     async def _set(self, link: AzureLink, state: GroupState) -> None:
         await link.request(link.sdk.session.set_state, state.write(), timeout=ATTEMPT_TIMEOUT)
@@ -6805,7 +7298,9 @@ class AzureOperation:
                 return any([await self._cancel(link, [number]) for number in numbers])
             del self.left[numbers[0]]
             return True
-        self._done += [self.left.pop(number) for number in numbers]
+        cancelled = [self.left.pop(number) for number in numbers]
+        self._done += cancelled
+        await asyncio.gather(*[self._bus.publish(self._outgoing_of(message)) for message in cancelled])
         return False
 
     async def receive(self) -> None:
@@ -6870,7 +7365,7 @@ class AzureOperation:
             return None
         try:
             messages = self._outgoing_of(message)
-            if messages and delivery.raw.body_type.value != "data":
+            if any(each.session is None for each in messages) and delivery.raw.body_type.value != "data":
                 raise RequestRefused(f"its body is an AMQP {delivery.raw.body_type.value}, and would go back as text")
             for outgoing in messages:
                 if (size := self._bus.size(outgoing)) > (limit := self._bus.max_message_bytes):
@@ -6883,7 +7378,7 @@ class AzureOperation:
 
     async def _settle(self, settlements: Sequence[Settlement], receiver: AzureReceiver) -> None:
         """Publish what is to be published, then delete; each notes its error."""
-        sending = [self._bus.send(settlement.messages) for settlement in settlements]
+        sending = [self._bus.publish(settlement.messages) for settlement in settlements]
         for settlement, sent in zip(settlements, await asyncio.gather(*sending, return_exceptions=True), strict=True):
             settlement.error = sent if isinstance(sent, Exception) else None
         await receiver.complete([settlement for settlement in settlements if settlement.error is None])
@@ -7155,7 +7650,7 @@ def tick_id(name: str, when: datetime.datetime) -> str:
     """The task's and the message's id of a tick; where the name is too long for that, of a digest of the name."""
     utc = when.astimezone(datetime.UTC).isoformat()
     message_id = f"cron:{name}:{utc}"
-    return message_id if len(message_id) <= MAX_MESSAGE_ID_LENGTH else f"cron:{uuid.uuid5(_ID_NAMESPACE, name)}:{utc}"
+    return message_id if len(message_id) <= MAX_MESSAGE_ID_LENGTH else f"cron:{derived_id(name)}:{utc}"
 
 
 def when_of(cron: str | None, every: datetime.timedelta | None, timezone: str) -> When | None:
@@ -7337,6 +7832,15 @@ MOST_KEPT = 2_000
 """Dead letters that a worker on a dead-letter queue holds which it leaves as they are."""
 
 
+class Phase(enum.StrEnum):
+    """Where a worker is between its start and its end."""
+
+    CONNECTING = "connecting"
+    WORKING = "working"
+    RECONNECTING = "reconnecting"
+    STOPPING = "stopping"
+
+
 class Worker:
     """One `app.run()`: keeps up to `concurrency` tasks running, and settles what has ended.
 
@@ -7384,6 +7888,7 @@ class Worker:
         self._schedules = schedules
         self._wake = asyncio.Event()
         self._dry = False
+        self._cut_off = False  # the last receive has failed
         self._signalled: float | None = None
         self._stopping = False
         self._in_haste = False
@@ -7470,6 +7975,20 @@ class Worker:
         """How many tasks run."""
         return len(self._running)
 
+    @property
+    def concurrency(self) -> int:
+        """How many tasks may run at the same time."""
+        return self._concurrency
+
+    @property
+    def phase(self) -> Phase:
+        """Where it is between its start and its end; may be asked from another thread."""
+        if self._stopping:
+            return Phase.STOPPING
+        if self._receiver is None or not self.started:
+            return Phase.CONNECTING
+        return Phase.WORKING if self._receiver.connected and not self._cut_off else Phase.RECONNECTING
+
     def stop(self) -> None:
         """Take no more, and end when what runs has ended, or the grace period is over."""
         self._stopping = True
@@ -7511,7 +8030,9 @@ class Worker:
             await self._wake.wait()
 
     def _may_receive(self) -> bool:
-        busy = self._receiving is not None or self._alone is not None or len(self._settling) >= self._concurrency
+        """Not beside a suspect, unless that awaits a result, which may be of what is to be received."""
+        beside_suspect = self._alone is not None and self._alone.task not in self._awaiting
+        busy = self._receiving is not None or beside_suspect or len(self._settling) >= self._concurrency
         return not busy and not self._dry
 
     async def _receive(self, free: int) -> None:
@@ -7520,6 +8041,7 @@ class Worker:
         was_idle = self._is_idle()
         try:
             deliveries = await self._receiver.receive(free, 0 if self._burst else MAX_WAIT)
+            self._cut_off = False
             self._waiting += deliveries
             await self._begin_waiting()
             if self._burst and not deliveries:
@@ -7531,6 +8053,7 @@ class Worker:
             self._failure = error
             self.stop()
         except Exception as error:
+            self._cut_off = True
             logger.error("Receiving from %r failed, will try again: %s", self._bus, error)
             await asyncio.sleep(MAX_WAIT)
         finally:
@@ -7890,6 +8413,7 @@ class Worker:
             del self._running[run.delivery]
             run.settlement = Settlement(run.delivery, run.stopped.action)
             self._finished.append(run)
+            self._places_changed()
             self._wake.set()
 
     # -- the end
@@ -8376,8 +8900,11 @@ class Boilermaker:
 
     def _add_schedule(self, name: str | None, workflow: Any, when: When, of_registration: bool = False) -> Schedule:
         try:
-            is_plain = callable(workflow) and not isinstance(workflow, TaskFunction)
-            head = self.create_task(workflow) if is_plain else _as_task(workflow, "What is scheduled")
+            if callable(workflow) and not isinstance(workflow, TaskFunction):
+                head = self._new_task(workflow, (), {}, None)
+                _check_arguments(head)
+            else:
+                head = _as_task(workflow, "What is scheduled")
         except InvalidArguments as error:
             raise InvalidArguments(
                 f"{error} A schedule gives no arguments: app.schedule(fn.si(...), ...) binds them."
@@ -8571,13 +9098,31 @@ class Boilermaker:
         [published] = await self._publish([task], options)
         return published
 
+    @overload
     async def publish_task(
         self,
-        task: Task[T] | TaskFunction[..., T],
+        task: TaskT,
         delay: float | datetime.timedelta | None = None,
         publish_attempts: int | None = None,
         **options: Unpack[_KeywordOptions],
-    ) -> Task[T]:
+    ) -> TaskT: ...
+
+    @overload
+    async def publish_task(
+        self,
+        task: TaskFunction[..., T],
+        delay: float | datetime.timedelta | None = None,
+        publish_attempts: int | None = None,
+        **options: Unpack[_KeywordOptions],
+    ) -> Task[T]: ...
+
+    async def publish_task(
+        self,
+        task: TaskLike,
+        delay: float | datetime.timedelta | None = None,
+        publish_attempts: int | None = None,
+        **options: Unpack[_KeywordOptions],
+    ) -> Task[Any]:
         """Send a task; its `sequence_number` is set where the bus tells it.
 
         Args:
@@ -8622,18 +9167,18 @@ class Boilermaker:
                 _set_options(head, its)
             if self._keeps_results or "result_ttl" in its:
                 self._keep_results(head, its)
-        if expected := self._expected(heads):
-            await self.service_bus_client.expect(expected)
         with contextlib.ExitStack() as spans:
-            messages, firsts = list[Outgoing](), list[int | None]()
+            messages, firsts, make = list[Outgoing](), list[int | None](), self._maker(spans)
             for head, its in zip(heads, said, strict=True):
-                some = self._messages_of(head, head.task_id, _due_time(its.get("delay"), its.get("eta")), spans)
+                due = _due_time(its.get("delay"), its.get("eta"))
+                some = messages_of(self.service_bus_client, make, head, head.task_id, due)
                 if head._id_is_given:
                     some = [message._replace(given_id=True) for message in some]
                     some[0] = some[0]._replace(outcome_id=head.task_id)
                 firsts.append(len(messages) if some else None)  # of an empty group that nothing follows
                 messages += some
-            numbers = await self._send(messages, max((its.get("publish_attempts") or 1 for its in said), default=1))
+            attempts = max((its.get("publish_attempts") or 1 for its in said), default=1)
+            numbers = await self._send(messages, attempts, heads)
         for head, first in zip(heads, firsts, strict=True):
             head.sequence_number, head.message_id = None if first is None else numbers[first], head.task_id
         return heads
@@ -8649,15 +9194,6 @@ class Boilermaker:
             bus = self.service_bus_client
             raise UsageError(f"{head!r}: task_id= of a group is for the local bus only, not for {bus!r}.")
 
-    def _expected(self, heads: Sequence[Task]) -> list[Address]:
-        """Where the outcomes of workflows are told, and those of the members of their groups."""
-        expected = [head.outcome_to for head in heads if head.outcome_to is not None]
-        for head in heads:
-            if head.on_success is not None or head.on_failure is not None or head.group is not None:
-                groups = [task for task in _workflow(head) if task.group is not None]
-                expected += [self.service_bus_client.member_address(task.task_id, 0) for task in groups]
-        return expected
-
     def _keep_results(self, head: Task, options: PublishOptions) -> None:
         """Say where the outcomes of a workflow are told: its own, and those of what follows a failure, each its own."""
         callbacks = {id(task.on_failure): task.on_failure for task in _workflow(head) if task.on_failure is not None}
@@ -8671,11 +9207,11 @@ class Boilermaker:
     async def publish_ticks(self, schedule: Schedule, times: Sequence[datetime.datetime]) -> None:
         """Publish a schedule's ticks of some times, unless the bus remembers that somebody has."""
         with contextlib.ExitStack() as spans:
-            messages = []
+            messages, make = list[Outgoing](), self._maker(spans)
             for when in times:
                 tick = self.bound(schedule.tick(when))
-                for message in self._messages_of(tick, tick.task_id, when.timestamp(), spans):
-                    messages.append(message._replace(given_id=True, numbered=False))
+                some = messages_of(self.service_bus_client, make, tick, tick.task_id, when.timestamp())
+                messages += [message._replace(given_id=True, numbered=False) for message in some]
             if messages:
                 await self._send(messages, 1)
 
@@ -8685,7 +9221,8 @@ class Boilermaker:
         Raises:
             UsageError: the task is not the head, a function is not registered, or a queue cannot be sent to.
         """
-        for first in [head] if head.group is None else [head, *_beginnings_of(head)]:
+        _check_beginning(head)
+        for first in _beginnings_of(head) if head.group is not None or head.takes_result else ():
             _check_beginning(first)
             if first.takes_result:
                 raise UsageError(
@@ -8710,37 +9247,40 @@ class Boilermaker:
 
     def messages_of(self, task: Task, message_id: str, due: float | None = None) -> list[Outgoing]:
         """What is to be sent for what follows another task."""
-        return self._messages_of(self.bound(task), message_id, due, None)
+        return messages_of(self.service_bus_client, self._maker(None), self.bound(task), message_id, due)
 
-    def _messages_of(
-        self, task: Task, message_id: str, due: float | None, spans: contextlib.ExitStack | None
-    ) -> list[Outgoing]:
-        """The messages of a task, or of a group.
+    def _maker(self, spans: contextlib.ExitStack | None) -> Callable[[Task, str, float | None], Outgoing]:
+        """What makes one task's message, traced if that is wanted.
 
         Args:
             spans: where a span that covers the sending is ended; if None, it covers only the making.
         """
-        bus, home = self.service_bus_client, self.queue_name
-        if self.tracing is None:
-            return messages_of(bus, functools.partial(outgoing_of, bus, home), task, message_id, due)
+        bus, home, tracing = self.service_bus_client, self.queue_name, self.tracing
+        if tracing is None:
+            return functools.partial(outgoing_of, bus, home)
 
         def make(task: Task, message_id: str, due: float | None) -> Outgoing:
-            assert self.tracing is not None
-            span, properties = self.tracing.publishing(task, task.queue or home, message_id)
+            span, properties = tracing.publishing(task, task.queue or home, message_id)
             if spans is None:
                 span.end()
             else:
                 spans.push(functools.partial(_end_span, span))
             return outgoing_of(bus, home, task, message_id, due, properties)
 
-        return messages_of(bus, make, task, message_id, due)
+        return make
 
-    async def _send(self, messages: Sequence[Outgoing], attempts: int) -> list[int | None]:
+    async def _send(self, messages: Sequence[Outgoing], attempts: int, heads: Sequence[Task] = ()) -> list[int | None]:
+        """Send messages, ready to be told how the workflows of these heads end."""
         errors: list[Exception] = []
+        ready = False
         while True:
             try:
+                await self.service_bus_client.expect(heads)
+                ready = True
                 return await self.service_bus_client.send(messages)
             except (ServiceBusUnavailable, ConfigurationError) as error:
+                if isinstance(error, ConfigurationError) and not ready:
+                    raise  # a queue is missing, which no attempt will make
                 errors.append(error)
                 if len(errors) == attempts:
                     raise BoilermakerAppException("Publishing failed", errors) from error
@@ -8765,7 +9305,7 @@ class Boilermaker:
                 was such a task.
             UsageError: on Azure, this process has not published it; or too many tasks of a worker await results.
         """
-        if not isinstance(task_id, str) or not task_id:
+        if not _is_text(task_id):
             raise UsageError(f"task_id={_short(task_id)} must be that of a published task, a string.")
         return await self._result(self.service_bus_client.address_of(task_id), timeout)
 
@@ -8773,9 +9313,10 @@ class Boilermaker:
         seconds = None if timeout is None else _seconds("timeout", timeout)
         waiting = self.service_bus_client.outcome(address, seconds)
         task = _current_task.get(None)
+        worker = None if task is None else task._worker
         try:
-            if task is not None and task._worker is not None and seconds != 0:
-                answer = await task._worker.wait_for(waiting, task)
+            if task is not None and worker is not None and worker.loop is asyncio.get_running_loop() and seconds != 0:
+                answer = await worker.wait_for(waiting, task)
             else:
                 answer = await waiting
         except TimeoutError:
@@ -8982,6 +9523,9 @@ RESTART_PAUSE, LONGEST_RESTART_PAUSE = 0.5, 30.0
 PAGE = 1000
 """Messages that are looked at by one peek."""
 
+WAITER_TTL = 600
+"""Seconds for which an outcome is kept that `publish --wait` waits for, where nothing else keeps it."""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command `boilermaker`; its exit code.
@@ -9069,6 +9613,9 @@ def _parser() -> argparse.ArgumentParser:
     worker.add_argument("--reload", action="store_true", help="start again when a .py file changes, for development")
     worker.add_argument("--grace-period", type=seconds, default=25, metavar="S", help="seconds for running tasks (25)")
     worker.add_argument("--no-schedules", action="store_true", help="publish no periodic tasks")
+    worker.add_argument("--web", metavar="[HOST:]PORT", help="serve the page, the probes and metrics (127.0.0.1)")
+    worker.add_argument("--auth", metavar="U:P", help="the page's user and password (or BOILERMAKER_WEB_AUTH)")
+    worker.add_argument("--allow-host", metavar="H", action="append", default=[], help="a name that the page goes by")
     levels = ("DEBUG", "INFO", "WARNING", "ERROR")
     worker.add_argument("--log-level", type=str.upper, choices=levels, default="INFO", help="of what is logged (INFO)")
 
@@ -9101,6 +9648,14 @@ def _parser() -> argparse.ArgumentParser:
     publish.add_argument("--delay", type=seconds, metavar="S", help="seconds from now")
     publish.add_argument(
         "--task-id", metavar="ID", help="an id of your own: a second publish of it is dropped for a while"
+    )
+    publish.add_argument(
+        "--wait",
+        type=seconds,
+        nargs="?",
+        const=math.inf,
+        metavar="S",
+        help="wait for the result, for S seconds if given, and print it as JSON; exit with 1 if there is none",
     )
 
     cancel = add("cancel", _command(_cancel), "take back messages that are scheduled, or wait", "tasks.db 17 18")
@@ -9135,6 +9690,11 @@ def _home_of(args: argparse.Namespace) -> Any:
         if base.__name__ == "Boilermaker" and hasattr(home, "main"):
             return home
     raise UsageError(f"{target} is {_short(args.application)}, and no Boilermaker application.")
+
+
+def named(target: str) -> Any:
+    """The application, or the bus, that a command line names: APP or BUS."""
+    return _open_bus(target) if _is_no_application(target) else _load(target)
 
 
 def _is_no_application(bus: str) -> bool:
@@ -9183,10 +9743,15 @@ def _open(args: argparse.Namespace) -> ServiceBus:
     if args.application is not None:
         bus: ServiceBus = args.application.service_bus_client
         return bus
-    kind, _, queue = args.bus.partition(":")
+    return _open_bus(args.bus)
+
+
+def _open_bus(bus: str) -> ServiceBus:
+    """A bus that is named without an application."""
+    kind, _, queue = bus.partition(":")
     if kind == "azure":
         return AzureServiceBus.from_config(Config(service_bus_queue_name=queue or None))
-    path, _, queue = args.bus.partition("#")
+    path, _, queue = bus.partition("#")
     if not os.path.isfile(path):
         raise UsageError(f"there is no file {path!r}: a queue's file is made by who publishes to it.")
     connection = open_to_read(os.path.realpath(path))
@@ -9503,16 +10068,28 @@ async def _publish(args: argparse.Namespace, bus: ServiceBus) -> int:
     app = args.application or Boilermaker(None, bus)
     payload = {"args": arguments} if isinstance(arguments, list) else {"kwargs": arguments}
     task = Task.default(args.name, payload=payload)
+    kept = False
     if args.application is not None:
         registration = app.registration(args.name)
         if registration is None:
             raise UsageError(
                 f"the application has no task {args.name!r}; it has {', '.join(app.task_names) or 'none'}."
             )
-        task._function = registration.function
-    await app.publish_task(task, delay=args.delay, task_id=args.task_id)
+        task._function, kept = registration.function, registration.result_ttl is not None
+    result_ttl = None if args.wait is None or kept else WAITER_TTL
+    await app.publish_task(task, delay=args.delay, task_id=args.task_id, result_ttl=result_ttl)
     number = "" if task.sequence_number is None else f" sequence_number={task.sequence_number}"
-    print(f"Published {_printable(args.name)} task_id={_printable(task.task_id)}{number}")
+    published = f"Published {_printable(args.name)} task_id={_printable(task.task_id)}{number}"
+    if args.wait is None:
+        print(published)
+        return DONE
+    print(published, file=sys.stderr)  # standard output is for the result
+    try:
+        result = await task.result(None if args.wait == math.inf else args.wait)
+    except (TaskFailed, TimeoutError) as error:
+        print(f"{args.program}: {_printable(str(error))}", file=sys.stderr)
+        return WRONG
+    print(json.dumps(result))
     return DONE
 
 
@@ -9532,6 +10109,10 @@ def _schedules(args: argparse.Namespace) -> int:
 def _worker(args: argparse.Namespace) -> int:
     if args.reload and args.processes > 1:
         raise UsageError("--reload is for one process: leave out --processes.")
+    if args.web is not None and args.processes > 1:
+        raise UsageError("--web is for one process, which listens on the port: leave out --processes.")
+    if args.web is None and (args.auth is not None or args.allow_host):
+        raise UsageError("--auth and --allow-host are of the page: give --web too.")
     logging.basicConfig(level=args.log_level, stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s")
     logging.getLogger("azure").setLevel(logging.WARNING)
     if args.reload:
@@ -9539,8 +10120,12 @@ def _worker(args: argparse.Namespace) -> int:
     if args.processes > 1:
         return Supervisor(args).run()
 
+    page: contextlib.AbstractAsyncContextManager[object] = contextlib.nullcontext()
+    if args.web is not None:
+        page = _dashboard().beside(args.application, args.web, args.auth, args.allow_host)
+
     async def work() -> None:
-        async with args.application as app:
+        async with args.application as app, page:
             await app.run(
                 args.concurrency,
                 args.burst,
@@ -9552,6 +10137,25 @@ def _worker(args: argparse.Namespace) -> int:
     return DONE
 
 
+def _dashboard() -> Any:
+    """The page's module: in the installed package, beside this file, or in the checkout's folder of examples."""
+    name, folder = f"{__name__}.dashboard", Path(__file__).resolve().parent
+    for path in (folder / "dashboard.py", folder / "examples" / "dashboard.py"):
+        if path.with_suffix(".html").is_file() and name not in sys.modules:
+            spec = importlib.util.spec_from_file_location(name, path)
+            assert spec is not None
+            assert spec.loader is not None
+            sys.modules[name] = importlib.util.module_from_spec(spec)
+            try:
+                spec.loader.exec_module(sys.modules[name])
+            except BaseException:
+                del sys.modules[name]
+                raise
+    if name not in sys.modules:
+        raise UsageError(f"--web needs dashboard.py and dashboard.html, in {folder}.")
+    return sys.modules[name]
+
+
 def _arguments_of_child(args: argparse.Namespace) -> list[str]:
     """The command line of one worker process."""
     options = [
@@ -9560,6 +10164,9 @@ def _arguments_of_child(args: argparse.Namespace) -> list[str]:
         f"--grace-period={args.grace_period}",
         f"--log-level={args.log_level}",
     ]
+    page = {"--web": args.web, "--auth": args.auth}
+    options += [f"{name}={value}" for name, value in page.items() if value is not None]
+    options += [f"--allow-host={host}" for host in args.allow_host]
     flags = {"--burst": args.burst, "--no-schedules": args.no_schedules}
     return ["worker", *options, *(flag for flag, given in flags.items() if given)]
 

@@ -11,6 +11,11 @@ that all meet the same machine, and every measurement runs in new processes, on 
                once. One by one, a tenth of the tasks.
     latency    From `delay()` in one process to the first line of the task in another, both idle before, 50 tasks a
                second: p50 and p99. Before that, what an idle worker costs: processor time and resident memory.
+    results    No-op tasks whose results are awaited from another process than the worker's: one after the other, from
+               `delay()` to the result, p50 and p99; and 1,000 published at once and awaited together, beside as many
+               whose results nobody keeps, from publishing to the last task's run. Of boilermaker only.
+    groups     A group of 10,000 no-op tasks, from publishing to its result in another process than the worker's, beside
+               as many tasks, to the last one's run; on Azure, over the emulator, of 500. Of boilermaker only.
     io         1,000 tasks that sleep 0.1 s, 100 at once: ideally 1 s.
     processes  1, 2 and 4 worker processes of boilermaker on one file, started at once, four times the tasks.
     import     Starting Python and importing boilermaker, beside `import asyncio, sqlite3, json`, and nothing.
@@ -24,6 +29,8 @@ that all meet the same machine, and every measurement runs in new processes, on 
                still. The same while the worker buries 100,000 messages that have expired. Of boilermaker only.
     azure      The Azure bus over examples.servicebus_emulator, 32 tasks at once, beside the loop that one would write
                with the SDK alone, and beside boilermaker-servicebus 1.4.1. A tenth of the tasks; half to publish.
+    replies    The same emulator: from publishing a no-op task to its result in the process that published it, one after
+               the other, 500 of them, beside request and response by the SDK alone: p50 and p99.
 
 Each task must run exactly once (in `kill`, twice): where one does not, or a worker of boilermaker says that the
 database is locked, this script says so at the end and exits with 1.
@@ -123,6 +130,9 @@ class Contestant:
         groups = {"Boilermaker": "ours", "BoilermakerOnAzure": "ours", "Bare": "bare", "BareSdk": "bare"}
         return groups.get(self.name, "peer")
 
+
+NOWHERE = "Endpoint=sb://localhost;SharedAccessKeyName=x;SharedAccessKey=x"
+"""In place of an emulator's connection string, until there is one."""
 
 OURS = Contestant("Boilermaker")
 BARE = Contestant("Bare")
@@ -420,6 +430,60 @@ def memory_of_nothing() -> float:
     return used
 
 
+def results(benchmark: Benchmark) -> list[Table]:
+    measure = functools.partial(results_one, one_by_one=200, together=1000)
+    figures = benchmark.figures("results", [OURS], measure)
+    together = [
+        Row(label, tuple(each[name] for each in figures.get(OURS, [])), "ours")
+        for label, name in (("not kept", "without"), ("awaited", "together"))
+    ]
+    return [
+        table("Results: awaited one after the other, from another process: p50", "ms", figures, "p50"),
+        table("Results: awaited one after the other, from another process: p99", "ms", figures, "p99"),
+        *([Table("Results: 1,000 tasks at once", "ms", together)] if figures else []),
+    ]
+
+
+def results_one(contestant: Contestant, one_by_one: int, together: int) -> Figures:
+    count = 1 + one_by_one + 2 * together
+    with folder_for(contestant) as (folder, place):
+        call(contestant, "fill", place, task="noop", count=1)
+        times = Ledger.create(str(folder / "ledger"), count)
+        with worker(contestant, folder, place, count) as process:
+            first_ran(contestant, times, process)
+            path = str(folder / "ledger")
+            figures: Figures = call(contestant, "ask", place, path=path, one_by_one=one_by_one, together=together)
+            all_ran(contestant, times, process)
+    return figures
+
+
+def groups(benchmark: Benchmark) -> list[Table]:
+    tables = []
+    for title, contestant, count in (
+        ("Groups: 10,000 members", OURS, 10_000),
+        ("Groups on Azure, over the emulator: 500 members", Contestant("BoilermakerOnAzure", NOWHERE), 500),
+    ):
+        if is_there(contestant):
+            figures = benchmark.figures(title, [contestant], functools.partial(groups_one, count=count))
+            rows = [
+                Row(label, tuple(each[name] for each in figures.get(contestant, [])), "ours")
+                for label, name in (("as many tasks", "plain"), ("the group, to its result", "group"))
+            ]
+            tables += [Table(title, "ms", rows)] if figures else []
+    return tables
+
+
+def groups_one(contestant: Contestant, count: int) -> Figures:
+    with contextlib.ExitStack() as stack:
+        folder, place = stack.enter_context(folder_for(contestant))
+        place = stack.enter_context(emulator()) if contestant.place == NOWHERE else place
+        path = str(folder / "ledger")
+        Ledger.create(path, 1 + 2 * count)
+        with worker(contestant, folder, place, 1 + 2 * count):
+            figures: Figures = call(contestant, "join", place, path=path, count=count)
+    return figures
+
+
 def io(benchmark: Benchmark) -> list[Table]:
     contestants = [OURS, *(contestant for contestant in benchmark.peers if contestant.peer.parallel)]
     results = benchmark.figures("io", contestants, io_one)
@@ -621,8 +685,7 @@ def bury_one(contestant: Contestant, expired: int) -> Figures:
 def azure(benchmark: Benchmark) -> list[Table]:
     count = max(100, benchmark.options.tasks // 10)
     pythons = {name: path for names, path in benchmark.options.python for name in names.split(",")}
-    nowhere = "Endpoint=sb://localhost;SharedAccessKeyName=x;SharedAccessKey=x"
-    everybody = [Contestant(peer.__name__, nowhere, pythons.get(peer.__name__, sys.executable)) for peer in AZURE_PEERS]
+    everybody = [Contestant(peer.__name__, NOWHERE, pythons.get(peer.__name__, sys.executable)) for peer in AZURE_PEERS]
     contestants = [contestant for contestant in everybody if is_there(contestant)]
     tables = []
     for task, what in (("noop", "no-op tasks"), ("doze", f"tasks of {DOZE} s")):
@@ -652,10 +715,36 @@ def azure_publish(contestant: Contestant, count: int) -> Figures:
         return {"rate": call(contestant, "publish", place, how="many", start=0, count=count)["rate"]}
 
 
+def replies(benchmark: Benchmark) -> list[Table]:
+    everybody = [
+        Contestant("BoilermakerOnAzure", NOWHERE),
+        Contestant("BareSdk", NOWHERE, variant="one at a time", concurrency=1),
+    ]
+    contestants = [contestant for contestant in everybody if is_there(contestant)]
+    results = benchmark.figures("replies", contestants, functools.partial(replies_one, count=500))
+    return [
+        table("Azure, over the emulator: a no-op task's result, one after the other: p50", "ms", results, "p50"),
+        table("Azure, over the emulator: a no-op task's result, one after the other: p99", "ms", results, "p99"),
+    ]
+
+
+def replies_one(contestant: Contestant, count: int) -> Figures:
+    """The first two warm up."""
+    with tempfile.TemporaryDirectory() as name, emulator() as place:
+        folder = Path(name)
+        times = Ledger.create(str(folder / "ledger"), count + 2)
+        with worker(contestant, folder, place, count + 2) as process:
+            seconds = call(contestant, "request", place, start=0, count=count + 2)[2:]
+            all_ran(contestant, times, process)
+    delays = sorted(1000 * each for each in seconds)
+    return {"p50": statistics.median(delays), "p99": delays[math.ceil(0.99 * len(delays)) - 1]}
+
+
 @contextlib.contextmanager
 def emulator() -> Iterator[str]:
-    """The connection string of a Service Bus with an empty queue."""
-    line = [sys.executable, "-m", "examples.servicebus_emulator", "--queue", "tasks", "--port", "0"]
+    """The connection string of a Service Bus with an empty queue, and those with sessions for replies and groups."""
+    queues = ["--queue", "tasks", "--session-queue", "tasks-replies", "--session-queue", "tasks-join"]
+    line = [sys.executable, "-m", "examples.servicebus_emulator", *queues, "--port", "0"]
     with subprocess.Popen(line, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         try:
@@ -671,6 +760,8 @@ PARTS: dict[str, Callable[[Benchmark], list[Table]]] = {
     "drain": drain,
     "publish": publish,
     "latency": latency,
+    "results": results,
+    "groups": groups,
     "io": io,
     "processes": processes,
     "import": imports,
@@ -678,6 +769,7 @@ PARTS: dict[str, Callable[[Benchmark], list[Table]]] = {
     "growth": growth,
     "operating": operating,
     "azure": azure,
+    "replies": replies,
 }
 
 

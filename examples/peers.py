@@ -15,8 +15,10 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
+import itertools
 import json
 import logging
+import math
 import mmap
 import os
 import statistics
@@ -611,6 +613,10 @@ class BoilermakerOnAzure(Boilermaker):
 
         return boilermaker.AzureServiceBus.from_connection_string(self.place, "tasks")
 
+    async def ask(self, number: int) -> None:
+        task = await self.tasks["noop"].options(result_ttl=60).delay(number)
+        await task.result(timeout=60)
+
 
 class BareSdk(Peer):
     """What one would write by hand: receive as many as may run, run and settle them at once, and again."""
@@ -630,6 +636,7 @@ class BareSdk(Peer):
         self.body = boilermaker.encode(boilermaker.Task(function_name="TASK", args=[12345]), "tasks", "tasks")
         self.client = ServiceBusClient.from_connection_string(self.place)
         self.sender = await self.client.get_queue_sender("tasks").__aenter__()
+        self.replies: Any = None
 
     async def publish(self, task: str, number: int) -> None:
         await self.publish_many(task, [number])
@@ -641,7 +648,22 @@ class BareSdk(Peer):
         bodies = [body.replace("12345", str(number)) for number in numbers]
         await self.sender.send_messages([ServiceBusMessage(body, message_id=str(uuid.uuid4())) for body in bodies])
 
+    async def ask(self, number: int) -> None:
+        """Request and response by a session, as the service's documentation has them; one reply at a time."""
+        from azure.servicebus import ServiceBusMessage
+
+        if self.replies is None:
+            receiver = self.client.get_queue_receiver("tasks-replies", session_id=str(uuid.uuid4()))
+            self.replies = await receiver.__aenter__()
+        body = self.body.replace("TASK", "noop").replace("12345", str(number))
+        session_id = self.replies.session.session_id
+        await self.sender.send_messages(ServiceBusMessage(body, reply_to_session_id=session_id))
+        [reply] = await self.replies.receive_messages(1)
+        await self.replies.complete_message(reply)
+
     async def close(self) -> None:
+        if self.replies is not None:
+            await self.replies.close()
         await self.sender.close()
         await self.client.close()
 
@@ -649,16 +671,21 @@ class BareSdk(Peer):
         asyncio.run(self.loop(concurrency))
 
     async def loop(self, concurrency: int) -> None:
+        from azure.servicebus import ServiceBusMessage
         from azure.servicebus.aio import ServiceBusClient
 
         async with (
             ServiceBusClient.from_connection_string(self.place) as client,
             client.get_queue_receiver("tasks", socket_timeout=0.02) as receiver,
+            client.get_queue_sender("tasks-replies") as replies,
         ):
 
             async def handle(message: Any) -> None:
                 task = json.loads(str(message))
                 await ASYNC[task["function_name"]](*task["payload"]["args"])
+                if message.reply_to_session_id is not None:
+                    reply = ServiceBusMessage("null", session_id=message.reply_to_session_id)
+                    await replies.send_messages(reply)
                 await receiver.complete_message(message)
 
             while True:
@@ -768,6 +795,22 @@ async def _publish(peer: Peer, how: str, start: int, count: int, clear: bool) ->
     return {"rate": count / seconds, "memory": peak_memory("self")}
 
 
+def request(peer: str, place: str, start: int, count: int) -> list[float]:
+    """Await the results of no-op tasks on Azure, each when the one before is there; the seconds that each took."""
+    return asyncio.run(_request(PEERS[peer](place), start, count))
+
+
+async def _request(peer: Any, start: int, count: int) -> list[float]:
+    await peer.open()
+    seconds = []
+    for number in range(start, start + count):
+        started = time.perf_counter()
+        await peer.ask(number)
+        seconds.append(time.perf_counter() - started)
+    await peer.close()
+    return seconds
+
+
 def publishing(peer: Peer, how: str) -> Callable[[str, range], Coroutine[Any, Any, None]]:
     if how == "crowd" or (how == "many" and peer.bulk == "100 coroutines"):
         return lambda task, numbers: _by_a_crowd(peer, task, iter(numbers))
@@ -801,6 +844,57 @@ async def _drip(peer: Peer, times: Ledger, count: int, pace: float) -> None:
         times.published[number] = time.monotonic()
         await peer.publish("noop", number)
     await peer.close()
+
+
+def ask(peer: str, place: str, path: str, one_by_one: int, together: int) -> dict[str, float]:
+    """Publish the tasks from 1 on and await results, while a worker in another process runs them: what it takes."""
+    return asyncio.run(_ask(Boilermaker(place), Ledger(path, 1 + one_by_one + 2 * together), one_by_one, together))
+
+
+async def _ask(peer: Boilermaker, times: Ledger, one_by_one: int, together: int) -> dict[str, float]:
+    noop, numbers, took = peer.tasks["noop"].options(result_ttl=60), itertools.count(1), []
+    for _ in range(one_by_one):
+        started = time.perf_counter()
+        await (await noop.delay(next(numbers))).result(FOREVER)
+        took.append(time.perf_counter() - started)
+
+    started = time.monotonic()
+    without = [peer.tasks["noop"].si(next(numbers)) for _ in range(together)]
+    await peer.app.publish_many(without)
+    while not all(times.first[one_by_one + 1 : one_by_one + 1 + together]):
+        await asyncio.sleep(DOZE)
+    seconds_without = max(times.first[one_by_one + 1 : one_by_one + 1 + together]) - started
+
+    started = time.monotonic()
+    published = await peer.app.publish_many([noop.si(next(numbers)) for _ in range(together)])
+    await asyncio.gather(*(task.result(FOREVER) for task in published))
+    seconds = time.monotonic() - started
+    await peer.close()
+    percentile = sorted(took)[math.ceil(0.99 * len(took)) - 1]
+    figures = {"p50": statistics.median(took) * 1000, "p99": percentile * 1000}
+    return figures | {"without": seconds_without * 1000, "together": seconds * 1000}
+
+
+def join(peer: str, place: str, path: str, count: int) -> dict[str, float]:
+    """Publish no-op tasks from 1 on, then as many as one group; the ms to the last run, and to the group's result."""
+    return asyncio.run(_join(PEERS[peer](place), Ledger(path, 1 + 2 * count), count))
+
+
+async def _join(peer: Any, times: Ledger, count: int) -> dict[str, float]:
+    noop = peer.tasks["noop"]
+    await peer.open()
+    await noop.map([0]).publish()  # where groups are joined by a worker, it begins to do so
+    started = time.monotonic()
+    await peer.app.publish_many([noop.si(number) for number in range(1, 1 + count)])
+    while not all(times.first[1 : 1 + count]):
+        await asyncio.sleep(DOZE)
+    plain = max(times.first[1 : 1 + count]) - started
+    started = time.monotonic()
+    published = await noop.map(range(1 + count, 1 + 2 * count)).publish(result_ttl=60)
+    await published.result(FOREVER)
+    joined = time.monotonic() - started
+    await peer.close()
+    return {"plain": plain * 1000, "group": joined * 1000}
 
 
 def work(peer: str, place: str, path: str, count: int, concurrency: int, at: float = 0, log: bool = False) -> None:
@@ -936,7 +1030,8 @@ def peak_memory(pid: int | str) -> float:
 
 
 ROLES: dict[str, Callable[..., Any]] = {
-    role.__name__: role for role in (check, remove, fill, publish, drip, work, grow, bystand, operate)
+    role.__name__: role
+    for role in (check, remove, fill, publish, drip, ask, request, join, work, grow, bystand, operate)
 }
 
 

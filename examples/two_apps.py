@@ -3,8 +3,9 @@
     python -m examples.two_apps
 
 Neither imports the other: `send_task` needs the name of a task and that of a queue. A callback is a task of the caller,
-and comes home to the caller's queue, wherever its parent ran. In production each application is a process of its own;
-here they take turns, so that the output is always the same:
+and comes home to the caller's queue, wherever its parent ran. And with `result_ttl` the caller may await the answer; a
+task that does lets another run in its place. In production each application is a process of its own; here they take
+turns, and then work beside each other, so that the output is always the same:
 
     shop: ada@example.com orders a kettle
     shop: bob orders a lamp
@@ -13,6 +14,9 @@ here they take turns, so that the output is always the same:
     shop: forgot ada@example.com, customers: ['bob']
     shop: shipped the kettle, as mail 1 says
     shop: calling bob: the mailer says that 'bob' is no address
+    mailer: to eve@example.com: Welcome
+    shop: greeted eve@example.com by mail 2
+    shop: cannot greet bob: ValueError: 'bob' is no address
 """
 
 from __future__ import annotations
@@ -23,7 +27,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from boilermaker import Boilermaker, LocalServiceBus
+from boilermaker import Boilermaker, LocalServiceBus, TaskFailed
 
 
 def make_shop(path: Path) -> Boilermaker:
@@ -48,6 +52,14 @@ def make_shop(path: Path) -> Boilermaker:
     @app.task
     async def call_customer(customers: set[str], failure: dict[str, Any], address: str) -> None:
         print(f"shop: calling {address}: the mailer says that {failure['message']}")
+
+    @app.task(result_ttl=60)
+    async def greet(customers: set[str], address: str) -> str:
+        mail = await app.send_task("send_mail", address, subject="Welcome", queue="mailer", result_ttl=60)
+        try:
+            return f"greeted {address} by mail {await mail.result(timeout=20)}"
+        except TaskFailed as failure:
+            return f"cannot greet {address}: {failure.error}: {failure.message}"
 
     @app.task
     async def forget_customer(customers: set[str], address: str) -> None:
@@ -87,6 +99,12 @@ async def main() -> None:
             while any([await app.service_bus_client.peek(1) for app in (shop, mailer)]):
                 await shop.run(burst=True)
                 await mailer.run(burst=True)
+
+            workers = [asyncio.create_task(app.run()) for app in (shop, mailer)]
+            for address in ("eve@example.com", "bob"):
+                greeting = await shop.send_task("greet", address, result_ttl=60)
+                print(f"shop: {await greeting.result(timeout=20)}")
+            await asyncio.gather(shop.stop(), mailer.stop(), *workers)
 
 
 if __name__ == "__main__":
