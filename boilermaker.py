@@ -1075,8 +1075,8 @@ def group(
         UsageError: a member is no task, is not the head of its workflow, or is there twice; or an option is wrong.
     """
     [*tasks] = members
-    if len(tasks) == 1 and not isinstance(tasks[0], (Task, TaskFunction)):
-        tasks = _listed(tasks[0], "group")
+    if len(tasks) == 1 and isinstance(tasks[0], Iterable):
+        tasks = list(tasks[0])
     if type(return_exceptions) is not bool:
         raise UsageError(f"group: return_exceptions={_short(return_exceptions)} must be True or False.")
     limit = _time_limit("group: timeout", timeout)
@@ -1371,6 +1371,7 @@ def _chain_of(head: Task) -> list[Task]:
 
 def _beginnings_of(head: Task) -> list[Task]:
     """What runs first of a workflow: its head, or the members of a group, or of groups among them."""
+    _workflow(head)
     beginnings, pending = [], [head]
     while pending:
         task = pending.pop()
@@ -1650,12 +1651,15 @@ def _write_group(settings: GroupSettings) -> str:
 def _read_group(document: dict[str, Any], name: str, where: str) -> GroupSettings:
     try:
         timeout = _time_limit("timeout", document["timeout"]) or 0
-        names = tuple((str(member), int(count)) for member, count in document["names"])
-        return GroupSettings(document["return_exceptions"] is True, timeout, names)
+        names = tuple((str(member), _count("names", count)) for member, count in document["names"])
+        settings = GroupSettings(document["return_exceptions"] is True, timeout, names)
+        if settings.total > MAX_SECONDS:
+            raise ValueError(f"{settings.total} members")
     except (KeyError, TypeError, ValueError) as error:
         raise InvalidTaskFormat(
             f"{name} of {where}: {_short(document)} are no settings of a group: {error}."
         ) from error
+    return settings
 
 
 def _read_expires(seconds: float, name: str, where: str) -> float:
@@ -1877,7 +1881,7 @@ def decode(body: str | bytes, queue: str) -> Task:
                 setattr(parent, role, callback)
                 pending.append((callback, nested, f"{place}."))
         if parent.group is not None:
-            members = fields.get("members") or []
+            members = [] if fields.get("members") is None else fields["members"]
             if not isinstance(members, list):
                 raise InvalidTaskFormat(f"{path}members must be an array, not {_short(members)}.")
             parent.members = [_decode_one(nested, queue, f"{path}members") for nested in members]
@@ -2198,6 +2202,8 @@ class ServiceBus(Protocol):
     """Deliveries after which the bus itself dead-letters a message."""
     id_window: float
     """Seconds, from the sending on, for which a given id is remembered; 0 if it is not."""
+    takes_group_ids: bool
+    """Whether the caller may choose a group's id."""
     system: str
     """OpenTelemetry's `messaging.system`."""
 
@@ -2722,13 +2728,14 @@ def ending_of(
         error: why it cannot be joined.
     """
     group = decode(definition, home)
+    assert group.group is not None
     failure = failure_of(group, type(error).__name__, error, 0) if error is not None else None
-    failure = failure or _failure_among(group, outcomes)
+    failure = failure or _failure_among(group, group.group, outcomes)
     if failure is None:
         try:
-            values = [_from_json(outcomes[position][1]) for position in range(len(outcomes))]
+            values = [_from_json(outcomes[position][1]) for position in range(group.group.total)]
             return _ending(bus, home, group, group.on_success, values, failed=False)
-        except UsageError as error:
+        except (UsageError, RecursionError) as error:
             failure = failure_of(group, type(error).__name__, error, 0)
     try:
         return _ending(bus, home, group, group.on_failure, failure, failed=True)
@@ -2763,16 +2770,19 @@ class GroupState(NamedTuple):
     timed_out: bool = False
 
     @classmethod
-    def read(cls, text: str | bytes | None) -> GroupState:
+    def read(cls, text: str | bytes | None, home: str) -> GroupState:
         """Raises InvalidTaskFormat where another program has written it."""
         if text is None:
             return cls()
         try:
             document = _from_json(text if isinstance(text, str) else text.decode("utf-8"))
             outcomes = {int(position): (failed, value) for position, (failed, value) in document["outcomes"].items()}
-            return cls(document["definition"], outcomes, document["ended"])
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            state = cls(document["definition"], outcomes, document["ended"])
+            if state.definition and decode(state.definition, home).group is None:
+                raise ValueError("its definition is a task's")
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, InvalidTaskFormat) as error:
             raise InvalidTaskFormat(f"The state of the session is none of a group: {error}.") from error
+        return state
 
     def write(self) -> str | None:
         """None for nothing."""
@@ -2786,16 +2796,21 @@ class GroupState(NamedTuple):
             text = body if isinstance(body, str) else body.decode("utf-8")
             document = _from_json(text)
             if "group" in document:
-                decode(text, home)
+                if decode(text, home).group is None:
+                    raise ValueError("it is a task's")
                 return self if self.ended or self.definition else self._replace(definition=text)
             if "timeout" in document:
                 return self._replace(timed_out=True)
-            position, outcome = int(document["position"]), (document["failed"] is True, document["value"])
+            position, failed, value = document["position"], document["failed"], document["value"]
+            if type(position) is not int or position < 0 or type(failed) is not bool:
+                raise ValueError(f"position {_short(position)}, failed {_short(failed)}")
+            if failed and type(value) is not dict:
+                raise ValueError(f"a failure is an object, not {_short(value)}")
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise InvalidTaskFormat(f"The body tells nothing of a group: {error}.") from error
         if self.ended or not self.definition or position in self.outcomes:
             return self  # it has ended, or was not begun; or the member had ended before
-        return self._replace(outcomes={**self.outcomes, position: outcome})
+        return self._replace(outcomes={**self.outcomes, position: (failed, value)})
 
     def ends(self, home: str) -> bool:
         """Whether what follows the group is to be published."""
@@ -2809,16 +2824,17 @@ class GroupState(NamedTuple):
         return GroupState() if self.timed_out else GroupState(ended=True)
 
 
-def _failure_among(group: Task, outcomes: Mapping[int, tuple[bool, str]]) -> dict[str, Any] | None:
+def _failure_among(
+    group: Task, settings: GroupSettings, outcomes: Mapping[int, tuple[bool, str]]
+) -> dict[str, Any] | None:
     """How a group has failed: its time ran out, or members have, the first of which is told of; None if it has not."""
-    settings = group.group
-    assert settings is not None
     total = settings.total
     names = itertools.chain.from_iterable(itertools.repeat(name, count) for name, count in settings.names)
-    missing = [f"{position} ({name})" for position, name in enumerate(names) if position not in outcomes]
-    if missing:
-        shown = ", ".join(missing[:10]) + (", ..." if len(missing) > 10 else "")
-        message = f"{len(missing)} of {total} members have not ended after {settings.timeout:g} s: {shown}"
+    missing = (f"{position} ({name})" for position, name in enumerate(names) if position not in outcomes)
+    if shown := list(itertools.islice(missing, 10)):
+        count = total - sum(position < total for position in outcomes)
+        message = f"{count} of {total} members have not ended after {settings.timeout:g} s: {', '.join(shown)}"
+        message += ", ..." if count > len(shown) else ""
         return failure_of(group, "TimeoutError", None, 0) | {"message": message}
     failed = [position for position in range(total) if outcomes[position][0]]
     if not failed or settings.return_exceptions:
@@ -3396,7 +3412,7 @@ class Store(Connection):
         )
         self.sql.execute("INSERT OR IGNORE INTO group_member VALUES (?, -1, 0, ?)", (group_id, message.body))
         if not settings.total:
-            self._end_group(group_id, now)
+            self._end_group(group_id, now, message.due)
         return 0
 
     def _join(self, group_id: str, members: Sequence[tuple[Any, ...]], now: float) -> None:
@@ -3418,7 +3434,7 @@ class Store(Connection):
             if ended + joined == total:
                 self._end_group(group_id, now)
 
-    def _end_group(self, group_id: str, now: float) -> None:
+    def _end_group(self, group_id: str, now: float, due: float | None = None) -> None:
         """Publish what follows a group, and tell its outcome; members that end from now on change nothing."""
         rows = self.sql.execute("SELECT position, failed, value FROM group_member WHERE group_id = ?", (group_id,))
         outcomes = {position: (bool(failed), value) for position, failed, value in rows}
@@ -3428,7 +3444,7 @@ class Store(Connection):
         ending = self.end_group(home, definition, outcomes)
         self.sql.execute("DELETE FROM group_member WHERE group_id = ? AND position = -1", (group_id,))
         self.sql.execute("UPDATE task_group SET due = ? WHERE group_id = ?", (now + GROUP_KEPT, group_id))
-        self.insert(ending.messages, now)
+        self.insert([message._replace(due=due) for message in ending.messages] if due else ending.messages, now)
         if ending.answer is not None:
             self.tell([ending.answer], now)
 
@@ -4376,6 +4392,7 @@ class LocalServiceBus:
     """
 
     system = "boilermaker"
+    takes_group_ids = True
 
     def __init__(
         self,
@@ -5238,6 +5255,7 @@ class AzureServiceBus:
     """
 
     system = "servicebus"
+    takes_group_ids = False
 
     OWN_OPTIONS = (
         "retry_total",
@@ -5382,9 +5400,9 @@ class AzureServiceBus:
         return _Opened(client, {}, administration, set())
 
     async def send(self, messages: Sequence[Outgoing]) -> list[int | None]:
-        by_queue: dict[str, list[int]] = collections.defaultdict(list)  # what opens groups before their members
-        for place, message in enumerate(messages):
-            by_queue[message.queue].append(place)
+        by_queue: dict[str, list[int]] = collections.defaultdict(list)
+        for place in sorted(range(len(messages)), key=lambda place: messages[place].session is None):
+            by_queue[messages[place].queue].append(place)  # what opens groups before their members
         numbers: list[int | None] = [None] * len(messages)
         for queue, places in by_queue.items():
             senders = self._of_this_loop().senders
@@ -5476,9 +5494,15 @@ class AzureServiceBus:
         return Address(group_id, position=position, queue=self.join_queue)
 
     def open_group(self, message: Outgoing) -> list[Outgoing]:
-        """What defines the group, and its timer: messages of a session of its own in the join queue."""
+        """What defines the group, and its timer: messages of a session of its own in the join queue.
+
+        Of an empty one it is what follows it: no member would make a worker look into that queue.
+        """
         group_id, settings = message.message_id, decode(message.body, self.queue_name).group
         assert settings is not None
+        if not settings.total:
+            ending = ending_of(self, self.queue_name, message.body, {})
+            return [each._replace(due=message.due) for each in ending.messages]
         end = (message.due or time.time()) + settings.timeout
         opening, timer = (derived_id(f"{part}\n{group_id}") for part in ("opening", "timer"))
         head = message._replace(message_id=opening, queue=self.join_queue, due=None, session=group_id)
@@ -7005,6 +7029,7 @@ class AzureJoiner:
         self._accepting: set[asyncio.Task[None]] = set()
         self._joining = 0
         self._last_join = time.monotonic()
+        self._closing = False
         self._spawn(ACCEPT_WAIT)
 
     def _spawn(self, wait: float) -> None:
@@ -7013,6 +7038,7 @@ class AzureJoiner:
         task.add_done_callback(self._accepting.discard)
 
     async def close(self) -> None:
+        self._closing = True  # wait_for, by which the SDK reads, may lose a cancellation in Python 3.11
         tasks = list(self._accepting)
         for task in tasks:
             task.cancel()
@@ -7032,7 +7058,7 @@ class AzureJoiner:
             wait: seconds to wait for the next. One waits without end; the others only as long as there is much to do.
         """
         failures = 0
-        while True:
+        while not self._closing:
             link = self._bus.session_link(self._bus.join_queue, None, wait)
             try:
                 await link.__aenter__()
@@ -7063,29 +7089,40 @@ class AzureJoiner:
         """See to one group, for as long as there are messages about it."""
         renewing = asyncio.get_running_loop().create_task(self._renew(link))
         try:
-            state = GroupState.read(await link.request(link.sdk.session.get_state, timeout=ATTEMPT_TIMEOUT))
+            state = await self._state(link)
             receive, wait = functools.partial(link.call, link.sdk.receive_messages), BATCH_WAIT
             while messages := await receive(JOINED_AT_ONCE, max_wait_time=wait) or await receive(1, max_wait_time=wait):
                 state, wait = await self._take_in(link, state, messages), JOIN_WAIT
-                if not state.definition:  # it has ended
+                if not state.definition or self._closing:  # it has ended, or this worker
                     break
-        except InvalidTaskFormat as error:
-            logger.error("A session of %r is no group's: %s", self._bus.join_queue, error)
         except BoilermakerError as error:
             logger.warning("Joining a group was interrupted, somebody will try again: %s", error)
+            await asyncio.sleep(RETRY_PAUSE)
         finally:
             renewing.cancel()
             await asyncio.shield(asyncio.ensure_future(link.close()))
+
+    async def _state(self, link: AzureLink) -> GroupState:
+        """What is known of the group; what another program has left there is removed, lest it be met for ever."""
+        text = await link.request(link.sdk.session.get_state, timeout=ATTEMPT_TIMEOUT)
+        try:
+            return GroupState.read(text, self._home)
+        except InvalidTaskFormat as error:
+            logger.error("Removed a state in %r: %s", self._bus.join_queue, error)
+            await self._set(link, GroupState())
+            return GroupState()
 
     async def _take_in(
         self, link: AzureLink, state: GroupState, messages: Sequence[ServiceBusReceivedMessage]
     ) -> GroupState:
         """Note what some messages tell; end the group if that was all."""
-        former, understood = state, []
+        former = state
+        understood: list[ServiceBusReceivedMessage] = []
+        timers: list[ServiceBusReceivedMessage] = []
         for raw in messages:
             try:
-                state = state.with_message(_body_of(raw), self._home)
-                understood.append(raw)
+                was_over, state = state.timed_out, state.with_message(_body_of(raw), self._home)
+                (timers if state.timed_out and not was_over else understood).append(raw)
             except InvalidTaskFormat as error:  # to close a session counts no delivery: it would come for ever
                 number, why = raw.sequence_number, describe(error)
                 logger.error("Dead-lettered what is no message of a group sequence_number=%s: %s", number, why)
@@ -7100,7 +7137,8 @@ class AzureJoiner:
             state = GroupState()
         if state != former:
             await self._set(link, state)
-        await asyncio.gather(*[link.call(link.sdk.complete_message, raw) for raw in understood])
+        for raws in (understood, timers):  # lest a group be begun again that no timer would end
+            await asyncio.gather(*[link.call(link.sdk.complete_message, raw) for raw in raws])
         return state
 
     def _too_large(self, state: GroupState) -> MessageTooLarge | None:
@@ -9118,29 +9156,43 @@ class Boilermaker:
         name = heads[0].function_name if heads else ""
         checked = _merged_options({}, options, name)
         said = [_merged_options(head._publishing, checked, name) if head._publishing else checked for head in heads]
+        groups = [head for head in heads if head.group is not None]
+        if len(set(groups)) < len(groups):
+            raise UsageError("A group that is to be published is there twice: use copy().")
         for head, its in zip(heads, said, strict=True):
-            if head.group is not None and head.message_id is not None:
-                raise UsageError(f"{head!r} is published already: what is to run once more is its copy().")
+            if head.group is not None:
+                self._check_group(head, checked)
             self.bound(head)
             if its:
                 _set_options(head, its)
             if self._keeps_results or "result_ttl" in its:
                 self._keep_results(head, its)
         with contextlib.ExitStack() as spans:
-            messages, firsts, make = list[Outgoing](), list[int](), self._maker(spans)
+            messages, firsts, make = list[Outgoing](), list[int | None](), self._maker(spans)
             for head, its in zip(heads, said, strict=True):
-                firsts.append(len(messages))
                 due = _due_time(its.get("delay"), its.get("eta"))
                 some = messages_of(self.service_bus_client, make, head, head.task_id, due)
                 if head._id_is_given:
                     some = [message._replace(given_id=True) for message in some]
                     some[0] = some[0]._replace(outcome_id=head.task_id)
+                firsts.append(len(messages) if some else None)  # of an empty group that nothing follows
                 messages += some
             attempts = max((its.get("publish_attempts") or 1 for its in said), default=1)
             numbers = await self._send(messages, attempts, heads)
         for head, first in zip(heads, firsts, strict=True):
-            head.sequence_number, head.message_id = numbers[first], head.task_id
+            head.sequence_number, head.message_id = None if first is None else numbers[first], head.task_id
         return heads
+
+    def _check_group(self, head: Task, options: PublishOptions) -> None:
+        """Raise UsageError for what cannot be done with a group that is published."""
+        if head.message_id is not None:
+            raise UsageError(f"{head!r} is published already: what is to run once more is its copy().")
+        for name in ("policy", "expires"):
+            if name in options:
+                raise UsageError(f"{head!r} does not run itself: {name}= is for its members, fn.options({name}=...).")
+        if (head._id_is_given or "task_id" in options) and not self.service_bus_client.takes_group_ids:
+            bus = self.service_bus_client
+            raise UsageError(f"{head!r}: task_id= of a group is for the local bus only, not for {bus!r}.")
 
     def _keep_results(self, head: Task, options: PublishOptions) -> None:
         """Say where the outcomes of a workflow are told: its own, and those of what follows a failure, each its own."""
@@ -9171,6 +9223,7 @@ class Boilermaker:
         """
         _check_beginning(head)
         for first in _beginnings_of(head) if head.group is not None or head.takes_result else ():
+            _check_beginning(first)
             if first.takes_result:
                 raise UsageError(
                     f"{first!r} was made by .s(), for a parent's result, but has no parent: make it by .si()."
@@ -9188,7 +9241,7 @@ class Boilermaker:
                 self.service_bus_client.check_queue(task.queue)
             if task._publishing and task is not head:
                 name = next(iter(task._publishing))
-                raise UsageError(f"{task!r} follows another task: {name}= is for the head of what is published.")
+                raise UsageError(f"{task!r} is a part of a workflow: {name}= is for the head of what is published.")
             task._app = task._app or self
         return head
 

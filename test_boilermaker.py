@@ -42,6 +42,7 @@ import textwrap
 import threading
 import time
 import traceback
+import types
 import urllib.parse
 import uuid
 import venv
@@ -111,6 +112,7 @@ from boilermaker import (
     decide,
     decode,
     encode,
+    group,
     may_run,
     outcome_of,
     retries,
@@ -7307,7 +7309,7 @@ async def test_a_delay_that_was_said_once_is_not_that_of_the_next_publish(open_b
 async def test_what_is_for_the_head_is_refused_of_what_follows():
     async with app_with_pages() as app:
         fetch, parse = app.task(name="fetch")(fetch_page), app.task(name="parse")(parse_page)
-        with pytest.raises(UsageError, match=r"<Task parse .*> follows another task: delay= is for the head"):
+        with pytest.raises(UsageError, match=r"<Task parse .*> is a part of a workflow: delay= is for the head"):
             await (fetch.si("x") | parse.options(delay=5)).publish()
         with pytest.raises(UsageError, match=r"a \| b makes copies with fresh ids; .*publish\(task_id=...\)"):
             fetch.options(task_id="mine").si("x") | parse
@@ -13787,6 +13789,1627 @@ async def test_the_figures_count_the_messages_of_sessions_too(short_talks):
         await receiver.complete_message(second)
     await until(lambda: figures("sessions") == [0])
     assert figures("active", "locked", "scheduled", "dead") == [1, 0, 1, 1]
+
+
+# ======================================================================================================================
+# Groups
+# ======================================================================================================================
+
+
+def group_tasks(bus, **options):  # noqa: C901
+    """An application whose state is a dict of what was noted, by label; and its tasks, as attributes."""
+    app = Boilermaker({}, bus, **options)
+
+    @app.task
+    async def add(state, x, y=1):
+        return x + y
+
+    @app.task
+    async def total(state, numbers):
+        return sum(numbers)
+
+    @app.task
+    async def note(state, value, label="body"):
+        state.setdefault(label, []).append(value)
+        return value
+
+    @app.task
+    async def nothing(state): ...
+
+    @app.task
+    async def fail(state, text="no", after=0):
+        await asyncio.sleep(after)
+        raise ValueError(text)
+
+    @app.task(policy=RetryPolicy(max_tries=3))
+    async def third_time(state, x):
+        if current_task().attempts.attempts < 2:
+            raise RetryException("again")
+        return x
+
+    @app.task
+    async def fan(state, *numbers, label=None):
+        return add.map(numbers) if label is None else add.map(numbers) | note.s(label)
+
+    @app.task
+    async def count_runs(state, number):
+        state.setdefault(number, []).append(None)
+        return [number, len(state[number])]
+
+    @app.task
+    async def hold(state):
+        await release.wait()
+
+    release, tasks = asyncio.Event(), (add, total, note, nothing, fail, third_time, fan, count_runs, hold)
+    return types.SimpleNamespace(app=app, release=release, **{task.registration.name: task for task in tasks})
+
+
+def local_tasks():
+    return group_tasks(LocalServiceBus())
+
+
+LISTS = {
+    "one by one": (lambda t: group(t.add.si(1), t.add.si(2, 3)), [2, 5]),
+    "an iterable": (lambda t: group(t.add.si(n) for n in range(3)), [1, 2, 3]),
+    "functions": (lambda t: group(t.nothing, t.nothing), [None, None]),
+    "none": (lambda t: group(), []),
+    "an empty iterable": (lambda t: group([]), []),
+    "one": (lambda t: group(t.add.si(1)), [2]),
+    "one function": (lambda t: group(t.nothing), [None]),
+    "a map": (lambda t: t.add.map(range(4)), [1, 2, 3, 4]),
+    "a map of nothing": (lambda t: t.add.map(iter(())), []),
+    "a map with arguments": (lambda t: t.add.map([1, 2], 10), [11, 12]),
+    "a map with keywords": (lambda t: t.add.map([1, 2], y=20), [21, 22]),
+    "a map with options": (lambda t: t.third_time.options(policy=RetryPolicy(max_tries=4)).map([1, 2]), [1, 2]),
+    "nested": (lambda t: group(t.add.map([1, 2]), t.add.si(3)), [[2, 3], 4]),
+    "nested, with nothing": (lambda t: group(group(), t.add.si(1), t.add.map([])), [[], 2, []]),
+    "nested, one by one": (lambda t: group(group(group(t.add.si(1)))), [[[2]]]),
+    "nested in order": (lambda t: group(group(t.add.si(n), group(t.add.si(n))) for n in range(3)),
+        [[1, [1]], [2, [2]], [3, [3]]]),
+    "chains": (lambda t: group(t.add.si(1) | t.add.s(10), t.add.si(0)), [12, 1]),
+    "a chain of groups": (lambda t: group(t.add.map([1, 2]) | t.total.s(), t.add.si(0)), [5, 1]),
+    "after a group": (lambda t: t.add.map([1, 2]) | group(t.total.s(), t.add.si(5)), [5, 6]),
+    "after a task": (lambda t: t.add.si(5) | group(t.add.s(1), t.add.s(y=2), t.add.si(0)), [7, 8, 1]),
+    "nested after a task": (lambda t: t.add.si(5) | group(t.add.s(1), group(t.add.s(2), group())), [7, [8, []]]),
+    "a step": (lambda t: t.add.si(1) | group(t.add.s(), t.add.s(2)) | t.total.s(), 7),
+    "returned": (lambda t: t.fan.si(1, 2), [2, 3]),
+    "returned by a member": (lambda t: group(t.fan.si(1, 2), t.add.si(3)), [[2, 3], 4]),
+    "a member's follow-up": (lambda t: group(t.add.si(1) | t.add.map([5]), t.add.si(0)), [[6], 1]),
+    "retries": (lambda t: t.third_time.map([1, 2]), [1, 2]),
+    "app.chain": (lambda t: t.app.chain(t.add.map([1]), t.total.s()), 2),
+    "a copy": (lambda t: t.add.map([1, 2]).copy(), [2, 3]),
+    "without exceptions": (lambda t: group(t.add.si(1), return_exceptions=True), [2]),
+}  # fmt: skip
+
+
+@pytest.fixture
+def many_sessions(monkeypatch):
+    """On Azure, half a second for each group is most of what a test of many takes."""
+    monkeypatch.setattr(boilermaker, "JOINED_SESSIONS", 20)
+
+
+async def test_what_follows_a_group_gets_the_list_of_the_results_in_order_once(new_bus, many_sessions):
+    tasks = group_tasks(new_bus())
+    works = [work(tasks) | tasks.note.s(label) for label, (work, _) in LISTS.items()]
+    async with working(tasks.app, concurrency=50):
+        await tasks.app.publish_many(works)
+        await until(lambda: len(tasks.app.state) == len(LISTS), "the bodies")
+        await until(partial(is_empty, tasks.app.service_bus_client))
+    assert tasks.app.state == {label: [values] for label, (_, values) in LISTS.items()}
+
+
+FAILURES = {
+    "one": (lambda t: t.fail.map(["a"]), ("fail", "ValueError", "1 of 1 members failed, the first: a")),
+    "the first in order": (
+        lambda t: group(t.add.si(1), t.fail.si("late", 0.1), t.fail.si("early")),
+        ("fail", "ValueError", "2 of 3 members failed, the first: late"),
+    ),
+    "in a chain": (
+        lambda t: group(t.add.si(1) | t.fail.si("b") | t.add.s(), t.add.si(0)),
+        ("fail", "ValueError", "1 of 2 members failed, the first: b"),
+    ),
+    "nested": (
+        lambda t: group(t.add.si(1), group(t.fail.si("c"), group())),
+        ("fail", "ValueError", "1 of 2 members failed, the first: 1 of 2 members failed, the first: c"),
+    ),
+    "no function": (
+        lambda t: group(named("missing"), t.add.si(1)),
+        (
+            *("missing", "UnregisteredFunction"),
+            "1 of 2 members failed, the first: 'missing' is not registered: import its module before run().",
+        ),
+    ),
+    "tries": (
+        lambda t: t.third_time.options(policy=RetryPolicy(max_tries=2)).map([1, 2]),
+        ("third_time", "RetryException", "2 of 2 members failed, the first: again"),
+    ),
+    "too late": (
+        lambda t: group(t.add.options(expires=1e-6).si(1)),
+        ("add", "Expired", "1 of 1 members failed, the first: It was to begin ... and expires after 1e-06."),
+    ),
+    "its time, nested": (
+        lambda t: group(t.add.si(1), group(elsewhere("a"), timeout=datetime.timedelta(seconds=0.5))),
+        ("group", "TimeoutError", "1 of 2 members failed, the first: 1 of 1 members have not ended after 0.5 s: 0 (a)"),
+    ),
+}  # fmt: skip
+
+
+def elsewhere(name):
+    """A task that nobody runs."""
+    return named(name, queue=QUEUES[-1])
+
+
+async def test_a_group_with_a_member_that_failed_calls_back_once_with_the_first_and_its_body_does_not_run(
+    new_bus, many_sessions
+):
+    tasks = group_tasks(new_bus())
+    works = [work(tasks) | tasks.note.s("body") for work, _ in FAILURES.values()]
+    for label, work in zip(FAILURES, works, strict=True):
+        work.on_failure = tasks.note.s(label)
+    async with working(tasks.app, concurrency=50):
+        await tasks.app.publish_many(works)
+        await until(lambda: len(tasks.app.state) == len(FAILURES), "the callbacks")
+        await until(partial(is_empty, tasks.app.service_bus_client))
+    told = {
+        label: [
+            (each["function_name"], each["error"], re.sub(r"begin .*,", "begin ...", each["message"]))
+            for each in failures
+        ]
+        for label, failures in tasks.app.state.items()
+    }
+    assert told == {label: [failure] for label, (_, failure) in FAILURES.items()}
+
+
+async def test_a_group_that_has_not_ended_in_its_time_has_failed_and_names_the_members_that_are_missing(new_bus):
+    tasks = group_tasks(new_bus())
+    work = group(tasks.add.si(1), elsewhere("a"), tasks.add.si(2), elsewhere("b"), timeout=3) | tasks.note.s()
+    work.on_failure = tasks.note.s("failure")
+    async with working(tasks.app):
+        await (tasks.add.map([1]) | tasks.note.s("before")).publish()
+        await until(lambda: tasks.app.state, "a group, after which all links are open")
+        await work.publish()
+        await until(lambda: "failure" in tasks.app.state)
+    [failure] = tasks.app.state["failure"]
+    assert failure["message"] == "2 of 4 members have not ended after 3 s: 1 (a), 3 (b)"
+    assert (failure["error"], failure["function_name"], failure["task_id"]) == ("TimeoutError", "group", work.task_id)
+    assert "body" not in tasks.app.state
+
+
+async def test_a_failure_stands_in_the_list_as_its_dict_where_exceptions_are_to_be_returned(new_bus):
+    tasks = group_tasks(new_bus())
+    member, nested = tasks.fail.si("a"), tasks.fail.si("b")
+    work = group(tasks.add.si(1), member, group(nested, return_exceptions=True), return_exceptions=True)
+    work = work | tasks.note.s()
+    work.on_failure = tasks.note.s("failure")
+    async with working(tasks.app):
+        await work.publish()
+        await until(lambda: tasks.app.state)
+    [[one, failure, [inner]]] = tasks.app.state["body"]
+    assert one == 2
+    assert {name: failure[name] for name in ("function_name", "error", "message", "attempts")} == {
+        "function_name": "fail",
+        "error": "ValueError",
+        "message": "a",
+        "attempts": 1,
+    }
+    assert (failure["task_id"], inner["task_id"]) == (work.members[1].task_id, work.members[2].members[0].task_id)
+    assert failure["traceback"].endswith("ValueError: a\n")
+    assert inner["message"] == "b"
+    assert "failure" not in tasks.app.state
+
+
+async def test_members_callbacks_run_as_ever_and_each_failure_callback_is_its_own(new_bus):
+    tasks = group_tasks(new_bus())
+    good, bad = tasks.add.si(1) | tasks.note.s("member"), tasks.fail.si("a")
+    bad.on_failure = tasks.note.s("member's failure")
+    whole = group(good, bad, return_exceptions=True)
+    whole.on_failure = tasks.note.s("group's failure")
+    work = whole | tasks.fail.si("body") | tasks.note.s("never")
+    async with working(tasks.app):
+        await work.publish()
+        await until(lambda: len(tasks.app.state) == 2)
+
+        async def failures():
+            return len(await tasks.app.peek(dead_letter=True)) == 2  # a member, and the body
+
+        await until(failures)
+        await until(partial(is_empty, tasks.app.service_bus_client))
+    assert tasks.app.state["member"] == [2]
+    assert [each["message"] for each in tasks.app.state["member's failure"]] == ["a"]
+    assert set(tasks.app.state) == {"member", "member's failure"}  # the group's is not the body's
+
+
+@pytest.mark.parametrize(("member", "body"), [("fail", "note"), ("add", "fail")])
+async def test_a_chain_with_a_group_has_one_failure_callback_for_the_group_and_for_what_follows(new_bus, member, body):
+    tasks = group_tasks(new_bus())
+    member, body = getattr(tasks, member), getattr(tasks, body)
+    async with working(tasks.app):
+        await tasks.app.chain(member.map([1, 2]), body.s(), on_failure=tasks.note.s("failure")).publish()
+        await until(lambda: tasks.app.state)
+        await until(partial(is_empty, tasks.app.service_bus_client))
+    [failure] = tasks.app.state.pop("failure")
+    assert failure["function_name"] == "fail"
+    assert tasks.app.state == {}
+
+
+async def test_a_group_may_follow_a_failure_whose_dict_its_members_receive(new_bus):
+    tasks = group_tasks(new_bus())
+    work = tasks.fail.si("a")
+    work.on_failure = group(tasks.note.s("one"), tasks.note.si(1, "two")) | tasks.note.s("after")
+    async with working(tasks.app):
+        await work.publish()
+        await until(lambda: "after" in tasks.app.state)
+    [failure] = tasks.app.state["one"]
+    assert (failure["message"], tasks.app.state["two"]) == ("a", [1])
+    assert tasks.app.state["after"] == [[failure, 1]]
+
+
+async def test_a_returned_workflow_with_a_group_is_followed_by_what_would_have_followed(new_bus):
+    tasks = group_tasks(new_bus())
+    work = group(tasks.fan.si(1, 2, label="inner"), tasks.fan.si()) | tasks.note.s("outer")
+    async with working(tasks.app):
+        await work.publish()
+        await until(lambda: "outer" in tasks.app.state)
+    assert tasks.app.state == {"inner": [[2, 3]], "outer": [[[2, 3], []]]}
+
+
+async def test_a_group_that_a_task_returns_takes_its_failure_callback(new_bus):
+    tasks = group_tasks(new_bus())
+
+    @tasks.app.task
+    async def returns(state):
+        return tasks.fail.map(["a", "b"])
+
+    work = returns.si() | tasks.note.s("never")
+    work.on_failure = tasks.note.s("failure")
+    async with working(tasks.app):
+        await work.publish()
+        await until(lambda: tasks.app.state)
+    assert [each["message"] for each in tasks.app.state["failure"]] == ["2 of 2 members failed, the first: a"]
+
+
+@contextlib.asynccontextmanager
+async def resending(bus):
+    """The bodies of what was published, by function; each goes to the queue again."""
+    bodies = {message.task.function_name: message.body for message in await bus.peek(1000)}
+    numbers = itertools.count()
+
+    async def send_again(name):
+        await bus.send([letter(bodies[name], message_id=f"again-{next(numbers)}", queue=bus.queue_name)])
+
+    yield send_again
+
+
+async def test_a_member_that_is_delivered_twice_counts_once_and_its_first_outcome_stands(new_bus):
+    tasks = group_tasks(new_bus())
+    await (group(tasks.count_runs.si(1), tasks.add.si(1), tasks.hold) | tasks.note.s()).publish()
+    async with resending(tasks.app.service_bus_client) as send_again, working(tasks.app):
+        for number in range(1, 5):
+            await until(lambda number=number: len(tasks.app.state.get(1, ())) == number)
+            await send_again("count_runs" if number < 4 else "add")
+        tasks.release.set()
+        await until(lambda: "body" in tasks.app.state)
+        await until(partial(is_empty, tasks.app.service_bus_client))
+    assert tasks.app.state["body"] == [[[1, 1], 2, None]]
+
+
+async def test_what_a_member_tells_after_the_end_changes_nothing(new_bus):
+    tasks = group_tasks(new_bus())
+    work = group(tasks.count_runs.si(1), tasks.hold, timeout=0.5) | tasks.note.s()
+    work.on_failure = tasks.note.s("failure")
+    await work.publish()
+    async with resending(tasks.app.service_bus_client) as send_again, working(tasks.app):
+        await until(lambda: "failure" in tasks.app.state)
+        tasks.release.set()
+        await until(partial(is_empty, tasks.app.service_bus_client))
+        await send_again("hold")
+        await send_again("count_runs")
+        await until(lambda: len(tasks.app.state[1]) == 2)
+        await until(partial(is_empty, tasks.app.service_bus_client))
+        await asyncio.sleep(0.1)
+    [failure] = tasks.app.state["failure"]
+    assert failure["message"].endswith("1 (hold)"), failure["message"]
+    assert "body" not in tasks.app.state
+
+
+async def test_a_failed_member_that_is_replayed_does_not_open_its_group_again(new_bus):
+    tasks = group_tasks(new_bus())
+    app = tasks.app
+
+    @app.task
+    async def mend(state):
+        state.setdefault("runs", []).append(None)
+        if len(state["runs"]) < 2:
+            raise ValueError("not yet")
+
+    work = group(mend, tasks.add.si(1)) | tasks.note.s()
+    work.on_failure = tasks.note.s("failure")
+    async with working(app):
+        await work.publish()
+        await until(lambda: "failure" in app.state)
+        await until(partial(is_empty, app.service_bus_client))
+        [replayed] = await app.replay(lambda message: message.task.function_name == "mend")
+        assert replayed.task.outcome_to.position == 0
+        await until(lambda: len(app.state["runs"]) == 2)
+        await until(partial(is_empty, app.service_bus_client))
+        await asyncio.sleep(0.1)
+    assert len(app.state["failure"]) == 1
+    assert "body" not in app.state
+
+
+async def test_a_member_that_is_replayed_while_its_group_is_open_has_failed_all_the_same(new_bus):
+    tasks = group_tasks(new_bus())
+    app = tasks.app
+    work = group(tasks.fail.si("a"), tasks.hold) | tasks.note.s()
+    work.on_failure = tasks.note.s("failure")
+    async with working(app):
+        await work.publish()
+
+        async def replayed():
+            return await app.replay(lambda message: True)
+
+        await until(replayed)
+        await until(replayed)
+        tasks.release.set()
+        await until(lambda: app.state)
+    assert [each["message"] for each in app.state["failure"]] == ["1 of 2 members failed, the first: a"]
+
+
+async def test_members_on_another_applications_queue_are_joined_where_the_group_was_published(new_bus):
+    tasks = group_tasks(new_bus())
+    other = Boilermaker({}, new_bus())
+
+    @other.task
+    async def double(state, x):
+        return 2 * x
+
+    away = Task.default("double", payload={"args": [4]}, queue=other.queue_name)
+    async with working(tasks.app), working(other):
+        await (group(away, tasks.add.si(1), away.copy() | tasks.add.s()) | tasks.note.s()).publish()
+        await until(lambda: tasks.app.state)
+    assert tasks.app.state == {"body": [[8, 2, 9]]}
+
+
+async def test_the_members_of_a_delayed_group_wait_as_the_body_of_one_without_does(new_bus):
+    tasks = group_tasks(new_bus())
+    app = tasks.app
+    works = [tasks.add.map([1, 2]) | tasks.note.s("some"), tasks.add.map([]) | tasks.note.s("none")]
+    await app.publish_many(works, delay=3600)
+    messages = await app.peek()
+    assert {message.state for message in messages} == {boilermaker.MessageState.SCHEDULED}
+    assert [message.task.function_name for message in messages] == ["add", "add", "note"]
+    due = datetime.datetime.now(datetime.UTC) + datetime.timedelta(seconds=1)
+    await app.publish_many([work.copy() for work in works], eta=due)
+    async with working(app):
+        await until(lambda: app.state)
+        assert datetime.datetime.now(datetime.UTC) >= due
+        await until(lambda: len(app.state) == 2)
+    assert app.state == {"some": [[2, 3]], "none": [[]]}
+
+
+async def test_what_fn_options_says_of_publishing_is_said_of_the_group_and_the_rest_of_its_members(new_bus):
+    tasks = group_tasks(new_bus())
+    policy = RetryPolicy(max_tries=7)
+    await tasks.add.options(delay=3600, policy=policy, expires=60).map([1, 2]).publish(publish_attempts=2)
+    messages = await tasks.app.peek()
+    assert [message.state for message in messages] == [boilermaker.MessageState.SCHEDULED] * 2
+    assert [(message.task.policy, message.task.expires) for message in messages] == [(policy, 60)] * 2
+
+
+async def test_a_schedule_may_be_of_a_group_whose_ticks_each_run_once_in_however_many_workers(new_bus):
+    bus = new_bus()
+    everything = [group_tasks(bus), group_tasks(new_bus(bus.queue_name))]
+    for tasks in everything:
+        tasks.app.schedule(tasks.add.map([1, 2]) | tasks.note.s(), every=datetime.timedelta(seconds=1), name="sums")
+    bodies = []
+    async with working(everything[0].app), working(everything[1].app):
+
+        def notes():
+            return [each for tasks in everything for each in tasks.app.state.get("body", ())]
+
+        began = time.monotonic()
+        await until(lambda: len(notes()) >= 2)
+        bodies, seconds = notes(), time.monotonic() - began
+    assert bodies == [[2, 3]] * len(bodies)
+    assert len(bodies) <= seconds + 3  # of those that are due, and one that was
+
+
+async def test_a_group_is_published_once_and_its_copy_once_more(new_bus):
+    tasks = group_tasks(new_bus())
+    app = tasks.app
+    work = tasks.add.map([1, 2]) | tasks.note.s()
+    async with working(app):
+        assert await work.publish() is work
+        assert work.message_id == work.task_id
+        with pytest.raises(UsageError, match=r"<Group of 2 .*> is published already: .* its copy\(\)"):
+            await work.publish()
+        copy = work.copy()
+        assert copy.task_id != work.task_id
+        assert {member.task_id for member in copy.members}.isdisjoint(member.task_id for member in work.members)
+        with pytest.raises(UsageError, match=r"there twice"):
+            await app.publish_many([copy, copy])
+        await copy.publish()
+        await until(lambda: len(app.state.get("body", ())) == 2)
+    assert app.state == {"body": [[2, 3]] * 2}
+
+
+async def test_an_empty_group_that_nothing_follows_is_nothing(new_bus):
+    tasks = group_tasks(new_bus())
+    await tasks.app.publish_many([tasks.note.si(1), group(), tasks.note.si(2), tasks.add.map([])])
+    alone = await tasks.app.publish_task(group())
+    assert alone.message_id == alone.task_id
+    async with working(tasks.app):
+        await until(lambda: tasks.app.state == {"body": [1, 2]})
+
+
+async def test_groups_are_published_beside_tasks_whatever_their_order(new_bus):
+    tasks = group_tasks(new_bus())
+    works = [
+        tasks.note.si(1, "first"),
+        tasks.add.map([1]) | tasks.note.s("second"),
+        tasks.note.si(3, "third"),
+        tasks.add.map([]) | tasks.note.s("fourth"),
+        tasks.add.map([5, 6]) | tasks.note.s("fifth"),
+    ]
+    async with working(tasks.app):
+        assert await tasks.app.publish_many(works) == works
+        await until(lambda: len(tasks.app.state) == 5)
+    assert tasks.app.state == {"first": [1], "second": [[2]], "third": [3], "fourth": [[]], "fifth": [[6, 7]]}
+
+
+async def test_a_result_that_json_cannot_carry_is_its_members_failure(new_bus):
+    tasks = group_tasks(new_bus())
+
+    @tasks.app.task
+    async def strange(state):
+        return {1, 2}
+
+    work = group(strange, tasks.add.si(1))
+    work.on_failure = tasks.note.s()
+    async with working(tasks.app):
+        await work.publish()
+        await until(lambda: tasks.app.state)
+    [failure] = tasks.app.state["body"]
+    assert (failure["function_name"], failure["error"]) == ("strange", "InvalidArguments")
+    assert "returned {1, 2}, which is to be kept and JSON cannot carry" in failure["message"]
+
+
+async def test_results_over_what_a_message_can_hold_fail_the_group_and_say_so(new_bus):
+    tasks = group_tasks(new_bus())
+
+    @tasks.app.task
+    async def long(state):
+        return "x" * 100_000
+
+    work = group(long, long, long) | tasks.note.s()
+    work.on_failure = tasks.note.s("failure")
+    async with working(tasks.app):
+        await work.publish()
+        await until(lambda: tasks.app.state)
+        await until(partial(is_empty, tasks.app.service_bus_client))
+    [failure] = tasks.app.state.pop("failure")
+    assert (failure["function_name"], failure["error"]) == ("group", "MessageTooLarge")
+    assert "the limit is 262144" in failure["message"]
+    assert tasks.app.state == {}
+
+
+async def test_many_more_members_than_workers_or_batches(new_bus):
+    tasks = group_tasks(new_bus())
+    async with working(tasks.app, concurrency=100):
+        await (tasks.add.map(range(250)) | tasks.note.s()).publish()
+        await until(lambda: tasks.app.state)
+    assert tasks.app.state == {"body": [list(range(1, 251))]}
+
+
+# -- the operators, and what cannot be
+
+
+async def test_a_group_is_a_task_for_all_that_takes_one_and_operands_stay_as_they_were():
+    t = local_tasks()
+    members = [t.add.si(1), t.add.si(2)]
+    whole = group(members)
+    after, before = whole | t.total.s(), t.nothing.si() | whole
+    assert isinstance(whole, Task)
+    assert (whole.on_success, whole.members, whole.message_id) == (None, members, None)
+    assert names_along(after) == ["group", "total"]
+    assert names_along(before) == ["nothing", "group"]
+    ids = [task.task_id for head in (whole, after, before) for task in boilermaker._workflow(head)]
+    assert len(set(ids)) == len(ids) == 3 + 4 + 4
+    assert [member.args for member in after.members] == [[1], [2]]
+    assert repr(whole) == f"<Group of 2 {whole.task_id}>"
+    twin = pickle.loads(pickle.dumps(whole))
+    assert (type(twin), twin.group, [each.args for each in twin.members]) == (
+        boilermaker.Group,
+        whole.group,
+        [[1], [2]],
+    )
+
+
+def coroutine_of(fn):
+    return fn.delay(1)
+
+
+NOT_A_GROUP = {
+    "no task": (lambda t: group(t.add.si(1), 5), "A group's member must be a Task or a decorated function, not 5"),
+    "nothing": (lambda t: group(None), "A group's member must be a Task or a decorated function, not None"),
+    "a string": (lambda t: group("ab"), "A group's member must be a Task or a decorated function, not 'a'"),
+    "a list too many": (lambda t: group([t.add.si(1)], t.add.si(2)), "A group's member must be a Task"),
+    "a coroutine": (lambda t: group(coroutine_of(t.add)), "not <coroutine .*To publish by delay"),
+    "coroutines": (lambda t: group([coroutine_of(t.add)]), "not <coroutine .*To publish by delay"),
+    "a plain function": (lambda t: group(fetch_page), r"Use Task.si\(fetch_page, ...\)"),
+    "a function that takes something": (lambda t: group(t.add), "Alone, a function stands for add.si"),
+    "map of nothing that is a list": (lambda t: t.add.map(5), "add.map takes a list, not 5"),
+    "map with wrong arguments": (lambda t: t.add.map([1], z=2), "add.* cannot be called like that: .*'z'"),
+    "map of what JSON cannot carry": (lambda t: t.add.map([{1}]), "JSON cannot carry argument 1"),
+    "one task twice": (lambda t: group([t.add.si(1)] * 2), r"<Task add .*> is in the group twice: use copy\(\)"),
+    "not the head": (lambda t: group(t.add.si(1) >> t.add.s()), "follows another task, which would be skipped"),
+    "no exceptions": (lambda t: group(return_exceptions="yes"), "return_exceptions='yes' must be True or False"),
+    "no time": (lambda t: group(timeout=None), "timeout=None: a group that never ends"),
+    "a negative time": (lambda t: group(timeout=-1), "group: timeout=-1 must be seconds over 0"),
+    "no time at all": (lambda t: group(timeout=0), "group: timeout=0 must be seconds over 0"),
+    "a time of another type": (lambda t: group(timeout="60"), "group: timeout='60' must be seconds over 0"),
+    "a flag for a time": (lambda t: group(timeout=True), "group: timeout=True must be seconds over 0"),
+    "group >> task": (lambda t: group(t.add.si(1)) >> t.total.s(), r"<Group of 1 .*>.*: use a \| b"),
+    "task >> group": (lambda t: t.add.si(1) >> group(t.add.s()), r"<Group of 1 .*>.*: use a \| b"),
+    "group << task": (lambda t: group(t.add.si(1)) << t.add.si(1), r"<Group of 1 .*>.*: use a \| b"),
+    "task << group": (lambda t: t.total.s() << group(t.add.si(1)), r"<Group of 1 .*>.*: use a \| b"),
+    "no head of its own": (lambda t: group(t.add.si(1)) | (t.add.si(1) >> t.add.s()), "would be skipped"),
+}
+
+
+@pytest.mark.parametrize(("wrong", "error"), NOT_A_GROUP.values(), ids=NOT_A_GROUP)
+def test_what_is_no_group_is_an_error_that_says_what_to_write(wrong, error):
+    with pytest.raises(UsageError, match=error):
+        wrong(local_tasks())
+
+
+async def in_itself(t):
+    whole = group(t.add.si(1))
+    whole.members.append(whole)
+    await whole.publish()
+
+
+async def skipped_later(t):
+    member = t.add.s()
+    whole = group(member)
+    t.add.si(1) >> member
+    await t.app.publish_task(whole)
+
+
+NOT_PUBLISHED = {
+    "in itself": (in_itself, "is its own callback, or member: a workflow cannot have a cycle"),
+    "a member that follows another task": (skipped_later, "follows another task, which would be skipped"),
+    "a parent's result": (lambda t: t.app.publish_task(group(t.add.s())), r"made by .s\(\), for a parent's result"),
+    "nested": (lambda t: t.app.publish_task(group(group(t.add.s()))), r"made by .s\(\), for a parent's result"),
+    "a delay of a member": (
+        lambda t: group(t.add.options(delay=5).si(1)).publish(),
+        "<Task add .*> is a part of a workflow: delay= is for the head of what is published",
+    ),
+    "a policy": (lambda t: t.add.map([1]).publish(policy=NoRetry()), "policy= is for its members, fn.options"),
+    "expires": (lambda t: t.app.publish_many([t.add.map([1])], expires=5), "expires= is for its members, fn.options"),
+    "the same twice": (lambda t: t.app.publish_many([t.add.map([1])] * 2), r"there twice: use copy\(\)"),
+    "a member that is not registered": (
+        lambda t: t.app.publish_task(group(Task.si(fetch_page, "x"))),
+        "Unregistered function: fetch_page",
+    ),
+    "too deep": (lambda t: nested_groups(t, 800).publish(), "nested callbacks, the limit is 750"),
+}
+
+
+def nested_groups(t, depth):
+    whole = group(t.add.si(1))
+    for _ in range(depth):
+        whole = group(whole)
+    return t.app.chain(t.nothing.si(), whole)
+
+
+@pytest.mark.parametrize(("publish", "error"), NOT_PUBLISHED.values(), ids=NOT_PUBLISHED)
+async def test_what_cannot_be_published_of_a_group_is_refused_before_anything_is_sent(open_bus, publish, error):
+    tasks = group_tasks(open_bus())
+    with pytest.raises(UsageError, match=error):
+        await publish(tasks)
+    assert await tasks.app.peek() == []
+
+
+async def test_a_function_may_be_called_group(open_bus):
+    app = Boilermaker([], open_bus())
+
+    @app.task(name="group")
+    async def my_group(state, x):
+        state.append(x)
+        return x
+
+    await (group(my_group.si(1), my_group.si(2)) | my_group.s()).publish()
+    await work_off(app)
+    assert app.state == [1, 2, [1, 2]]
+
+
+# -- progress, results
+
+
+async def test_progress_counts_the_members_that_ended_until_some_time_after_the_end(open_bus):
+    tasks = group_tasks(open_bus())
+    with moved_clock() as clock:
+        work = group(tasks.add.si(1), tasks.fail.si(), tasks.hold, return_exceptions=True) | tasks.note.s()
+        with pytest.raises(UsageError, match="is not published yet: what publishing gives has the progress"):
+            await work.progress()
+        published = await work.publish()
+        assert await published.progress() == (0, 0, 3)
+        async with working(tasks.app):
+
+            async def are_done(count):
+                return (await published.progress()).done == count
+
+            await until(partial(are_done, 2))
+            assert await published.progress() == boilermaker.Progress(done=2, failed=1, total=3)
+            tasks.release.set()
+            await until(lambda: tasks.app.state)
+            assert await published.progress() == (3, 1, 3)
+        clock.tick(590)
+        await work_off(tasks.app)
+        assert await published.progress() == (3, 1, 3)
+        clock.tick(11)
+        await work_off(tasks.app)
+        with pytest.raises(UsageError, match=f"Group {published.task_id} is not known to .*: it ended over 600 s ago"):
+            await published.progress()
+
+
+async def test_only_a_group_has_progress(open_bus):
+    tasks = group_tasks(open_bus())
+    with pytest.raises(UsageError, match=r"<Task add .*> is no group: only the members of one are counted"):
+        await (await tasks.add.delay(1)).progress()
+
+
+async def test_the_result_of_a_group_is_its_list_and_that_of_a_workflow_what_its_last_step_returned(open_bus):
+    tasks = group_tasks(open_bus())
+    failing = group(tasks.add.si(1), tasks.fail.si("a"), tasks.fail.si("b"))
+    async with working(tasks.app):
+        list_of, sum_of, last, nothing, failed, late = await tasks.app.publish_many(
+            [
+                tasks.add.map([1, 2]),
+                tasks.add.map([1, 2]) | tasks.total.s(),
+                tasks.add.si(1) | group(tasks.add.s(), tasks.add.map([1])),
+                group(),
+                failing,
+                group(tasks.hold, timeout=0.1),
+            ],
+            result_ttl=60,
+        )
+        assert await list_of.result(PATIENCE) == await tasks.app.result(list_of.task_id, PATIENCE) == [2, 3]
+        assert await sum_of.result(PATIENCE) == 5
+        assert await last.result(PATIENCE) == [3, [2]]
+        assert await nothing.result(PATIENCE) == []
+        with pytest.raises(boilermaker.TaskFailed) as caught:
+            await failed.result(PATIENCE)
+        error = caught.value
+        assert (error.function_name, error.error, error.task_id) == ("fail", "ValueError", failing.members[1].task_id)
+        assert error.message == "2 of 3 members failed, the first: a"
+        with pytest.raises(boilermaker.TaskFailed, match=r"1 of 1 members have not ended after 0\.1 s: 0 \(hold\)"):
+            await late.result(PATIENCE)
+
+
+async def test_a_results_time_to_live_is_the_longest_of_the_steps_and_of_the_members(open_bus):
+    app = Boilermaker(None, open_bus())
+
+    @app.task(result_ttl=60)
+    async def short(state): ...
+
+    @app.task(result_ttl=600)
+    async def long(state): ...
+
+    @app.task
+    async def kept_nowhere(state, value): ...
+
+    def ttl_of(work):
+        return work.outcome_to and (work.outcome_to.id == work.task_id, work.outcome_to.ttl)
+
+    works = [
+        group(short, group(long)) | kept_nowhere.s(),
+        group(kept_nowhere.si(1), kept_nowhere.si(2) | short),
+        group(kept_nowhere.si(1)),
+        long.si() | group(short),
+    ]
+    assert list(map(ttl_of, await app.publish_many(works))) == [(True, 600), (True, 60), None, (True, 600)]
+    assert [member.outcome_to.position for member in works[0].members] == [0, 1]
+
+
+async def test_a_group_with_an_id_of_its_own_is_published_once_however_often_it_is_asked_for(open_bus):
+    tasks = group_tasks(open_bus())
+    for number in range(3):
+        published = await tasks.count_runs.options(task_id="sums").map([1, 2]).publish(result_ttl=60)
+        assert published.task_id == published.message_id == "sums"
+        if number:
+            assert [message.task.function_name for message in await tasks.app.peek()] == ["count_runs"] * 2
+    published = await (tasks.count_runs.map([3]) | tasks.note.s()).publish(task_id="other", result_ttl=60)
+    await work_off(tasks.app)
+    assert await tasks.app.result("sums", 0) == [[1, 1], [2, 1]]
+    assert await published.result(0) == await tasks.app.result("other", 0) == [[3, 1]]
+    assert {each: len(runs) for each, runs in tasks.app.state.items()} == {1: 1, 2: 1, 3: 1, "body": 1}
+
+
+async def test_an_id_that_the_bus_has_forgotten_is_that_of_a_new_group(open_bus):
+    tasks = group_tasks(open_bus())
+    with moved_clock() as clock:
+        for numbers in ([1, 2, 3], [4]):
+            await tasks.add.options(task_id="sums").map(numbers).publish(result_ttl=60)
+            await work_off(tasks.app)
+            assert await tasks.app.result("sums", 0) == [number + 1 for number in numbers]
+            assert await tasks.app.service_bus_client.progress("sums") == (len(numbers), 0, len(numbers))
+            clock.tick(601)
+
+
+REMOVED = {
+    "cancel": "Cancelled",
+    "purge": "Cancelled",
+    "time_to_live": "TTLExpiredException",
+    "max_delivery_count": "MaxDeliveryCountExceeded",
+}
+
+
+@pytest.mark.parametrize(("way", "error"), REMOVED.items())
+async def test_a_member_whose_message_is_removed_has_failed_by_that(open_bus, way, error):
+    bus = open_bus(max_delivery_count=1, time_to_live=60)
+    tasks = group_tasks(bus)
+    work = tasks.add.map([1, 2]) | tasks.note.s()
+    work.on_failure = tasks.note.s("failure")
+    await work.publish()
+    first, _ = await bus.peek()
+    with moved_clock() as clock:
+        if way == "cancel":
+            await bus.cancel(first.sequence_number)
+        elif way == "purge":
+            assert len(await bus.purge([first.sequence_number])) == 1
+        elif way == "time_to_live":
+            clock.tick(61)
+        else:
+            await take_and_drop(bus)
+            clock.tick(11)
+        await work_off(tasks.app, max_deliveries=None)
+    [failure] = tasks.app.state["failure"]
+    assert (failure["error"], failure["function_name"]) == (error, "add")
+    assert "body" not in tasks.app.state
+
+
+async def test_a_dead_letter_that_is_discarded_tells_its_group_what_had_been_told(open_bus):
+    tasks = group_tasks(open_bus())
+    app = tasks.app
+    work = group(tasks.fail.si("a"), tasks.hold)
+    work.on_failure = tasks.note.s("failure")
+    async with working(app):
+        await work.publish()
+        await until(partial(app.peek, dead_letter=True))
+        assert len(await app.discard(lambda message: True)) == 1
+        tasks.release.set()
+        await until(lambda: app.state)
+    assert [each["message"] for each in app.state["failure"]] == ["1 of 2 members failed, the first: a"]
+
+
+async def test_a_group_times_out_in_an_idle_worker_too_and_not_before(open_bus):
+    tasks = group_tasks(open_bus())
+    async with working(tasks.app):
+        await until(lambda: tasks.app.workers)
+        work = group(elsewhere("a"), timeout=1.5) | tasks.note.s()
+        work.on_failure = tasks.note.s()
+        began = time.monotonic()
+        await work.publish()
+        await until(lambda: tasks.app.state)
+        assert time.monotonic() - began >= 1.5
+
+
+async def test_results_that_are_nested_too_deeply_together_fail_the_group_and_not_its_worker(open_bus):
+    tasks = group_tasks(open_bus())
+
+    @tasks.app.task
+    async def deep(state, depth):
+        return nested_list(depth)
+
+    depths = range(sys.getrecursionlimit() - 400, sys.getrecursionlimit(), 5)
+    async with working(tasks.app, concurrency=50):
+        published = await tasks.app.publish_many([deep.map([depth]) for depth in depths], result_ttl=60)
+        outcomes = await asyncio.gather(*[each.result(PATIENCE) for each in published], return_exceptions=True)
+    assert {type(each) for each in outcomes} <= {list, boilermaker.TaskFailed}
+    assert all(boilermaker.InvalidArguments.__name__ == each.error or "Recursion" in each.error
+               for each in outcomes if not isinstance(each, list))  # fmt: skip
+
+
+async def test_bytes_written_grow_with_the_members_and_the_body_is_kept_once(open_bus):
+    written = []
+    for members in (100, 200, 400):
+        bus = open_bus(f"queue{members}")
+        tasks = group_tasks(bus)
+        body = tasks.add.map(range(members)) | tasks.note.s("mark" * 1000)
+        store = (await bus.commit()).file.store
+        before = store.bytes_written
+        await body.publish()
+        assert not any("mark" in message.body for message in await bus.peek(1000))
+        await work_off(tasks.app)
+        assert tasks.app.state == {"mark" * 1000: [list(range(1, members + 1))]}
+        written.append(store.bytes_written - before)
+    first, second, third = written
+    assert (third - second) / (second - first) == pytest.approx(2, rel=0.1)
+
+
+# -- decisions, without a bus
+
+
+def definition_of(names=(("a", 2),), home="tasks", **fields):
+    """What opens a group, and what follows it."""
+    settings = boilermaker.GroupSettings(fields.pop("return_exceptions", False), fields.pop("timeout", 60.0), names)
+    whole = boilermaker.Group(group=settings, task_id="g", root="root", **fields)
+    return encode(whole, home, home)
+
+
+def tells(position, value=None, failed=False):
+    return json.dumps({"position": position, "failed": failed, "value": value})
+
+
+def failure(message="m", **fields):
+    return {
+        "task_id": "t",
+        "function_name": "f",
+        "error": "E",
+        "message": message,
+        "traceback": "",
+        "attempts": 1,
+    } | fields
+
+
+def ending(outcomes, **fields):
+    """What follows a group: function, arguments, id; and what is told of it."""
+    bus = LocalServiceBus()
+    texts = {position: (failed, json.dumps(value)) for position, (failed, value) in outcomes.items()}
+    found = boilermaker.ending_of(bus, "tasks", definition_of(**fields), texts)
+    tasks = [(decode(message.body, "tasks"), message.message_id) for message in found.messages]
+    return [(task.function_name, task.args, message_id) for task, message_id in tasks], found.answer
+
+
+GOOD, BAD = (False, 7), (True, failure("first"))
+BODY = named("body", takes_result=True)
+ALARM = named("alarm", takes_result=True)
+WORD = "1 of 2 members failed, the first: first"
+ENDINGS = {
+    "results": ({}, {0: GOOD, 1: (False, None)}, ("body", [[7, None]])),
+    "none": ({"names": ()}, {}, ("body", [[]])),
+    "one": ({"names": (("a", 1),)}, {0: GOOD}, ("body", [[7]])),
+    "a failure": ({}, {0: GOOD, 1: BAD}, ("alarm", [failure(WORD)])),
+    "the first failure": (
+        {}, {0: BAD, 1: (True, failure("second"))}, ("alarm", [failure("2 of 2 members failed, the first: first")])
+    ),
+    "as results": ({"return_exceptions": True}, {0: BAD, 1: GOOD}, ("body", [[failure("first"), 7]])),
+    "late, all the same": (
+        {"return_exceptions": True, "timeout": 0.5}, {1: GOOD},
+        ("alarm", "1 of 2 members have not ended after 0.5 s: 0 (a)"),
+    ),
+    "late, with a failure": ({}, {0: BAD}, ("alarm", "1 of 2 members have not ended after 60 s: 1 (a)")),
+    "late, of several names": (
+        {"names": (("a", 1), ("b", 2), ("a", 1))}, {2: GOOD},
+        ("alarm", "3 of 4 members have not ended after 60 s: 0 (a), 1 (b), 3 (a)"),
+    ),
+    "late, of many": (
+        {"names": (("a", 10**9),)}, {0: GOOD, 10**9: GOOD},
+        ("alarm", "999999999 of 1000000000 members have not ended after 60 s: "
+                  + ", ".join(f"{n} (a)" for n in range(1, 11)) + ", ..."),
+    ),
+    "of members that there are not": ({}, {0: GOOD, 1: GOOD, 2: BAD, 7: GOOD}, ("body", [[7, 7]])),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("settings", "outcomes", "expected"), ENDINGS.values(), ids=ENDINGS)
+def test_what_follows_a_group(settings, outcomes, expected):
+    following, answer = ending(outcomes, on_success=BODY.copy(), on_failure=ALARM.copy(), **settings)
+    name, arguments = expected
+    if isinstance(arguments, str):
+        [(_, [told], _)] = following
+        assert (told["error"], told["message"], told["task_id"], told["function_name"]) == (
+            *("TimeoutError", arguments, "g", "group"),
+        )
+        arguments = [told]
+    assert following == [(name, arguments, "root")]
+    assert answer is None
+
+
+TOLD = {
+    "what follows goes on": ({"on_success": BODY}, {0: GOOD, 1: GOOD}, ["body"], None),
+    "nothing follows": ({}, {0: GOOD, 1: GOOD}, [], (False, [7, 7])),
+    "a failure": ({"on_success": BODY}, {0: GOOD, 1: BAD}, [], (True, failure(WORD))),
+    "a failure with a callback": ({"on_failure": ALARM}, {0: GOOD, 1: BAD}, ["alarm"], (True, failure(WORD))),
+}
+
+
+@pytest.mark.parametrize(("fields", "outcomes", "names", "told"), TOLD.values(), ids=TOLD)
+def test_who_awaits_the_result_of_a_group_is_told_where_nothing_goes_on(fields, outcomes, names, told):
+    address = boilermaker.Address("head", 60.0)
+    following, answer = ending(outcomes, outcome_to=address, **fields)
+    assert [name for name, _, _ in following] == names
+    assert (answer and (answer.failed, json.loads(answer.value))) == told
+    if answer:
+        assert (answer.to, answer.message_id) == (address, "root:outcome")
+
+
+def test_the_outcome_of_a_group_goes_along_with_what_follows_a_success_and_not_a_failure():
+    address = boilermaker.Address("outer", 0, 3)
+    for outcomes, name, expected in (({0: GOOD, 1: GOOD}, "body", address), ({0: GOOD, 1: BAD}, "alarm", None)):
+        texts = {position: (failed, json.dumps(value)) for position, (failed, value) in outcomes.items()}
+        definition = definition_of(outcome_to=address, on_success=BODY.copy(), on_failure=ALARM.copy())
+        found = boilermaker.ending_of(LocalServiceBus(), "tasks", definition, texts)
+        [task] = [decode(message.body, "tasks") for message in found.messages]
+        assert (task.function_name, task.outcome_to) == (name, expected)
+
+
+def test_results_that_make_no_message_fail_the_group_and_what_follows_that_too_only_once(caplog):
+    body = named("body", takes_result=True)
+    texts = {0: (False, json.dumps("x" * 9000)), 1: (False, "1")}
+    for size, expected in ((9000, ["alarm"]), (600, [])):  # too small for the list, or for the failure too
+        bus = LocalServiceBus(max_message_bytes=size)
+        definition = definition_of(on_success=body, on_failure=ALARM)
+        found = boilermaker.ending_of(bus, "tasks", definition, texts)
+        assert [decode(message.body, "tasks").function_name for message in found.messages] == expected
+    assert "What follows the failure of <Group of 0 g> cannot be published" in caplog.text
+
+
+def state_after(*bodies, since=None):
+    state = since or boilermaker.GroupState()
+    for body in bodies:
+        state = state.with_message(body, "tasks")
+    return state
+
+
+OPENING, TIMER = definition_of(), json.dumps({"timeout": True})
+STATES = {  # the messages; the outcomes by position, ended, timed out, and whether something follows
+    "nothing": ([], {}, False, False, False),
+    "opened": ([OPENING], {}, False, False, False),
+    "one": ([OPENING, tells(1, 5)], {1: 5}, False, False, False),
+    "both": ([OPENING, tells(1, 5), tells(0)], {1: 5, 0: None}, False, False, True),
+    "one twice": ([OPENING, tells(1, 5), tells(1, 6)], {1: 5}, False, False, False),
+    "its first outcome": ([OPENING, tells(1, 5), tells(1, {}, True), tells(0)], {1: 5, 0: None}, False, False, True),
+    "opened twice": ([OPENING, tells(1, 5), OPENING], {1: 5}, False, False, False),
+    "before it was opened": ([tells(1, 5)], {}, False, False, False),
+    "the time": ([OPENING, tells(1, 5), TIMER], {1: 5}, False, True, True),
+    "the time of none": ([TIMER], {}, False, True, False),
+    "no member of it": ([OPENING, tells(0), tells(2)], {0: None, 2: None}, False, False, False),
+    "none": ([definition_of(())], {}, False, False, True),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("bodies", "values", "ended", "timed_out", "ends"), STATES.values(), ids=STATES)
+def test_what_is_known_of_a_group_by_its_messages_and_when_it_ends(bodies, values, ended, timed_out, ends):
+    state = state_after(*bodies)
+    assert {position: value for position, (_, value) in state.outcomes.items()} == values
+    assert (state.ended, state.timed_out, state.ends("tasks")) == (ended, timed_out, ends)
+    written = state.write()
+    again = boilermaker.GroupState.read(written if written is None else written.encode(), "tasks")
+    assert again == state._replace(timed_out=False)
+    assert state_after(*[body.encode() for body in bodies]) == state
+
+
+def test_what_is_left_of_a_group_that_has_ended_is_that_it_has_until_its_timer_comes():
+    over = state_after(OPENING, tells(0), tells(1)).after_the_end()
+    assert over == boilermaker.GroupState(ended=True)
+    assert boilermaker.GroupState.read(over.write(), "tasks") == over
+    for body in (OPENING, tells(0), tells(1)):
+        assert state_after(body, since=over) == over
+        assert not over.ends("tasks")
+    late = state_after(TIMER, since=over)
+    assert late.timed_out
+    assert not late.ends("tasks")
+    assert state_after(OPENING, TIMER).after_the_end().write() is None
+
+
+NO_MESSAGES = {
+    "not JSON": "{",
+    "not text": b"\xff",
+    "a list": "[]",
+    "a number": "5",
+    "a string": '"group timeout position"',
+    "nothing": "{}",
+    "too deep": "[" * 100_000,
+    "a task": encode(named("a"), "tasks", "tasks"),
+    "no group": body_with(group=None),
+    "a group of nothing": body_with(group={}),
+    "no position": json.dumps({"failed": False, "value": 1}),
+    "no value": json.dumps({"failed": False, "position": 1}),
+    "a position before the first": tells(-1),
+    "a position in between": tells(0.5),
+    "a position of another type": tells("1"),
+    "a flag for a position": tells(True),
+    "neither failed nor not": tells(1, failed="no"),
+    "a failure that is none": tells(1, "no", failed=True),
+}
+
+
+@pytest.mark.parametrize("body", NO_MESSAGES.values(), ids=NO_MESSAGES)
+def test_what_tells_nothing_of_a_group_is_no_message_of_one(body):
+    with pytest.raises(InvalidTaskFormat):
+        state_after(OPENING, body)
+
+
+NO_STATES = {
+    **{name: body for name, body in NO_MESSAGES.items() if name != "nothing"},
+    "nothing": "{}",
+    "no outcomes": json.dumps({"definition": "", "ended": True}),
+    "outcomes in a list": json.dumps({"definition": "", "ended": True, "outcomes": []}),
+    "an outcome alone": json.dumps({"definition": "", "ended": True, "outcomes": {"1": 5}}),
+    "no position": json.dumps({"definition": "", "ended": True, "outcomes": {"x": [False, 5]}}),
+    "a task's definition": json.dumps({"definition": body_with(), "ended": False, "outcomes": {}}),
+    "a definition that is none": json.dumps({"definition": "x", "ended": False, "outcomes": {}}),
+    "a definition that is no text": json.dumps({"definition": 5, "ended": False, "outcomes": {}}),
+}
+
+
+@pytest.mark.parametrize("text", NO_STATES.values(), ids=NO_STATES)
+def test_what_another_program_left_in_a_session_is_no_state_of_a_group(text):
+    with pytest.raises(InvalidTaskFormat):
+        boilermaker.GroupState.read(text, "tasks")
+
+
+def test_a_group_is_sent_as_what_opens_it_and_its_members_nested_ones_likewise():
+    t = local_tasks()
+    work = group(t.add.si(1), group(t.add.si(2), t.nothing.si()), t.add.si(3) | t.add.s()) | t.note.s()
+    messages = t.app.messages_of(work, "head")
+    opened = {message.message_id: decode(message.body, "tasks") for message in messages if message.opens_group}
+    members = {message.message_id: decode(message.body, "tasks") for message in messages if not message.opens_group}
+    head = opened["head"]
+    inner_id = f"{head.root}:1"
+    inner = opened[inner_id]
+    assert list(opened) == ["head", inner_id]
+    assert list(members) == [f"{head.root}:0", f"{inner.root}:0", f"{inner.root}:1", f"{head.root}:2"]
+    assert [message.message_id for message in messages] == [
+        *("head", f"{head.root}:0", inner_id, f"{inner.root}:0", f"{inner.root}:1", f"{head.root}:2"),
+    ]
+    address = boilermaker.Address
+    assert [task.outcome_to for task in members.values()] == [
+        *(address("head", position=0), address(inner_id, position=0), address(inner_id, position=1)),
+        address("head", position=2),
+    ]
+    assert (head.outcome_to, inner.outcome_to) == (None, address("head", position=1))
+    assert head.group == (False, 86_400.0, (("add", 1), ("group", 1), ("add", 1)))
+    assert inner.group.names == (("add", 1), ("nothing", 1))
+    assert (head.on_success.function_name, inner.on_success, head.members, inner.members) == ("note", None, [], [])
+    # The group's id decides on all of them, whoever makes them anew.
+    assert [message.message_id for message in t.app.messages_of(work.copy(), "head")] == [
+        message.message_id for message in messages
+    ]
+
+
+# -- the wire format
+
+
+def test_a_group_in_a_workflow_is_read_as_it_was_written():
+    t = local_tasks()
+    inner = group(t.add.s(1), t.nothing.si() | group(), return_exceptions=True, timeout=5)
+    inner.on_failure = t.note.s("failure")
+    head = t.add.si(1) | inner | t.note.s()
+    again = decode(encode(head, "tasks", "tasks"), "tasks")
+
+    def tree(task):
+        return task and (
+            *(task.function_name, task.task_id, task.args, task.takes_result, task.group, task.outcome_to),
+            *(tree(task.on_success), tree(task.on_failure), list(map(tree, task.members))),
+        )
+
+    assert tree(again) == tree(head)
+    assert isinstance(again.on_success, boilermaker.Group)
+
+
+def test_where_no_group_is_used_nothing_is_written_of_one():
+    t = local_tasks()
+    never = RetryAttempts(0, datetime.datetime(2026, 1, 2, tzinfo=datetime.UTC))
+    task = named("add", task_id="t", args=[1], attempts=never)
+    assert encode(task, "tasks", "tasks") == (
+        '{"task_id":"t","function_name":"add","payload":{"args":[1],"kwargs":{}},'
+        '"attempts":{"attempts":0,"last_retry":"2026-01-02T00:00:00+00:00"},"graph_id":null,'
+        '"policy":{"max_tries":5,"delay":120,"delay_max":120,"retry_mode":0},"should_dead_letter":true,'
+        '"acks_late":true,"policy_is_default":true,"default_options":["should_dead_letter","acks_late"],'
+        '"on_success":null,"on_failure":null}'
+    )
+    assert t.app.messages_of(t.add.si(1) | t.add.s(), "id")[0].opens_group is False
+
+
+HOSTILE = {
+    "group": [5, "x", [], True, {}, {"names": []}, {"return_exceptions": True},
+              *({"return_exceptions": False, "names": [], "timeout": each} for each in (0, -1, "1", True, [], 1e300)),
+              *({"return_exceptions": False, "timeout": 1, "names": each}
+                for each in (5, None, ["a"], [["a"]], [["a", 1, 2]], [["a", 0]], [["a", -1]], [["a", 1.5]],
+                             [["a", "1"]], [["a", True]], [["a", 10**300]], [["a", 2**30]] * 3, [[]], {"a": 1}))],
+    "members": [5, "x", {}, [5], [None], [{}], [[]], ["x"], [{"task_id": "t"}], True,
+                [{"task_id": "t", "function_name": "f", "group": 5}]],
+    "outcome_to": [5, "x", [], True, {"id": 5}, {"id": []}, {"id": "x", "ttl": "1"}, {"id": "x", "ttl": -1},
+                   {"id": "x", "position": -1}, {"id": "x", "position": 1.5}, {"id": "x", "position": "1"},
+                   {"id": "x", "position": 2**40}, {"id": "x", "queue": 5}],
+}  # fmt: skip
+A_GROUP = {"return_exceptions": False, "timeout": 1, "names": []}
+
+
+@pytest.mark.parametrize(("field", "value"), [(field, value) for field in HOSTILE for value in HOSTILE[field]], ids=str)
+def test_hostile_fields_of_a_group_are_no_task_and_never_an_internal_error(field, value):
+    fields = {field: value} if field != "members" else {"group": A_GROUP, "members": value}
+    for body in (body_with(**fields), body_with(on_success=json.loads(body_with(**fields)))):
+        with pytest.raises(InvalidTaskFormat):
+            decode(body, "tasks")
+
+
+@pytest.mark.parametrize("fields", [{"members": 5}, {"group": None, "members": [1]}, {"group": A_GROUP}])
+def test_members_of_what_is_no_group_are_a_field_that_nobody_knows(fields):
+    assert decode(body_with(**fields), "tasks").members in ((), [])
+
+
+async def test_a_group_that_somebody_sent_to_a_worker_is_dead_lettered(new_bus):
+    tasks = group_tasks(new_bus())
+    bus = tasks.app.service_bus_client
+    await bus.send([letter(OPENING, message_id="1", queue=bus.queue_name)])
+    await work_off(tasks.app)
+    [dead] = await tasks.app.peek(dead_letter=True)
+    assert dead.dead_letter_reason == "UnregisteredFunction"
+
+
+async def test_an_outcome_for_a_group_that_there_is_not_is_dropped(open_bus):
+    tasks = group_tasks(open_bus())
+    for number, to in enumerate(({"id": "nobody", "position": 0}, {"id": "nobody", "position": 2**31 - 1})):
+        body = json.dumps({"task_id": "t", "function_name": "nothing", "outcome_to": to})
+        await tasks.app.service_bus_client.send([letter(body, message_id=f"{number}")])
+    await work_off(tasks.app)
+    assert await ids_of(tasks.app.service_bus_client) == await ids_of(tasks.app.service_bus_client, True) == []
+
+
+# -- types
+
+TYPED_GROUPS = """\
+from typing import assert_type
+
+from boilermaker import Boilermaker, Group, LocalServiceBus, Progress, Task, group
+
+app = Boilermaker(None, LocalServiceBus())
+
+
+@app.task
+async def size(state: None, url: str, factor: int = 1) -> int:
+    return factor
+
+
+@app.task
+async def report(state: None, sizes: list[int], name: str = "") -> str:
+    return name
+
+
+async def publish() -> None:
+    assert_type(size.map(["a"], factor=2), Group[int])
+    assert_type(group(size.si("a"), size.si("b")), Group[int])
+    assert_type(group(size.si(url) for url in ("a", "b")), Group[int])
+    work = group(size.si("a"), size.si("b"), timeout=5, return_exceptions=True) | report.s()
+    assert_type(work, Task[str])
+    work.on_failure = report.s("failed")
+    published = await work.publish()
+    assert_type(await published.result(1), str)
+    assert_type(await published.progress(), Progress)
+    assert_type(await (await size.map(["a"]).publish()).result(1), list[int])
+    assert_type(size.si("a") | size.map(["a"]), Task[list[int]])
+    await app.publish_many([size.map(["a"]), work.copy()])
+    app.schedule(size.map(["a"]) | report, cron="0 4 * * *", name="sizes")
+"""
+
+
+@pytest.mark.parametrize("tool", ["mypy", "pyright"])
+def test_the_types_of_groups_follow_their_members(tool, clean_python, tmp_path):
+    (tmp_path / "consumer.py").write_text(TYPED_GROUPS)
+    code, findings = checked(tool, clean_python, tmp_path)
+    assert code == 0, findings
+
+
+# -- on Azure: the queue that joins
+
+
+@pytest.fixture
+async def joining(emulator, impatient):
+    """Tasks on a fresh queue, and what is in its join queue, by the real SDK."""
+    async with azure_buses(emulator) as make:
+        tasks = group_tasks(make())
+        tasks.new_bus = make
+        async with talks_on(emulator, tasks.app.service_bus_client.join_queue) as talks:
+            yield tasks, talks
+
+
+async def dead_letters_of(talks, count=1):
+    """The dead letters of a queue with sessions, when there are that many."""
+    found = []
+    async with talks.dead_letters() as receiver:
+        while len(found) < count:
+            for message in await receiver.receive_messages(count, PATIENCE):
+                found.append(message)
+                await receiver.complete_message(message)
+    return found
+
+
+async def test_how_far_a_group_is_azure_does_not_tell(joining):
+    tasks, _ = joining
+    published = await tasks.add.map([1]).publish()
+    with pytest.raises(UsageError, match=r"AzureServiceBus.* does not tell how far a group is: only a local bus does"):
+        await published.progress()
+
+
+@pytest.mark.parametrize("given", ["publish", "options"])
+async def test_an_id_of_its_own_is_for_a_group_on_the_local_bus_only(joining, given):
+    tasks, _ = joining
+    fn = tasks.add.options(task_id="sums") if given == "options" else tasks.add
+    with pytest.raises(UsageError, match=r"task_id= of a group is for the local bus only, not for AzureServiceBus"):
+        await fn.map([1]).publish(**({} if given == "options" else {"task_id": "sums"}))
+    assert await tasks.app.peek() == []
+
+
+@pytest.mark.parametrize("kind", ["no queue", "no sessions"])
+async def test_without_a_queue_for_groups_publishing_one_says_how_to_make_it_and_sends_nothing(azure_bus, kind):
+    app = Boilermaker(None, azure_bus())
+    bus = app.service_bus_client
+    bus.join_queue = "missing" if kind == "no queue" else fresh_queue()
+    app.register_async(fetch_page)
+    work = group(Task.si(fetch_page, "x"))
+    for publish in (app.publish_task(work, publish_attempts=3), app.publish_many([work, work.copy()])):
+        with pytest.raises(ConfigurationError) as caught:
+            await publish
+        assert f"Groups of '{bus.queue_name}' need the queue '{bus.join_queue}'" in str(caught.value)
+        assert (
+            f"az servicebus queue create --namespace-name 127 --resource-group ... --name {bus.join_queue} "
+            "--enable-session true --enable-duplicate-detection true"
+        ) in str(caught.value)
+    callback = Task.si(fetch_page, "x") | work
+    with pytest.raises(ConfigurationError, match="--enable-session true"):
+        await app.publish_task(callback)
+    assert work.message_id is None
+    assert await app.peek() == []
+
+
+@pytest.mark.parametrize("kind", ["no queue", "no sessions"])
+async def test_a_worker_that_is_given_a_queue_for_groups_says_at_its_start_if_it_is_none(azure_bus, kind):
+    app = Boilermaker(None, azure_bus())
+    app.service_bus_client.join_queue = "missing" if kind == "no queue" else fresh_queue()
+    app.service_bus_client.joins = True
+    with pytest.raises(ConfigurationError, match="--enable-session true --enable-duplicate-detection true"):
+        await app.run()
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        {"join_queue_name": "tasks"},
+        {"reply_queue_name": "a", "join_queue_name": "a"},
+        {"join_queue_name": "tasks-replies"},
+    ],
+    ids=str,
+)
+def test_groups_and_replies_and_tasks_each_need_a_queue_of_their_own(names):
+    with pytest.raises(ConfigurationError, match="must be three queues"):
+        AzureServiceBus("example.servicebus.windows.net", "tasks", **names)
+
+
+async def test_a_poisoned_message_for_a_group_is_dead_lettered_once_and_harms_nobody(joining, caplog):
+    tasks, talks = joining
+    bodies = ["{", "[]", "x" * 5000, encode(named("a"), "tasks", "tasks"), tells(-1), tells(0, "no", failed=True)]
+    async with working(tasks.app):
+        work = await (group(tasks.add.si(1), tasks.hold) | tasks.note.s()).publish()
+        await talks.send(work.task_id, *bodies)
+        await talks.send("nobody", "{")
+        letters = await dead_letters_of(talks, len(bodies) + 1)
+        tasks.release.set()
+        await until(lambda: tasks.app.state)
+    assert {message.dead_letter_reason for message in letters} == {"InvalidTaskFormat"}
+    assert sorted(str(message) for message in letters) == sorted([*bodies, "{"])
+    assert tasks.app.state == {"body": [[2, None]]}
+    assert caplog.text.count("Dead-lettered what is no message of a group") == len(letters)
+
+
+async def test_a_state_that_is_none_is_removed_and_its_worker_goes_on(joining, caplog):
+    tasks, talks = joining
+    async with talks.accept("another") as receiver:
+        await receiver.session.set_state(b"\xff")
+    await talks.send("another", tells(0))
+    async with working(tasks.app):
+        await (tasks.add.map([1]) | tasks.note.s()).publish()
+        await until(lambda: tasks.app.state and "Removed a state" in caplog.text)
+    async with talks.accept("another") as receiver:
+        assert await receiver.session.get_state() is None
+        assert await receiver.receive_messages(1, 0.1) == []
+
+
+@pytest.fixture
+def own_emulator():
+    """An emulator without anything else, whose figures are of one test."""
+    options = {"session_queue": ["tasks-join"], "lock_duration": LOCK_DURATION, "duplicate_detection": 600}
+    with ServiceBusEmulator(["tasks", "other"], **options) as emulator:
+        yield emulator
+
+
+async def test_outcomes_of_groups_that_there_are_not_are_completed_and_leave_no_state(own_emulator, impatient):
+    async with azure_buses(own_emulator) as make, talks_on(own_emulator, "tasks-join") as talks:
+        bus = make("tasks")
+        bus.joins = True
+        await talks.send("nobody", tells(0), TIMER, tells(1))
+        async with working(Boilermaker(None, bus)):
+            await until(lambda: own_emulator.control("stats")["active"] == own_emulator.control("stats")["locked"] == 0)
+        async with talks.accept("nobody") as receiver:
+            assert await receiver.session.get_state() is None
+
+
+async def test_the_timer_of_a_group_that_has_ended_removes_what_was_left_of_it(own_emulator, impatient):
+    async with azure_buses(own_emulator) as make, talks_on(own_emulator, "tasks-join") as talks:
+        tasks = group_tasks(make("tasks"))
+        work = group(tasks.add.si(1)) | tasks.note.s()
+
+        def messages_left():
+            stats = own_emulator.control("stats")
+            return stats["active"], stats["locked"], stats["scheduled"]
+
+        async with working(tasks.app):
+            await work.publish()
+            await until(lambda: tasks.app.state)
+            await until(lambda: messages_left() == (0, 0, 1), "the end of all but the timer")
+            await talks.send(work.task_id, TIMER)
+            await until(lambda: messages_left() == (0, 0, 1))
+        async with talks.accept(work.task_id) as receiver:
+            assert await receiver.session.get_state() is None
+    assert tasks.app.state == {"body": [[2]]}
+
+
+async def test_a_worker_on_another_queue_takes_members_and_joins_nothing(joining, monkeypatch):
+    tasks, _ = joining
+    app, other = tasks.app, Boilermaker({}, tasks.new_bus())
+    joiners = []
+    start = boilermaker.AzureJoiner.__init__
+
+    def started(joiner, bus):
+        joiners.append(bus.queue_name)
+        start(joiner, bus)
+
+    monkeypatch.setattr(boilermaker.AzureJoiner, "__init__", started)
+
+    @other.task
+    async def double(state, x):
+        state[x] = 2 * x
+        return state[x]
+
+    await (group(Task.default("double", payload={"args": [4]}, queue=other.queue_name)) | tasks.note.s()).publish()
+    async with working(other):
+        await until(lambda: other.state)
+        await until(partial(is_empty, other.service_bus_client))
+    assert joiners == []
+    app.service_bus_client.joins = True  # who is given the queue's name does so from its start on
+    async with working(app):
+        await until(lambda: app.state)
+    assert joiners == [app.queue_name]
+    assert app.state == {"body": [[8]]}
+
+
+async def test_a_worker_that_waits_for_groups_asks_once_in_a_while_and_survives_an_outage(
+    joining, emulator, monkeypatch
+):
+    tasks, _ = joining
+    tasks.app.service_bus_client.joins = True
+    asked = []
+    session_link = AzureServiceBus.session_link
+
+    def link(bus, queue, session, wait):
+        asked.append(wait)
+        return session_link(bus, queue, session, wait)
+
+    monkeypatch.setattr(AzureServiceBus, "session_link", link)
+    async with working(tasks.app):
+        await until(lambda: tasks.app.workers)
+        await until(lambda: asked[1:])
+        await asyncio.sleep(1)
+        assert asked == [boilermaker.ATTEMPT_TIMEOUT, boilermaker.ACCEPT_WAIT]  # whether there is a queue; the next
+        emulator.control("refuse 0.5")
+        emulator.control("drop")
+        await until(lambda: len(asked) > 2)
+        await (tasks.add.map([1, 2]) | tasks.note.s()).publish(publish_attempts=5)
+        await until(lambda: tasks.app.state)
+    assert tasks.app.state == {"body": [[2, 3]]}
+
+
+async def test_a_joiner_that_is_idle_goes_on_after_each_wait(joining, monkeypatch):
+    monkeypatch.setattr(boilermaker, "ACCEPT_WAIT", 0.2)
+    tasks, _ = joining
+    tasks.app.service_bus_client.joins = True
+    async with working(tasks.app):
+        await until(lambda: tasks.app.workers)
+        await asyncio.sleep(1.5)
+        await (tasks.add.map([1, 2]) | tasks.note.s()).publish()
+        await until(lambda: tasks.app.state)
+
+
+async def test_a_burst_ends_when_the_groups_of_its_tasks_have_ended(joining):
+    tasks, _ = joining
+    await tasks.app.publish_many([tasks.add.map([n]) | tasks.note.s() for n in range(3)])
+    await work_off(tasks.app)
+    assert sorted(tasks.app.state["body"]) == [[1], [2], [3]]
+
+
+STEPS = {"_set": ["before", "after"], "_publish": ["before", "after"], "complete_message": ["before", "after"]}
+
+
+@pytest.mark.parametrize("fault", ["drop", "detach", "steal"])
+async def test_a_joiner_that_loses_its_session_or_its_connection_at_any_step_is_followed_by_another(
+    joining, emulator, monkeypatch, fault
+):
+    tasks, _ = joining
+    left = [(step, when) for step, times in STEPS.items() for when in times]
+
+    async def suffer(step, when):
+        if (step, when) in left:
+            left.remove((step, when))
+            with contextlib.suppress(ValueError):  # nothing is locked
+                emulator.control(f"steal {work.task_id}" if fault == "steal" else fault)
+
+    def suffering(name, call):
+        async def step(*args, **options):
+            await suffer(name, "before")
+            result = await call(*args, **options)
+            await suffer(name, "after")
+            return result
+
+        return step
+
+    for name in ("_set", "_publish"):
+        step = suffering(name, getattr(boilermaker.AzureJoiner, name))
+        monkeypatch.setattr(boilermaker.AzureJoiner, name, step)
+    call = boilermaker.AzureLink.call
+
+    async def call_of_link(link, operation, *args, **options):
+        of_joiner = link._queue.endswith("-join") and operation.__name__ == "complete_message"
+        step = suffering(operation.__name__, call) if of_joiner else call
+        return await step(link, operation, *args, **options)
+
+    monkeypatch.setattr(boilermaker.AzureLink, "call", call_of_link)
+    work = tasks.add.map([1, 2]) | tasks.note.s()
+    work.on_failure = tasks.note.s("failure")
+    async with working(tasks.app):
+        await work.publish()
+        await until(lambda: not left, "a fault at each step")
+        await until(lambda: tasks.app.state)
+        await until(partial(is_empty, tasks.app.service_bus_client))
+    assert tasks.app.state == {"body": [[2, 3]]}
+
+
+# -- several processes
+
+GROUP_PROGRAM = """
+import asyncio, itertools, json, logging, os, signal, sys
+import boilermaker
+from boilermaker import AzureServiceBus, Boilermaker, LocalServiceBus, current_task
+
+address, queue, die_at = *sys.argv[1:3], json.loads(sys.argv[3])
+logging.basicConfig(level=logging.INFO)
+logging.getLogger("azure").setLevel(logging.WARNING)
+boilermaker.EMPTY_WAIT = 0.3
+if address.startswith("Endpoint="):
+    bus = AzureServiceBus.from_connection_string(address, queue, join_queue_name=f"{queue}-join")
+else:
+    bus = LocalServiceBus(address, queue, lock_duration=0.5, max_delivery_count=None)
+app = Boilermaker(None, bus)
+journal = os.open("journal", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+
+@app.task
+async def add(state, x, y):
+    await asyncio.sleep(0.05)
+    return x + y
+
+@app.task
+async def note(state, value, label):
+    task = current_task()
+    words = ("note", label, json.dumps(value, separators=(",", ":")), task.message_id)
+    os.write(journal, (" ".join(map(str, words)) + "\\\\n").encode())
+
+def killing(call, when, number, is_step=lambda *arguments: True):
+    # A function that kills its process before, or after, a call of so high a number.
+    numbers = itertools.count(1)
+
+    async def step(*arguments, **options):
+        dies = is_step(*arguments) and next(numbers) == number
+        if dies and when == "before":
+            os.kill(os.getpid(), signal.SIGKILL)
+        result = await call(*arguments, **options)
+        if dies and when == "after":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+    return step
+
+def completes(link, operation, *arguments):
+    return link._queue.endswith("-join") and operation.__name__ == "complete_message"
+
+if die_at and die_at[0] == "complete":
+    boilermaker.AzureLink.call = killing(boilermaker.AzureLink.call, *die_at[1:], completes)
+elif die_at:
+    name, *moment = die_at
+    setattr(boilermaker.AzureJoiner, name, killing(getattr(boilermaker.AzureJoiner, name), *moment))
+
+async def main():
+    async with app:
+        await app.run(concurrency=20)
+
+asyncio.run(main())
+""".replace("\\\\n", "\\n")
+
+
+@pytest.mark.parametrize("where", ["local", "azure"])
+async def test_of_workers_that_are_killed_at_random_each_group_has_one_body_with_the_right_list(
+    request, start_program, journal, tmp_path, where
+):
+    groups, members = 50, 20
+    if where == "local":
+        address = tmp_path / "queue.db"
+        bus = LocalServiceBus(address, queue := fresh_queue(), lock_duration=0.5, max_delivery_count=None)
+    else:
+        address, queue = request.getfixturevalue("quick_emulator").connection_string, fresh_queue()
+        bus = AzureServiceBus.from_connection_string(address, queue)
+    app = Boilermaker(None, bus)
+    works = [
+        group(Task.default("add", payload={"args": [n, 100 * label]}) for n in range(members))
+        | Task.default("note", payload={"args": [str(label)]}, takes_result=True)
+        for label in range(groups)
+    ]
+    await app.publish_many(works)
+    bodies = [message.body for message in await bus.peek(100)]
+    await bus.send([letter(body, message_id=f"again {n}", queue=queue) for n, body in enumerate(bodies)])
+    workers = [start_program(GROUP_PROGRAM, address, queue, "null") for _ in range(2)]
+
+    def labels():
+        return {label for _, label, _, _ in journal("note")}
+
+    for kill in range(1, 5):
+        await until(lambda kill=kill: len(labels()) >= groups * kill // 6, "\n".join(o.read_text() for _, o in workers))
+        victim, _ = workers.pop(0)
+        victim.kill()
+        victim.wait()
+        workers.append(start_program(GROUP_PROGRAM, address, queue, "null"))
+    await until(lambda: len(labels()) == groups, "the bodies")
+    await until(partial(is_empty, bus), "the end of all members")
+    for process, output in workers:
+        process.terminate()
+        await exit_code((process, output))
+    await bus.close()
+    found = {(label, value, message_id) for _, label, value, message_id in journal("note")}
+    assert sorted((int(label), json.loads(value)) for label, value, _ in found) == [
+        (label, [n + 100 * label for n in range(members)]) for label in range(groups)
+    ]
+
+
+DEATHS = [
+    ("_set", "before", 1),
+    ("_set", "after", 1),
+    ("_publish", "after", 1),
+    ("_set", "after", 2),
+    ("complete", "before", 2),
+]
+"""Of the steps of a joiner: the state is set, what follows published, that it has ended is set, messages completed."""
+
+
+async def test_of_joiners_that_are_killed_between_two_steps_each_group_has_one_body(
+    own_emulator, impatient, start_program, journal
+):
+    async with azure_buses(own_emulator) as make:
+        tasks, other = group_tasks(make("tasks")), Boilermaker(None, make("other"))
+        other.register_async(tasks.add.function)
+        labels, numbers = range(len(DEATHS)), range(3)
+        for label in labels:
+            away = [Task.default("add", payload={"args": [n, label]}, queue="other") for n in numbers]
+            await (group(away) | tasks.note.s(str(label))).publish()
+        async with working(other):  # which joins nothing
+            await until(partial(is_empty, other.service_bus_client))
+        arguments = own_emulator.connection_string, "tasks"
+        programs = [start_program(GROUP_PROGRAM, *arguments, json.dumps(death)) for death in DEATHS]
+        for program in programs:
+            assert await exit_code(program) == -signal.SIGKILL, program[1].read_text()
+
+        def messages_left():
+            stats = own_emulator.control("stats")
+            return stats["active"] + stats["locked"]
+
+        assert messages_left() > 0
+        process, output = start_program(GROUP_PROGRAM, *arguments, "null")
+        await until(lambda: messages_left() == 0, "the end of what the dead have left")
+        process.terminate()
+        assert await exit_code((process, output)) == 0
+    found = {(int(label), value, message_id) for _, label, value, message_id in journal("note")}
+    assert sorted((label, json.loads(value)) for label, value, _ in found) == [
+        (label, [n + label for n in numbers]) for label in labels
+    ]
 
 
 # ======================================================================================================================
