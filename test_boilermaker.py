@@ -9035,6 +9035,30 @@ async def test_a_task_that_gives_up_awaiting_has_its_place_again(open_bus, ends_
         assert await idle_places(app) == 1
 
 
+async def test_a_task_that_gives_up_awaiting_goes_on_at_once_though_another_has_its_place(open_bus):
+    app, order, go = Boilermaker(asyncio.timeout(None), open_bus()), [], asyncio.Event()
+
+    @app.task
+    async def impatient(limit):
+        try:
+            async with limit:
+                await app.result("unknown", None)
+        except TimeoutError:
+            order.append("gave up")
+            go.set()
+
+    @app.task
+    async def hold(limit):
+        order.append("holds")
+        limit.reschedule(0)
+        await go.wait()
+        order.append("ends")
+
+    await app.publish_many([impatient.si(), hold.si()])
+    await work_off(app, concurrency=1)
+    assert order == ["holds", "gave up", "ends"]
+
+
 async def test_what_a_task_leaves_behind_holds_no_place(open_bus):
     app, tasks = keeping_app(open_bus())
     awaited, left = await tasks.give.options(delay=3600).delay(), []
@@ -9077,7 +9101,9 @@ async def test_a_suspect_runs_while_others_await_and_may_await_itself(open_bus, 
     async with working(app, concurrency=2):
         await until(lambda: app.workers and len(next(iter(app.workers))._awaiting) == 1)
         published = await app.publish_task(suspect, delay=0.2)
-        await deliver_often(app.service_bus_client, 5)
+        with contextlib.closing(sqlite3.connect(app.service_bus_client.path, isolation_level=None)) as connection:
+            change = "UPDATE message SET delivery_count = 5 WHERE message_id = ?"
+            assert connection.execute(change, (published.task_id,)).rowcount == 1
         assert await published.result(PATIENCE) == 8
         assert "it runs alone" in caplog.text
         await app.service_bus_client.cancel(awaited.sequence_number)
@@ -9174,6 +9200,10 @@ async def test_who_waits_is_woken_and_does_not_look_from_time_to_time(open_bus, 
     assert await asyncio.wait_for(here, PATIENCE) == "x"
     assert await exit_code(there) == 0
     assert there[1].read_text() == "awaits\nreturned: x\n"
+    never = asyncio.create_task(app.result("unknown", None))
+    await asyncio.sleep(0.05)
+    assert await asyncio.wait_for(published.result(None), PATIENCE) == "x"  # although a look for another has ended
+    never.cancel()
 
 
 WITHOUT_LOOKING = "import boilermaker; boilermaker.MAX_WAIT = 1000\nimport asyncio"
