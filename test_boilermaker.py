@@ -8133,7 +8133,7 @@ async def test_how_long_an_outcome_is_kept_is_said_of_the_head(open_bus, role):
     app, tasks = keeping_app(open_bus())
     head, step = tasks.give.si(), tasks.forget.options(result_ttl=5).si()
     setattr(head, role, step)
-    with pytest.raises(UsageError, match="follows another task: result_ttl= is for the head of what is published"):
+    with pytest.raises(UsageError, match="is a part of a workflow: result_ttl= is for the head of what is published"):
         await app.publish_task(head)
 
 
