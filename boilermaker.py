@@ -5475,7 +5475,10 @@ class AzureServiceBus:
             )
         else:
             document += f',"position":{to.position}}}'  # what GroupState reads
-            message = Outgoing(document, f"{to.id}:{to.position}", to.queue, session=to.id)
+            message_id = f"{to.id}:{to.position}"
+            if len(message_id) > MAX_MESSAGE_ID_LENGTH:  # of a tick whose schedule has a long name
+                message_id = derived_id(message_id)
+            message = Outgoing(document, message_id, to.queue, session=to.id)
         if (size := self.size(message)) > self.max_message_bytes:
             raise MessageTooLarge(f"it makes an outcome of {size} bytes, the limit is {self.max_message_bytes}")
         return message

@@ -14686,8 +14686,8 @@ async def test_only_a_group_has_progress(open_bus):
         await (await tasks.add.delay(1)).progress()
 
 
-async def test_the_result_of_a_group_is_its_list_and_that_of_a_workflow_what_its_last_step_returned(open_bus):
-    tasks = group_tasks(open_bus())
+async def test_the_result_of_a_group_is_its_list_and_that_of_a_workflow_what_its_last_step_returned(new_bus):
+    tasks = group_tasks(new_bus())
     failing = group(tasks.add.si(1), tasks.fail.si("a"), tasks.fail.si("b"))
     async with working(tasks.app):
         list_of, sum_of, last, nothing, failed, late = await tasks.app.publish_many(
@@ -14794,6 +14794,19 @@ async def test_a_member_whose_message_is_removed_has_failed_by_that(open_bus, wa
     [failure] = tasks.app.state["failure"]
     assert (failure["error"], failure["function_name"]) == (error, "add")
     assert "body" not in tasks.app.state
+
+
+async def test_a_member_that_is_purged_has_failed_by_that_on_either_bus(new_bus):
+    tasks = group_tasks(new_bus())
+    work = group(tasks.add.si(1), named("a"), tasks.fail.si()) | tasks.note.s()
+    work.on_failure = tasks.note.s("failure")
+    await work.publish()
+    assert len(await tasks.app.purge(lambda message: message.task.function_name == "a")) == 1
+    async with working(tasks.app):
+        await until(lambda: tasks.app.state)
+    [failure] = tasks.app.state["failure"]
+    assert (failure["function_name"], failure["error"]) == ("a", "Cancelled")
+    assert failure["message"].startswith("2 of 3 members failed, the first: ")
 
 
 async def test_a_dead_letter_that_is_discarded_tells_its_group_what_had_been_told(open_bus):
@@ -15243,6 +15256,22 @@ async def dead_letters_of(talks, count=1):
                 found.append(message)
                 await receiver.complete_message(message)
     return found
+
+
+def test_a_member_tells_its_groups_session_under_an_id_of_its_own_that_is_never_too_long():
+    bus = AzureServiceBus("example.servicebus.windows.net", "tasks")
+
+    def reply(group_id, position):
+        return bus.reply(boilermaker.Answer(bus.member_address(group_id, position), False, "7"))
+
+    one = reply("g", 3)
+    assert (one.message_id, one.session, one.queue, json.loads(one.body)) == (
+        *("g:3", "g", "tasks-join"),
+        {"failed": False, "value": 7, "position": 3},
+    )
+    longest = {reply("x" * 127, position).message_id for position in (3, 33, 333, 333)}
+    assert len(longest) == 3
+    assert all(len(message_id) <= 128 for message_id in longest)
 
 
 async def test_how_far_a_group_is_azure_does_not_tell(joining):
