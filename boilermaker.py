@@ -1937,6 +1937,8 @@ class Outgoing(NamedTuple):
     """Who sends it, scheduled, wants to know its sequence number, which on Azure costs a request for each time."""
     opens_group: bool = False
     """It is no message for a worker, but what a group begins with, under the group's id."""
+    part_of: str | None = None
+    """The id that was given to the group it is sent with: where that group is a duplicate, so is this."""
     session: str | None = None
     correlation_id: str | None = None
     time_to_live: float | None = None
@@ -2735,11 +2737,11 @@ def ending_of(
         try:
             values = [_from_json(outcomes[position][1]) for position in range(group.group.total)]
             return _ending(bus, home, group, group.on_success, values, failed=False)
-        except (UsageError, RecursionError) as error:
+        except Exception as error:  # whatever it is: nothing that members return may keep a group from its end
             failure = failure_of(group, type(error).__name__, error, 0)
     try:
         return _ending(bus, home, group, group.on_failure, failure, failed=True)
-    except UsageError as error:
+    except Exception as error:
         logger.error("What follows the failure of %r cannot be published: %s", group, error)
         return _ending(bus, home, group, None, failure, failed=True)
 
@@ -2777,7 +2779,7 @@ class GroupState(NamedTuple):
         try:
             document = _from_json(text if isinstance(text, str) else text.decode("utf-8"))
             outcomes = {int(position): (failed, value) for position, (failed, value) in document["outcomes"].items()}
-            state = cls(document["definition"], outcomes, document["ended"])
+            state = cls(document["definition"], outcomes, document["ended"], document["timed_out"])
             if state.definition and decode(state.definition, home).group is None:
                 raise ValueError("its definition is a task's")
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError, InvalidTaskFormat) as error:
@@ -2788,7 +2790,7 @@ class GroupState(NamedTuple):
         """None for nothing."""
         if self == GroupState():
             return None
-        return _to_json({"definition": self.definition, "outcomes": self.outcomes, "ended": self.ended})
+        return _to_json(self._asdict())
 
     def with_message(self, body: str | bytes, home: str) -> GroupState:
         """What is known after one of its messages, that may have come before; InvalidTaskFormat if it is none."""
@@ -2808,7 +2810,7 @@ class GroupState(NamedTuple):
                 raise ValueError(f"a failure is an object, not {_short(value)}")
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise InvalidTaskFormat(f"The body tells nothing of a group: {error}.") from error
-        if self.ended or not self.definition or position in self.outcomes:
+        if self.ended or self.timed_out or not self.definition or position in self.outcomes:
             return self  # it has ended, or was not begun; or the member had ended before
         return self._replace(outcomes={**self.outcomes, position: (failed, value)})
 
@@ -3154,6 +3156,9 @@ class Store(Connection):
         Args:
             dropped: takes the message ids of duplicates.
         """
+        if again := self._groups_sent_again(messages, now):
+            others = iter(self.insert([message for message in messages if message.part_of not in again], now, dropped))
+            return [0 if message.part_of in again else next(others) for message in messages]
         self.additions += len(messages)
         numbers: list[int] = []
         for (queue, given_id, opens_group), together in itertools.groupby(messages, key=_kind):
@@ -3234,7 +3239,7 @@ class Store(Connection):
         """
         queue_id, settings = self._queue(queue)
         if not 0 <= now - self._groups_seen_to < GROUPS_INTERVAL:
-            self._see_to_groups(queue_id, now)
+            self._see_to_groups(now)
         most = MAX_SECONDS if settings.max_delivery_count is None else settings.max_delivery_count
         mortal = not queue.endswith(DEAD_LETTER_SUFFIX)
         buried = 0
@@ -3396,15 +3401,15 @@ class Store(Connection):
     # to write it anew.
 
     def _open_group(self, queue_id: int, message: Outgoing, now: float) -> int:
-        """Begin a group, unless its id was given and is remembered, for which its members are dropped too."""
+        """Begin a group, unless it is a tick's that is remembered, as its members are."""
         group_id, settings = message.message_id, decode(message.body, message.queue).group
         assert settings is not None
         if message.given_id:
-            if self._original(queue_id, group_id, now) is not None:
+            given_id = message.part_of or group_id
+            if self._original(queue_id, given_id, now) is not None:
                 return 0
             window = self._queue(message.queue)[1].id_window(given_id=True) or 0
-            self._remember(queue_id, group_id, now + window, 0, message.outcome_id)
-            self._forget_group(group_id)
+            self._remember(queue_id, given_id, now + window, 0, message.outcome_id)
         self.bytes_written += len(message.body) + BYTES_OF_A_CHANGE
         due = max(message.due or 0, now) + settings.timeout
         self.sql.execute(
@@ -3414,6 +3419,15 @@ class Store(Connection):
         if not settings.total:
             self._end_group(group_id, now, message.due)
         return 0
+
+    def _groups_sent_again(self, messages: Sequence[Outgoing], now: float) -> set[str]:
+        """The ids, among those given to groups of these messages, that are remembered."""
+        given = {(message.queue, message.part_of) for message in messages if message.opens_group and message.given_id}
+        return {
+            given_id
+            for queue, given_id in given
+            if given_id is not None and self._original(self._queue(queue)[0], given_id, now) is not None
+        }
 
     def _join(self, group_id: str, members: Sequence[tuple[Any, ...]], now: float) -> None:
         """Note how members of a group ended, each the first time that it does; the last one ends the group.
@@ -3448,27 +3462,25 @@ class Store(Connection):
         if ending.answer is not None:
             self.tell([ending.answer], now)
 
-    def _see_to_groups(self, queue_id: int, now: float) -> None:
-        """End a queue's group whose time has run out, or forget one that ended long ago, if there is one."""
+    def _see_to_groups(self, now: float) -> None:
+        """End a group whose time has run out, or forget one that ended long ago, if there is one, of any queue."""
         is_open = "EXISTS (SELECT 1 FROM group_member AS member WHERE member.group_id = g.group_id AND position = -1)"
-        due = self._one(
-            f"SELECT group_id, {is_open} FROM task_group AS g WHERE due <= ? AND queue_id = ? LIMIT 1", (now, queue_id)
-        )
+        due = self._one(f"SELECT group_id, {is_open} FROM task_group AS g WHERE due <= ? LIMIT 1", (now,))
         if due is None:
             self._groups_seen_to = now
         elif due[1]:
             self._end_group(due[0], now)
         else:
-            self._forget_group(due[0], GROUP_MEMBERS_AT_ONCE)
+            self._forget_group(due[0])
 
-    def _forget_group(self, group_id: str, most: int = MAX_SECONDS) -> None:
-        """Delete what is left of a group; of a large one, only so many members."""
+    def _forget_group(self, group_id: str) -> None:
+        """Delete what is left of a group; of a large one, only some members at once."""
         members = "SELECT group_id, position FROM group_member WHERE group_id = ? LIMIT ?"
         deleted = self.sql.execute(
-            f"DELETE FROM group_member WHERE (group_id, position) IN ({members})", (group_id, most)
+            f"DELETE FROM group_member WHERE (group_id, position) IN ({members})", (group_id, GROUP_MEMBERS_AT_ONCE)
         )
         self.bytes_written += deleted.rowcount * BYTES_OF_A_CHANGE
-        if deleted.rowcount < most:
+        if deleted.rowcount < GROUP_MEMBERS_AT_ONCE:
             self.sql.execute("DELETE FROM task_group WHERE group_id = ?", (group_id,))
 
     def progress(self, group_id: str) -> Progress | None:
@@ -3527,9 +3539,10 @@ class Store(Connection):
             self._tell_endings(queue, [(body, why, "The message was removed.") for (body,) in awaited], now)
         self.sql.execute(f"DELETE {free}", (queue_id, now))
         self.bytes_written += len(removed) * BYTES_OF_A_CHANGE
-        outcome_ids = [(each.outcome_id,) for each in successors.values() if each is not None and each.outcome_id]
+        instead = [each for number in successors if number in removed and (each := successors[number])]
+        outcome_ids = [(each.outcome_id,) for each in instead if each.outcome_id]
         self.sql.executemany("DELETE FROM outcome WHERE task_id = ?", outcome_ids)
-        self.insert([each for number in successors if number in removed and (each := successors[number])], now)
+        self.insert(instead, now)
         return removed
 
     def cancel(self, queue: str, sequence_number: int, now: float) -> MessageState | None:
@@ -4468,7 +4481,10 @@ class LocalServiceBus:
         commit = await self.commit(keep_settings=False)
         progress = await commit.do(functools.partial(commit.file.store.progress, group_id))
         if progress is None:
-            raise UsageError(f"Group {group_id} is not known to {self!r}: it ended over {GROUP_KEPT} s ago.")
+            raise UsageError(
+                f"Group {group_id} is not known to {self!r}: it ended over {GROUP_KEPT} s ago, or was not enqueued, as "
+                "its task_id= had been published before."
+            )
         return progress
 
     async def outcome(self, address: Address, timeout: float | None) -> Answer:
@@ -5291,6 +5307,7 @@ class AzureServiceBus:
                 "must be three queues: who takes what comes next from one would take what is another's."
             )
         self.joins = join_queue_name is not None
+        """Whether workers of this process join groups: from the start on, or since it has to do with one."""
         self.max_message_bytes = _count("max_message_bytes", max_message_bytes)
         self.duplicate_detection = self.id_window = _positive("duplicate_detection", duplicate_detection, or_zero=True)
         self.max_delivery_count: int | None = _count("max_delivery_count", max_delivery_count)
@@ -5527,17 +5544,19 @@ class AzureServiceBus:
         if self.joins:
             await self.check_join_queue()
         await receiver.open()
-        if self.joins:
-            receiver.join_groups()
         return receiver
+
+    def has_join_queue(self) -> bool:
+        """Whether it has been found in this event loop."""
+        return self.join_queue in self._of_this_loop().checked_queues
 
     async def check_join_queue(self) -> None:
         """Raise ConfigurationError unless there is a queue with sessions, through which groups are joined."""
-        opened = self._of_this_loop()
-        if self.join_queue not in opened.checked_queues:
+        if not self.has_join_queue():
             try:
                 async with self.session_link(self.join_queue, str(uuid.uuid4()), ATTEMPT_TIMEOUT):
-                    opened.checked_queues.add(self.join_queue)
+                    self._of_this_loop().checked_queues.add(self.join_queue)
+                    self.joins = True
             except ConfigurationError as error:
                 options = f"{WITH_SESSIONS} --enable-duplicate-detection true"
                 raise self.without_a_queue(self.join_queue, "Groups", options, error) from error
@@ -6359,7 +6378,7 @@ class AzureOutcomes:
         self._waiting: dict[str, set[asyncio.Future[Answer]]] = {}
         self._link: AzureLink | None = None
         self._running: asyncio.Task[None] | None = None
-        self._opened: asyncio.Future[None]
+        self._opened: asyncio.Future[None] = self._loop.create_future()
         self._tasks: set[asyncio.Task[None]] = set()
         self._deleting: set[asyncio.Task[None]] = set()
         self._failures = 0
@@ -6441,7 +6460,7 @@ class AzureOutcomes:
         """Take what is told, until cancelled; what is wrong at the start ends it, and is told to all who wait."""
         this = asyncio.current_task()
         assert this is not None
-        error: BoilermakerError = ServiceBusUnavailable(f"{self._bus!r} was closed while a result was awaited.")
+        error: BoilermakerError = self._closed()
         try:
             await self._open()
             self._opened.set_result(None)
@@ -6450,10 +6469,17 @@ class AzureOutcomes:
         except BoilermakerError as failure:
             error = failure
         finally:
-            _resolve(self._opened, error)
-            self._opened.exception()  # nobody may be waiting for it
-            for waiting in itertools.chain(*self._waiting.values()):
-                _resolve(waiting, error)
+            self._leave(error)
+
+    def _closed(self) -> ServiceBusUnavailable:
+        return ServiceBusUnavailable(f"{self._bus!r} was closed while a result was awaited.")
+
+    def _leave(self, error: BoilermakerError) -> None:
+        """Tell all who wait that there will be nothing."""
+        _resolve(self._opened, error)
+        self._opened.exception()  # nobody may be waiting for it
+        for waiting in itertools.chain(*self._waiting.values()):
+            _resolve(waiting, error)
 
     async def _open(self) -> None:
         """Open the session, so that what is wrong with the queue shows at once; what may pass is tried again."""
@@ -6593,6 +6619,7 @@ class AzureOutcomes:
         while running is not None and not running.done():
             running.cancel()
             await asyncio.wait([running], timeout=1)
+        self._leave(self._closed())  # where it was cancelled before its first step, it did nothing
         for deleting in self._deleting:
             deleting.cancel()
         if self._link is not None:
@@ -6721,11 +6748,6 @@ class AzureReceiver:
 
         await asyncio.shield(asyncio.ensure_future(close_all()))
 
-    def join_groups(self) -> None:
-        """Begin to end groups too: those of the bus's join queue."""
-        if self._joiner is None:
-            self._joiner = AzureJoiner(self._bus)
-
     # -- receiving
 
     async def receive(self, max_message_count: int, max_wait_time: float) -> list[Delivery]:
@@ -6743,6 +6765,8 @@ class AzureReceiver:
             await self.settle([Settlement(delivery, Action.ABANDON) for delivery in receiving.result()])
 
     async def _receive(self, max_message_count: int, max_wait_time: float) -> list[Delivery]:
+        if self._bus.joins and self._joiner is None and self._queue == self._bus.queue_name:
+            self._joiner = AzureJoiner(self._bus)
         if self._settling:  # to receive meanwhile would slow down both
             await asyncio.wait(self._settling, timeout=SETTLE_WAIT)
         while not self._closing:
@@ -6823,8 +6847,8 @@ class AzureReceiver:
         try:
             for _, some in itertools.groupby(settlement.messages, lambda each: each.correlation_id is None):
                 await self._insist(settlement, functools.partial(self._bus.publish, list(some)))
-            if settlement.answer is not None and settlement.answer.to.queue == self._bus.join_queue:
-                self.join_groups()
+            if any(message.queue == self._bus.join_queue for message in settlement.messages):
+                self._bus.joins = True
             if held:
                 await self._insist(settlement, functools.partial(self._dispose, settlement))
         except BoilermakerError as error:
@@ -7032,6 +7056,7 @@ class AzureJoiner:
         self._accepting: set[asyncio.Task[None]] = set()
         self._joining = 0
         self._last_join = time.monotonic()
+        self._worked = bus.has_join_queue()  # else an error is one of the settings
         self._closing = False
         self._spawn(ACCEPT_WAIT)
 
@@ -7065,20 +7090,21 @@ class AzureJoiner:
             link = self._bus.session_link(self._bus.join_queue, None, wait)
             try:
                 await link.__aenter__()
-            except ConfigurationError as error:
-                logger.error("This worker joins no groups: %s", error)
-                return
             except BoilermakerError as error:
                 if type(error.__cause__).__name__ == "OperationTimeoutError":  # there was none
+                    self._worked = True
                     if wait < ACCEPT_WAIT:
                         return
                     continue
+                if isinstance(error, ConfigurationError) and not self._worked:
+                    logger.error("This worker joins no groups: %s", error)
+                    return
                 failures += 1
                 pause = random.uniform(0.5, 1.0) * min(2.0 ** min(failures, 10) / 16, MAX_BACKOFF)
                 logger.warning("Waiting for groups failed, will try again in %.1f s: %s", pause, error)
                 await asyncio.sleep(pause)
                 continue
-            failures = 0
+            failures, self._worked = 0, True
             for _ in range(JOINED_SESSIONS - len(self._accepting)):
                 self._spawn(MORE_WAIT)
             self._joining += 1
@@ -7101,6 +7127,9 @@ class AzureJoiner:
         except BoilermakerError as error:
             logger.warning("Joining a group was interrupted, somebody will try again: %s", error)
             await asyncio.sleep(RETRY_PAUSE)
+        except Exception:
+            logger.exception("Joining a group failed, somebody will try again")
+            await asyncio.sleep(MAX_BACKOFF)
         finally:
             renewing.cancel()
             await asyncio.shield(asyncio.ensure_future(link.close()))
@@ -7124,8 +7153,9 @@ class AzureJoiner:
         timers: list[ServiceBusReceivedMessage] = []
         for raw in messages:
             try:
-                was_over, state = state.timed_out, state.with_message(_body_of(raw), self._home)
-                (timers if state.timed_out and not was_over else understood).append(raw)
+                state = state.with_message(_body_of(raw), self._home)
+                is_timer = GroupState().with_message(_body_of(raw), self._home).timed_out
+                (timers if is_timer else understood).append(raw)
             except InvalidTaskFormat as error:  # to close a session counts no delivery: it would come for ever
                 number, why = raw.sequence_number, describe(error)
                 logger.error("Dead-lettered what is no message of a group sequence_number=%s: %s", number, why)
@@ -8125,7 +8155,7 @@ class Worker:
             cancelled = True
             raise
         finally:
-            if cancelled or self._awaiting[task] > 1 or self._free_places() > 0:
+            if cancelled or self._awaiting[task] != 1 or self._free_places() > 0:  # 0 where the task itself has ended
                 self._stop_awaiting(task)
             else:
                 place: asyncio.Future[None] = self.loop.create_future()
@@ -8211,7 +8241,7 @@ class Worker:
             self._finished.append(run)
             if run.settlement.action is Action.KEEP:
                 self._keep(run)
-        if self._awaiting or not self._place_freed.is_set():
+        if self._awaiting or self._going_on or not self._place_freed.is_set():
             self._awaiting.pop(run.task, None)  # where what it began still awaits
             self._places_changed()
         if self._alone is run:
@@ -9171,19 +9201,21 @@ class Boilermaker:
             if self._keeps_results or "result_ttl" in its:
                 self._keep_results(head, its)
         with contextlib.ExitStack() as spans:
-            messages, firsts, make = list[Outgoing](), list[int | None](), self._maker(spans)
+            messages, sent, make = list[Outgoing](), list[tuple[str, int | None]](), self._maker(spans)
             for head, its in zip(heads, said, strict=True):
+                # Of a group by a given id there may be several at a time: each has members of its own.
+                message_id = new_task_id() if head.group is not None and head._id_is_given else head.task_id
                 due = _due_time(its.get("delay"), its.get("eta"))
-                some = messages_of(self.service_bus_client, make, head, head.task_id, due)
+                some = messages_of(self.service_bus_client, make, head, message_id, due)
                 if head._id_is_given:
-                    some = [message._replace(given_id=True) for message in some]
-                    some[0] = some[0]._replace(outcome_id=head.task_id)
-                firsts.append(len(messages) if some else None)  # of an empty group that nothing follows
+                    some[0] = some[0]._replace(given_id=True, outcome_id=head.task_id)
+                    some = some if head.group is None else [each._replace(part_of=head.task_id) for each in some]
+                sent.append((message_id, len(messages) if some else None))  # none of an empty group without successor
                 messages += some
             attempts = max((its.get("publish_attempts") or 1 for its in said), default=1)
             numbers = await self._send(messages, attempts, heads)
-        for head, first in zip(heads, firsts, strict=True):
-            head.sequence_number, head.message_id = None if first is None else numbers[first], head.task_id
+        for head, (message_id, place) in zip(heads, sent, strict=True):
+            head.sequence_number, head.message_id = None if place is None else numbers[place], message_id
         return heads
 
     def _check_group(self, head: Task, options: PublishOptions) -> None:

@@ -9486,6 +9486,232 @@ async def test_what_the_original_writes_runs_where_results_are_kept_and_tells_no
 
 
 # ======================================================================================================================
+# Results and groups: where they might have waited for ever
+# ======================================================================================================================
+
+
+async def test_what_a_task_began_and_left_awaiting_is_woken_while_the_worker_is_busy(open_bus):
+    app, left, release = Boilermaker(None, open_bus()), [], asyncio.Event()
+
+    @app.task(result_ttl=60)
+    async def slow(state):
+        await release.wait()
+        return "there"
+
+    @app.task
+    async def parent(state):
+        child = await slow.delay()
+        left.append(asyncio.create_task(child.result(PATIENCE)))
+        while app_worker().running != 2:
+            await asyncio.sleep(0.01)
+
+    @app.task
+    async def busy(state):
+        await ended.wait()
+
+    def app_worker():
+        [worker] = app.workers
+        return worker
+
+    ended = asyncio.Event()
+    await parent.delay()
+    async with working(app, concurrency=2):
+        await until(lambda: left and app_worker().running == 1)
+        await busy.delay()
+        await until(lambda: app_worker().running == 2)  # slow, and one in the place of the parent, which has ended
+        release.set()
+        await busy.delay()
+        assert await asyncio.wait_for(left[0], PATIENCE) == "there"
+        ended.set()
+
+
+async def test_a_group_of_an_application_without_a_worker_is_seen_to_by_the_workers_of_others(open_bus):
+    web, work = Boilermaker(None, open_bus("web")), Boilermaker(None, open_bus("work"))
+
+    @work.task
+    async def size(state, x):
+        return x
+
+    def members(queue):
+        return [Task(function_name="size", args=[x], queue=queue) for x in range(2)]
+
+    ended = await web.publish_task(boilermaker.group(members("work")), result_ttl=60)
+    lost = await web.publish_task(boilermaker.group(members("nobody"), timeout=1), result_ttl=600)
+    await work_off(work)
+    assert await ended.result(0) == [0, 1]
+    with moved_clock() as clock:
+        clock.tick(1000)
+        async with working(work):
+            with pytest.raises(boilermaker.TaskFailed, match="TimeoutError: 2 of 2 members"):
+                await lost.result(PATIENCE)
+            await until(lambda: forgotten(web, ended))
+
+
+async def forgotten(app, published):
+    with contextlib.suppress(UsageError):
+        await published.progress()
+        return False
+    return True
+
+
+async def test_a_replay_that_comes_second_leaves_the_outcome_of_the_first(open_bus):
+    bus, runs = open_bus(), []
+    app = Boilermaker(None, bus)
+
+    @app.task(result_ttl=60)
+    async def flaky(state):
+        runs.append(1)
+        if len(runs) == 1:
+            raise ValueError("not yet")
+        return "well"
+
+    task = await flaky.delay()
+    await work_off(app)
+    [dead] = await bus.peek(dead_letter=True)
+    commit = await bus.commit()
+    queue, successors = boilermaker.dead_letter_queue("tasks"), {dead.sequence_number: boilermaker.replay_of(dead)}
+    assert len(await app.replay([dead.sequence_number])) == 1
+    await work_off(app)
+    assert await commit.do(partial(commit.file.store.replace, queue, successors, time.time())) == set()
+    assert await task.result(0) == "well"
+
+
+async def test_a_group_of_a_given_id_that_still_runs_does_not_mix_with_the_next(open_bus):
+    app, done, release = Boilermaker(None, open_bus()), [], asyncio.Event()
+
+    @app.task
+    async def size(state, run, slow):
+        if slow:
+            await release.wait()
+        return run
+
+    @app.task
+    async def report(state, sizes):
+        done.append(sizes)
+
+    def work(run, slow):
+        return boilermaker.group(size.si(run, False), size.si(run, slow)) | report.s()
+
+    with moved_clock() as clock:
+        first = await app.publish_task(work(1, True), task_id="nightly")
+        async with working(app):
+            await until(lambda: progressed(first, 1))
+            again = await app.publish_task(work(1, False), task_id="nightly")  # a second one, within the window
+            clock.tick(601)
+            await app.publish_task(work(2, False), task_id="nightly")
+            await until(lambda: done == [[2, 2]])
+            release.set()
+            await until(lambda: done == [[2, 2], [1, 1]])
+            with pytest.raises(UsageError, match="had been published before"):
+                await again.progress()
+
+
+async def progressed(published, members):
+    return (await published.progress()).done == members
+
+
+def test_a_joiner_that_takes_over_at_the_timeout_ends_the_group_as_the_first_one_did():
+    bus = AzureServiceBus("example", "tasks")
+    group = boilermaker.Group(group=boilermaker.GroupSettings(False, 1, (("size", 2),)), root="root")
+    group.on_success, group.on_failure = named("store"), named("alert")
+    member = [json.dumps({"failed": False, "value": 1, "position": position}) for position in range(2)]
+    state = boilermaker.GroupState()
+    for body in (encode(group, "tasks", "tasks"), member[0], '{"timeout":true}'):
+        state = state.with_message(body, "tasks")
+    kept = boilermaker.GroupState.read(state.write(), "tasks").with_message(member[1], "tasks")
+    for each in (state, kept):
+        outcomes = {position: (failed, json.dumps(value)) for position, (failed, value) in each.outcomes.items()}
+        [message] = boilermaker.ending_of(bus, "tasks", each.definition, outcomes).messages
+        assert (message.message_id, message.function_name) == ("root", "alert")
+
+
+async def test_what_members_return_keeps_no_group_from_its_end_however_deep_it_is(open_bus):
+    app = Boilermaker(None, open_bus())
+
+    @app.task
+    async def deep(state):
+        return nested_list(980)
+
+    @app.task
+    async def shallow(state): ...
+
+    published = await app.publish_task(boilermaker.group(deep.si(), shallow.si()), result_ttl=60)
+    await work_off(app)
+    with contextlib.suppress(boilermaker.TaskFailed):  # where Python cannot write it
+        assert len(await published.result(0)) == 2
+    assert (await published.progress()).done == 2
+
+
+async def test_a_group_whose_members_another_application_runs_is_joined_by_who_published_it(azure_bus):
+    app, other, done = Boilermaker(None, azure_bus()), Boilermaker(None, azure_bus()), []
+
+    @other.task(name="foreign")
+    async def foreign(state, x):
+        return x
+
+    @app.task
+    async def report(state, sizes):
+        done.append(sizes)
+
+    members = [Task(function_name="foreign", args=[x], queue=other.queue_name) for x in range(2)]
+    await app.publish_task(boilermaker.group(members) | report.s())
+    async with working(app), working(other):
+        await until(lambda: done == [[0, 1]])
+
+
+async def test_a_token_that_cannot_be_had_for_a_moment_ends_no_joiner(azure_bus, emulator, monkeypatch, caplog):
+    monkeypatch.setattr(boilermaker, "ACCEPT_WAIT", 0.5)
+    queue, done, refused = fresh_queue(), [], []
+    bus = AzureServiceBus.from_connection_string(emulator.connection_string, queue, join_queue_name=f"{queue}-join")
+    app, make = Boilermaker(None, bus), bus.session_link
+
+    @app.task
+    async def size(state, x):
+        return x
+
+    @app.task
+    async def report(state, sizes):
+        done.append(sizes)
+
+    class Refused:
+        async def __aenter__(self):
+            refused.append(1)
+            raise ConfigurationError("the identity's endpoint is away")
+
+    async with app, working(app):
+        await until(lambda: any(worker._receiver._joiner for worker in app.workers if worker.started))
+        monkeypatch.setattr(bus, "session_link", lambda *args, **options: Refused())
+        await until(lambda: len(refused) > 1)
+        monkeypatch.setattr(bus, "session_link", make)
+        await app.publish_task(size.map([1, 2]) | report.s())
+        await until(lambda: done == [[1, 2]])
+
+
+async def test_a_bus_that_is_closed_as_it_opens_its_session_leaves_no_publisher_waiting(azure_bus):
+    bus = azure_bus()
+    app = Boilermaker(None, bus)
+
+    @app.task(result_ttl=60)
+    async def size(state, x): ...
+
+    await size.delay(1)
+    await bus.close()
+    for turns in range(4):
+
+        async def publish(turns=turns):
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            await size.delay(2)
+
+        publishing = asyncio.create_task(publish())
+        await bus.close()
+        await asyncio.wait([publishing], timeout=PATIENCE)
+        assert publishing.done()
+        assert publishing.exception() is None or isinstance(publishing.exception(), ServiceBusUnavailable)
+        await bus.close()
+
+
+# ======================================================================================================================
 # Worker: periodic tasks
 # ======================================================================================================================
 
@@ -14778,6 +15004,7 @@ STATES = {  # the messages; the outcomes by position, ended, timed out, and whet
     "opened twice": ([OPENING, tells(1, 5), OPENING], {1: 5}, False, False, False),
     "before it was opened": ([tells(1, 5)], {}, False, False, False),
     "the time": ([OPENING, tells(1, 5), TIMER], {1: 5}, False, True, True),
+    "the time, and one more": ([OPENING, tells(1, 5), TIMER, tells(0)], {1: 5}, False, True, True),
     "the time of none": ([TIMER], {}, False, True, False),
     "no member of it": ([OPENING, tells(0), tells(2)], {0: None, 2: None}, False, False, False),
     "none": ([definition_of(())], {}, False, False, True),
@@ -14791,7 +15018,7 @@ def test_what_is_known_of_a_group_by_its_messages_and_when_it_ends(bodies, value
     assert (state.ended, state.timed_out, state.ends("tasks")) == (ended, timed_out, ends)
     written = state.write()
     again = boilermaker.GroupState.read(written if written is None else written.encode(), "tasks")
-    assert again == state._replace(timed_out=False)
+    assert again == state
     assert state_after(*[body.encode() for body in bodies]) == state
 
 
