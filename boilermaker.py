@@ -1940,9 +1940,10 @@ class Outgoing(NamedTuple):
     part_of: str | None = None
     """The id that was given to the group it is sent with: where that group is a duplicate, so is this."""
     session: str | None = None
+    """This and the next two are for Azure alone, and for what tells an outcome."""
     correlation_id: str | None = None
     time_to_live: float | None = None
-    """Seconds; these three are for Azure alone, and for what tells an outcome."""
+    """In seconds."""
 
 
 @dataclass(slots=True, eq=False)
@@ -2737,12 +2738,12 @@ def ending_of(
         try:
             values = [_from_json(outcomes[position][1]) for position in range(group.group.total)]
             return _ending(bus, home, group, group.on_success, values, failed=False)
-        except Exception as error:  # whatever it is: nothing that members return may keep a group from its end
-            failure = failure_of(group, type(error).__name__, error, 0)
+        except Exception as problem:  # whatever it is: nothing that members return may keep a group from its end
+            failure = failure_of(group, type(problem).__name__, problem, 0)
     try:
         return _ending(bus, home, group, group.on_failure, failure, failed=True)
-    except Exception as error:
-        logger.error("What follows the failure of %r cannot be published: %s", group, error)
+    except Exception as problem:
+        logger.error("What follows the failure of %r cannot be published: %s", group, problem)
         return _ending(bus, home, group, None, failure, failed=True)
 
 
@@ -4445,7 +4446,8 @@ class LocalServiceBus:
 
     async def send(self, messages: Sequence[Outgoing]) -> list[int | None]:
         commit = await self.commit()
-        return await commit.do(lambda: list(commit.file.store.insert(messages, time.time())), durable=True)
+        numbers = await commit.do(lambda: commit.file.store.insert(messages, time.time()), durable=True)
+        return [number or None for number in numbers]  # what opens a group has none
 
     def size(self, message: Outgoing) -> int:
         return len(message.body)
@@ -4929,8 +4931,8 @@ class LocalReceiver:
 
     def _again(self, group: Sequence[Settlement], error: Exception, latest: float) -> list[Settlement]:
         """What is to be tried in place of what failed."""
-        if isinstance(error, MessageLockLost):
-            return list(group)
+        if isinstance(error, MessageLockLost) or (len(group) > 1 and not _may_pass(error)):
+            return list(group)  # each by itself
         if isinstance(error, UsageError) and not isinstance(error, ConfigurationError):
             return []  # the bus was closed
         if not _may_pass(error):
@@ -5518,10 +5520,11 @@ class AzureServiceBus:
 
         Of an empty one it is what follows it: no member would make a worker look into that queue.
         """
-        group_id, settings = message.message_id, decode(message.body, self.queue_name).group
+        home = self.queue_name.removesuffix(DEAD_LETTER_SUFFIX)
+        group_id, settings = message.message_id, decode(message.body, home).group
         assert settings is not None
         if not settings.total:
-            ending = ending_of(self, self.queue_name, message.body, {})
+            ending = ending_of(self, home, message.body, {})
             return [each._replace(due=message.due) for each in ending.messages]
         end = (message.due or time.time()) + settings.timeout
         opening, timer = (derived_id(f"{part}\n{group_id}") for part in ("opening", "timer"))
@@ -7175,7 +7178,11 @@ class AzureJoiner:
         return state
 
     def _too_large(self, state: GroupState) -> MessageTooLarge | None:
-        size, limit = len(state.write() or ""), self._bus.max_message_bytes
+        limit = self._bus.max_message_bytes
+        try:
+            size = len(state.write() or "")
+        except RecursionError:
+            return MessageTooLarge("the results of members are nested too deeply to be kept")
         if size <= limit:
             return None
         return MessageTooLarge(
@@ -7184,7 +7191,8 @@ class AzureJoiner:
         )
 
     async def _publish(self, state: GroupState, error: Exception | None) -> None:
-        outcomes = {position: (failed, _to_json(value)) for position, (failed, value) in state.outcomes.items()}
+        known = state.outcomes if error is None else {}
+        outcomes = {position: (failed, _to_json(value)) for position, (failed, value) in known.items()}
         ending = ending_of(self._bus, self._home, state.definition, outcomes, error)
         await self._bus.publish(ending.messages)
 
@@ -8148,24 +8156,27 @@ class Worker:
         self._awaiting[task] += 1
         self._places_changed()
         self._look_again()
-        cancelled = False
         try:
-            return await waiting
-        except asyncio.CancelledError:
-            cancelled = True
+            result = await waiting
+        except BaseException:  # without a result, as by its timeout, it goes on at once
+            self._stop_awaiting(task)
             raise
-        finally:
-            if cancelled or self._awaiting[task] != 1 or self._free_places() > 0:  # 0 where the task itself has ended
+        await self._take_place(task)
+        return result
+
+    async def _take_place(self, task: Task) -> None:
+        """Go on with a result when there is a place, unless the task awaits others too, or has ended meanwhile."""
+        if self._awaiting[task] != 1 or self._free_places() > 0:
+            self._stop_awaiting(task)
+            return
+        place: asyncio.Future[None] = self.loop.create_future()
+        self._going_on.append((task, place))
+        try:
+            await place
+        except asyncio.CancelledError:
+            if place.cancelled():
                 self._stop_awaiting(task)
-            else:
-                place: asyncio.Future[None] = self.loop.create_future()
-                self._going_on.append((task, place))
-                try:
-                    await place
-                except asyncio.CancelledError:
-                    if place.cancelled():
-                        self._stop_awaiting(task)
-                    raise
+            raise
 
     def _stop_awaiting(self, task: Task) -> None:
         self._awaiting[task] -= 1
@@ -8482,6 +8493,7 @@ class Worker:
             run.settlement = Settlement(run.delivery, Action.ABANDON if held else Action.LEAVE)
             self._finished.append(run)
         self._running.clear()
+        self._places_changed()  # for what tasks began and left awaiting
         self._settle_finished()
         for run in self._kept.values():
             self._give_back(Run(run.delivery, run.task))

@@ -9642,6 +9642,58 @@ async def test_what_members_return_keeps_no_group_from_its_end_however_deep_it_i
     assert (await published.progress()).done == 2
 
 
+async def test_a_wait_that_runs_out_does_not_wait_for_a_place(open_bus):
+    app, ended, hold = Boilermaker(None, open_bus()), [], asyncio.Event()
+
+    @app.task(result_ttl=60)
+    async def later(state): ...
+
+    @app.task
+    async def busy(state):
+        await hold.wait()
+
+    @app.task
+    async def asks(state):
+        task = await app.publish_task(later.si(), delay=3600)
+        await busy.delay()
+        with pytest.raises(TimeoutError):
+            await task.result(0.3)
+        ended.append(hold.is_set())
+
+    await asks.delay()
+    async with working(app, concurrency=1):
+        await until(lambda: ended)
+        assert ended == [False]  # while another had its place
+        hold.set()
+
+
+async def test_a_group_has_no_sequence_number(open_bus):
+    app = Boilermaker(None, open_bus())
+    published = await app.publish_task(boilermaker.group(named("f")))
+    assert (published.sequence_number, published.message_id) == (None, published.task_id)
+
+
+def test_what_follows_an_empty_group_out_of_a_dead_letter_queue_goes_to_the_queue_itself():
+    bus = AzureServiceBus("example", boilermaker.dead_letter_queue("tasks"))
+    group = boilermaker.group(())
+    group.on_success = named("store")
+    make = partial(boilermaker.outgoing_of, bus, "tasks")
+    [message] = boilermaker.messages_of(bus, make, group, "id", None)
+    assert (message.queue, message.function_name) == ("tasks", "store")
+
+
+@pytest.mark.parametrize("depth", range(960, 1000, 5))
+async def test_results_nested_too_deeply_to_be_kept_end_their_group_on_azure_too(depth):
+    state = boilermaker.GroupState('{"group": "its definition"}', {0: (False, nested_list(depth))})
+    joiner = boilermaker.AzureJoiner.__new__(boilermaker.AzureJoiner)
+    joiner._bus = AzureServiceBus("example", "tasks")
+    try:
+        assert state.write()
+        assert joiner._too_large(state) is None
+    except RecursionError:
+        assert "nested too deeply" in str(joiner._too_large(state))
+
+
 async def test_a_group_whose_members_another_application_runs_is_joined_by_who_published_it(azure_bus):
     app, other, done = Boilermaker(None, azure_bus()), Boilermaker(None, azure_bus()), []
 
