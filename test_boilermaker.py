@@ -17414,11 +17414,20 @@ def on_a_terminal(command, cwd, answer, columns=60):
         while data := os.read(our_end, 65536):
             shown += data
             if answer is not None and b"[y/N]" in shown:
-                os.write(our_end, answer)
+                threading.Thread(target=press, args=(process, our_end, answer)).start()
                 answer = None
     os.close(our_end)
     too_long.cancel()
     return process.wait(PATIENCE), shown.decode().replace("\r\n", "\n")
+
+
+def press(process, our_end, keys):
+    """Ctrl-C again and again: Python does not see one that comes between its question and its wait for the answer."""
+    os.write(our_end, keys)
+    while keys == b"\x03" and process.poll() is None:
+        time.sleep(0.5)
+        if process.poll() is None:
+            os.write(our_end, keys)
 
 
 def take_the_terminal():
