@@ -3691,12 +3691,15 @@ def _select(connection: Connection, table: str, condition: str, *parameters: Any
 NEAR = """
     SELECT   sequence_number
     FROM     (SELECT sequence_number, queue_id FROM message NOT INDEXED
-              WHERE sequence_number >= ?2 ORDER BY sequence_number LIMIT 20 * min(?3, 1000))
+              WHERE sequence_number >= ?2 ORDER BY sequence_number LIMIT 20 * ?3)
     WHERE    queue_id = (SELECT queue_id FROM queue WHERE name = ?1)
     ORDER BY sequence_number
     LIMIT    ?3
 """
 """The first numbers of a queue from one on, found among the next rows of all queues: quick in a long queue."""
+
+FEW = 1000
+"""Messages, at most, that are looked for nearby first."""
 
 ANYWHERE = """
     SELECT   sequence_number
@@ -3713,7 +3716,7 @@ def read_messages(connection: Connection, queue: str, max_message_count: int, se
     rows: list[tuple[Any, ...]] = []
     # Held until all is read: a child that is forked in the middle of it could not close the connection.
     with _explained(connection.path), connection.mutex:
-        for numbers in (NEAR, ANYWHERE):
+        for numbers in (NEAR, ANYWHERE) if max_message_count <= FEW else (ANYWHERE,):
             if len(rows) < max_message_count:
                 condition = f"sequence_number IN ({numbers}) ORDER BY sequence_number"
                 rows = list(_select(connection, BY_NUMBER, condition, queue, sequence_number, max_message_count))
@@ -3996,7 +3999,7 @@ FULL_LOG_BYTES = 16 * 1024 * 1024
 LOOK_BYTES = 512 * 1024
 """Bytes, roughly, that are written between two looks at how long the log is."""
 
-CHECKPOINT_PATIENCE = 100
+CHECKPOINT_PATIENCE = 50
 """Milliseconds for which a checkpoint keeps writers waiting for somebody who reads, before it leaves it to the next."""
 
 POLL_INTERVAL = 0.025
