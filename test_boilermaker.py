@@ -4116,13 +4116,19 @@ async def test_a_bus_that_is_closed_in_the_middle_of_an_operation_loses_nothing(
     monkeypatch.setattr(boilermaker, "READ_AT_ONCE", 2)
     bus, closing = open_bus(path=path), []
     await dead_letters(bus, *"abcde")
-    with contextlib.suppress(boilermaker.OperationStopped) if path else contextlib.nullcontext():  # all went with it
-        done = await bus.replay(
-            lambda message: True, on_progress=lambda count: closing.append(asyncio.ensure_future(bus.close()))
-        )
+
+    def close(count):
+        closing.append(asyncio.ensure_future(bus.close()))
+
+    for _ in range(1 if path else 10):
+        try:
+            await bus.replay(lambda message: True, on_progress=close)
+            break
+        except boilermaker.OperationStopped:  # as it says: called again, it goes on
+            await asyncio.gather(*closing)
     await asyncio.gather(*closing)
     if path is None:
-        assert [message.body for message in done] == [message.body for message in await bus.peek()] == [*"abcde"]
+        assert [message.body for message in await bus.peek()] == [*"abcde"]
         assert await bus.peek(dead_letter=True) == []
 
 
