@@ -1938,7 +1938,7 @@ class Outgoing(NamedTuple):
     opens_group: bool = False
     """It is no message for a worker, but what a group begins with, under the group's id."""
     part_of: str | None = None
-    """The id that was given to the group it is sent with: where that group is a duplicate, so is this."""
+    """The id that was given to what it is sent with: where that group is a duplicate, so is this."""
     session: str | None = None
     """This and the next two are for Azure alone, and for what tells an outcome."""
     correlation_id: str | None = None
@@ -2707,6 +2707,11 @@ def messages_of(
     return messages
 
 
+def _given_an_id(messages: Sequence[Outgoing], given_id: str) -> list[Outgoing]:
+    """The messages of a task, or of a group with its members, of which there is to be one by this id."""
+    return [each._replace(given_id=place == 0, part_of=given_id) for place, each in enumerate(messages)]
+
+
 class Ending(NamedTuple):
     """What follows a group: messages, and what is told to who waits for its outcome."""
 
@@ -3157,16 +3162,17 @@ class Store(Connection):
         Args:
             dropped: takes the message ids of duplicates.
         """
-        if again := self._groups_sent_again(messages, now):
-            others = iter(self.insert([message for message in messages if message.part_of not in again], now, dropped))
-            return [0 if message.part_of in again else next(others) for message in messages]
         self.additions += len(messages)
         numbers: list[int] = []
-        for (queue, given_id, opens_group), together in itertools.groupby(messages, key=_kind):
+        sent_again: set[str | None] = set()  # ids given to groups that are remembered
+        for (queue, given_id, opens_group, part_of), together in itertools.groupby(messages, key=_kind):
             queue_id, settings = self._queue(queue)
             group = list(together)
-            if opens_group:
-                numbers += [self._open_group(queue_id, message, now) for message in group]
+            if opens_group or part_of in sent_again:
+                numbers += [0] * len(group)
+                for message in group:
+                    if part_of not in sent_again and not self._open_group(queue_id, message, now):
+                        sent_again.add(part_of)
                 continue
             rows = [self._row(queue_id, settings.time_to_live, message, now) for message in group]
             if (window := settings.id_window(given_id)) is not None:
@@ -3401,16 +3407,15 @@ class Store(Connection):
     # What defines a group is the row of its member -1, there until it ends: in `task_group`, to count a member would be
     # to write it anew.
 
-    def _open_group(self, queue_id: int, message: Outgoing, now: float) -> int:
-        """Begin a group, unless it is a tick's that is remembered, as its members are."""
+    def _open_group(self, queue_id: int, message: Outgoing, now: float) -> bool:
+        """Begin a group; False, and it is not begun, if the id that was given to it is remembered."""
         group_id, settings = message.message_id, decode(message.body, message.queue).group
         assert settings is not None
-        if message.given_id:
-            given_id = message.part_of or group_id
-            if self._original(queue_id, given_id, now) is not None:
-                return 0
+        if message.given_id and message.part_of is not None:
+            if self._original(queue_id, message.part_of, now) is not None:
+                return False
             window = self._queue(message.queue)[1].id_window(given_id=True) or 0
-            self._remember(queue_id, given_id, now + window, 0, message.outcome_id)
+            self._remember(queue_id, message.part_of, now + window, 0, message.outcome_id)
         self.bytes_written += len(message.body) + BYTES_OF_A_CHANGE
         due = max(message.due or 0, now) + settings.timeout
         self.sql.execute(
@@ -3419,16 +3424,7 @@ class Store(Connection):
         self.sql.execute("INSERT OR IGNORE INTO group_member VALUES (?, -1, 0, ?)", (group_id, message.body))
         if not settings.total:
             self._end_group(group_id, now, message.due)
-        return 0
-
-    def _groups_sent_again(self, messages: Sequence[Outgoing], now: float) -> set[str]:
-        """The ids, among those given to groups of these messages, that are remembered."""
-        given = {(message.queue, message.part_of) for message in messages if message.opens_group and message.given_id}
-        return {
-            given_id
-            for queue, given_id in given
-            if given_id is not None and self._original(self._queue(queue)[0], given_id, now) is not None
-        }
+        return True
 
     def _join(self, group_id: str, members: Sequence[tuple[Any, ...]], now: float) -> None:
         """Note how members of a group ended, each the first time that it does; the last one ends the group.
@@ -3566,7 +3562,7 @@ class Store(Connection):
         return None if row is None else _state_of(row[0], row[1], row[2], now)
 
 
-_kind = operator.attrgetter("queue", "given_id", "opens_group")
+_kind = operator.attrgetter("queue", "given_id", "opens_group", "part_of")
 
 _connecting = threading.Lock()
 _connections: weakref.WeakSet[Connection] = weakref.WeakSet()
@@ -9223,8 +9219,8 @@ class Boilermaker:
                 due = _due_time(its.get("delay"), its.get("eta"))
                 some = messages_of(self.service_bus_client, make, head, message_id, due)
                 if head._id_is_given:
-                    some[0] = some[0]._replace(given_id=True, outcome_id=head.task_id)
-                    some = some if head.group is None else [each._replace(part_of=head.task_id) for each in some]
+                    some = _given_an_id(some, head.task_id)
+                    some[0] = some[0]._replace(outcome_id=head.task_id)
                 sent.append((message_id, len(messages) if some else None))  # none of an empty group without successor
                 messages += some
             attempts = max((its.get("publish_attempts") or 1 for its in said), default=1)
@@ -9261,7 +9257,7 @@ class Boilermaker:
             for when in times:
                 tick = self.bound(schedule.tick(when))
                 some = messages_of(self.service_bus_client, make, tick, tick.task_id, when.timestamp())
-                messages += [message._replace(given_id=True, numbered=False) for message in some]
+                messages += [message._replace(numbered=False) for message in _given_an_id(some, tick.task_id)]
             if messages:
                 await self._send(messages, 1)
 

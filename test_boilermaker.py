@@ -9612,6 +9612,21 @@ async def test_a_group_of_a_given_id_that_still_runs_does_not_mix_with_the_next(
                 await again.progress()
 
 
+async def test_of_groups_of_one_given_id_in_one_call_the_first_is_published(open_bus):
+    app, done = Boilermaker(None, open_bus()), []
+
+    @app.task
+    async def size(state, run):
+        done.append(run)
+
+    nightly = size.options(task_id="nightly")
+    await app.publish_many([nightly.map([1, 1]), nightly.map([2, 2]), size.si(3)])
+    await app.publish_many([size.si(4), nightly.map([5, 5]), size.si(6)])
+    assert len(await app.service_bus_client.peek(10)) == 5  # no member of what was sent again
+    await work_off(app)
+    assert sorted(done) == [1, 1, 3, 4, 6]
+
+
 async def progressed(published, members):
     return (await published.progress()).done == members
 
