@@ -2651,8 +2651,8 @@ def replay_of(dead_letter: Message) -> Outgoing:
     number = dead_letter.sequence_number
     message_id = derived_id(f"replay\n{queue}\n{number}\n{dead_letter.message_id}")
     name = None if task is None else task.function_name
-    is_awaited = task is not None and task.outcome_to is not None and task.outcome_to.position is None
-    outcome_id = task.outcome_to.id if is_awaited and task is not None and task.outcome_to is not None else None
+    address = None if task is None else task.outcome_to
+    outcome_id = address.id if address is not None and address.position is None else None
     return Outgoing(body, message_id, queue, None, dead_letter.application_properties, name, outcome_id=outcome_id)
 
 
@@ -2765,6 +2765,10 @@ def _ending(bus: ServiceBus, home: str, group: Task, following: Task | None, val
     return Ending(messages, answer)
 
 
+GROUP_TIMER = '{"timeout":true}'
+"""The body of the message that comes when a group's time is over."""
+
+
 class GroupState(NamedTuple):
     """What is known of a group where it is joined from messages: nothing, before the first; or that it has ended.
 
@@ -2807,7 +2811,7 @@ class GroupState(NamedTuple):
                 if decode(text, home).group is None:
                     raise ValueError("it is a task's")
                 return self if self.ended or self.definition else self._replace(definition=text)
-            if "timeout" in document:
+            if text == GROUP_TIMER:
                 return self._replace(timed_out=True)
             position, failed, value = document["position"], document["failed"], document["value"]
             if type(position) is not int or position < 0 or type(failed) is not bool:
@@ -5262,8 +5266,8 @@ class AzureServiceBus:
         max_delivery_count: how often the queue delivers a message before it dead-letters it.
         reply_queue_name: the queue with sessions through which results are told; `<queue_name>-replies` if None.
         join_queue_name: the queue with sessions and duplicate detection through which groups are joined,
-            `<queue_name>-join` if None. A worker that is given one joins from its start on; else from when it first
-            meets a group's member.
+            `<queue_name>-join` if None. A worker that is given one joins groups from its start on; else as
+            soon as its process publishes a group or runs a member of one.
         client_options: for the SDK's `ServiceBusClient`: `transport_type`, `http_proxy`, `custom_endpoint_address`,
             `connection_verify` and others.
 
@@ -5528,7 +5532,7 @@ class AzureServiceBus:
         end = (message.due or time.time()) + settings.timeout
         opening, timer = (derived_id(f"{part}\n{group_id}") for part in ("opening", "timer"))
         head = message._replace(message_id=opening, queue=self.join_queue, due=None, session=group_id)
-        return [head, head._replace(message_id=timer, body=_to_json({"timeout": True}), due=end, numbered=False)]
+        return [head, head._replace(message_id=timer, body=GROUP_TIMER, due=end, numbered=False)]
 
     async def progress(self, group_id: str) -> Progress:
         raise UsageError(f"{self!r} does not tell how far a group is: only a local bus does.")
@@ -6015,6 +6019,11 @@ def _counted(messages: Sequence[Message], exact: bool) -> Counts:
     )
 
 
+def _backoff(failures: int) -> float:
+    """Seconds until the next attempt to connect: from 1/16, doubled by each failure, less up to half at random."""
+    return random.uniform(0.5, 1.0) * min(2.0 ** min(failures, 10) / 16, MAX_BACKOFF)
+
+
 class AzureLink:
     """A sender or receiver of the SDK that is opened once, and given up after a failure.
 
@@ -6067,6 +6076,11 @@ class AzureLink:
     @property
     def works(self) -> bool:
         return self.error is None and not self.worn_out
+
+    @property
+    def was_good(self) -> bool:
+        """Whether it has worked at all, so that a failure is the first one."""
+        return self.heard > self.opened or time.monotonic() - self.opened > 1
 
     @property
     def worn_out(self) -> bool:
@@ -6558,14 +6572,14 @@ class AzureOutcomes:
         error = former.error
         if isinstance(error, SessionLost):
             self._longest_lock = SHORTEST_LOCK
-        if former.heard > former.opened or time.monotonic() - former.opened > 1:
+        if former.was_good:
             self._failures = 0
         closing = self._spawn(former.close())
         if error is None:  # worn out: it still holds the session
             await asyncio.wait([closing])
         while True:
             if error is not None:
-                pause = random.uniform(0.5, 1.0) * min(2.0 ** min(self._failures, 10) / 16, MAX_BACKOFF)
+                pause = _backoff(self._failures)
                 self._failures += 1
                 logger.warning("The link for results of %r was lost, again in %.1f s: %s", self._bus, pause, error)
                 await asyncio.sleep(pause)
@@ -6721,11 +6735,11 @@ class AzureReceiver:
         """Replace the link, however long it takes; the pauses grow until one works."""
         error = former.error
         self._spawn(former.close())
-        if former.heard > former.opened or time.monotonic() - former.opened > 1:
+        if former.was_good:
             self._failures = 0
         while True:
             if error is not None:
-                pause = random.uniform(0.5, 1.0) * min(2.0 ** min(self._failures, 10) / 16, MAX_BACKOFF)
+                pause = _backoff(self._failures)
                 self._failures += 1
                 logger.warning("The connection to %r was lost, reconnecting in %.1f s: %s", self._bus, pause, error)
                 await asyncio.sleep(pause)
@@ -6825,16 +6839,16 @@ class AzureReceiver:
     # -- settling
 
     def settle(self, settlements: Sequence[Settlement], durable: bool = False) -> asyncio.Future[None]:
+        async def settle_all() -> None:
+            await asyncio.gather(*map(self._settle, settlements))
+
         # A future, not the task: who waits for it may be cancelled, and the settling goes on.
         settled: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        settling = self._spawn(self._settle_all(settlements))
+        settling = self._spawn(settle_all())
         self._settling.add(settling)
         settling.add_done_callback(self._settling.discard)
         settling.add_done_callback(lambda _: _resolve(settled, None))
         return settled
-
-    async def _settle_all(self, settlements: Sequence[Settlement]) -> None:
-        await asyncio.gather(*map(self._settle, settlements))
 
     async def _settle(self, settlement: Settlement) -> None:
         """Publish what follows, then settle: there is no transaction over both."""
@@ -6847,6 +6861,7 @@ class AzureReceiver:
             )
             return
         try:
+            # What tells an outcome apart from tasks: what has to be sent again does not repeat the others.
             for _, some in itertools.groupby(settlement.messages, lambda each: each.correlation_id is None):
                 await self._insist(settlement, functools.partial(self._bus.publish, list(some)))
             if any(message.queue == self._bus.join_queue for message in settlement.messages):
@@ -7102,7 +7117,7 @@ class AzureJoiner:
                     logger.error("This worker joins no groups: %s", error)
                     return
                 failures += 1
-                pause = random.uniform(0.5, 1.0) * min(2.0 ** min(failures, 10) / 16, MAX_BACKOFF)
+                pause = _backoff(failures)
                 logger.warning("Waiting for groups failed, will try again in %.1f s: %s", pause, error)
                 await asyncio.sleep(pause)
                 continue
@@ -7156,8 +7171,7 @@ class AzureJoiner:
         for raw in messages:
             try:
                 state = state.with_message(_body_of(raw), self._home)
-                is_timer = GroupState().with_message(_body_of(raw), self._home).timed_out
-                (timers if is_timer else understood).append(raw)
+                (timers if text_of(_body_of(raw))[0] == GROUP_TIMER else understood).append(raw)
             except InvalidTaskFormat as error:  # to close a session counts no delivery: it would come for ever
                 number, why = raw.sequence_number, describe(error)
                 logger.error("Dead-lettered what is no message of a group sequence_number=%s: %s", number, why)

@@ -15073,7 +15073,7 @@ def state_after(*bodies, since=None):
     return state
 
 
-OPENING, TIMER = definition_of(), json.dumps({"timeout": True})
+OPENING, TIMER = definition_of(), boilermaker.GROUP_TIMER
 STATES = {  # the messages; the outcomes by position, ended, timed out, and whether something follows
     "nothing": ([], {}, False, False, False),
     "opened": ([OPENING], {}, False, False, False),
