@@ -4368,8 +4368,12 @@ async def test_peek_shows_as_many_as_asked_for_the_first_ones(open_bus):
     assert [message.body for message in await bus.peek()] == [str(number) for number in range(100)]
 
 
+@pytest.mark.parametrize("few", [1, boilermaker.FEW])
 @pytest.mark.parametrize("between", [0, 10, 100])
-async def test_peek_finds_the_messages_of_a_queue_however_many_of_others_are_between(open_bus, between):
+async def test_peek_finds_the_messages_of_a_queue_however_many_of_others_are_between(
+    open_bus, between, few, monkeypatch
+):
+    monkeypatch.setattr(boilermaker, "FEW", few)
     bus, others = open_bus(), [letter("other", queue="other")] * between
     for number in range(4):
         await bus.send([letter(str(number)), *others])
@@ -14758,6 +14762,23 @@ async def test_progress_counts_the_members_that_ended_until_some_time_after_the_
         await work_off(tasks.app)
         with pytest.raises(UsageError, match=f"Group {published.task_id} is not known to .*: it ended over 600 s ago"):
             await published.progress()
+
+
+@pytest.mark.parametrize("members", [3, 4])
+async def test_a_large_group_is_forgotten_in_parts(open_bus, monkeypatch, members):
+    monkeypatch.setattr(boilermaker, "GROUP_MEMBERS_AT_ONCE", 2)
+    tasks = group_tasks(open_bus())
+    path, count = tasks.app.service_bus_client.path, "SELECT count(*) FROM "
+    with moved_clock() as clock:
+        await group(tasks.add.si(1) for _ in range(members)).publish()
+        await work_off(tasks.app)
+        left = [rows_of(path, count + "group_member")[0][0]]
+        clock.tick(601)
+        while rows_of(path, count + "task_group") == [(1,)] and len(left) < 9:
+            async with receiving(tasks.app.service_bus_client) as receiver:
+                await receiver.receive(1, 0)
+            left.append(rows_of(path, count + "group_member")[0][0])
+    assert left == {3: [3, 1, 0], 4: [4, 2, 0, 0]}[members]
 
 
 async def test_only_a_group_has_progress(open_bus):
